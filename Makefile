@@ -1,0 +1,43 @@
+# Two commands for a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test lint format parity real clean
+
+demo: $(STAMP)
+	$(BIN)/deltaworks demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# mergekit and transformers live in environments of their own: neither is a dependency of deltaworks.
+parity: $(STAMP) .venv-peers/.installed
+	MERGEKIT_PYTHON=$(CURDIR)/.venv-peers/bin/python $(BIN)/python -m pytest -m parity -rs tests
+
+real: $(STAMP) .venv-peers/.installed
+	MERGEKIT_PYTHON=$(CURDIR)/.venv-peers/bin/python $(BIN)/python -m pytest -m real -rs tests
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --editable . --group dev
+	touch $@
+
+.venv-peers/.installed: benchmarks/peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --requirement benchmarks/peers.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,57 @@
+"""deltaworks: merge families of fine-tuned models, and place LoRA adapters.
+
+>>> with Catalog() as catalog:                                       # doctest: +SKIP
+...     plan = prepare_plan(catalog, load_recipe(Path("recipe.yml")))
+...     result = run_plan(catalog, plan, plan_inputs(catalog, plan), Path("merged"))
+
+Everything that goes wrong on purpose is a `DeltaworksError`; `deltaworks.errors` lists the kinds.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deltaworks.catalog.analyze import analyze as analyze
+    from deltaworks.catalog.register import register as register
+    from deltaworks.catalog.store import Catalog as Catalog
+    from deltaworks.errors import DeltaworksError as DeltaworksError
+    from deltaworks.errors import UserError as UserError
+    from deltaworks.merging.plan import Plan as Plan
+    from deltaworks.merging.plan import load_plan as load_plan
+    from deltaworks.merging.plan import save_plan as save_plan
+    from deltaworks.merging.prepare import MergeOptions as MergeOptions
+    from deltaworks.merging.prepare import plan_inputs as plan_inputs
+    from deltaworks.merging.prepare import prepare_plan as prepare_plan
+    from deltaworks.merging.recipe import load_recipe as load_recipe
+    from deltaworks.merging.recipe import parse_recipe as parse_recipe
+    from deltaworks.merging.snapshot import MergeResult as MergeResult
+    from deltaworks.merging.snapshot import run_plan as run_plan
+    from deltaworks.merging.snapshot import verify as verify
+
+_HOMES = {
+    "Catalog": "catalog.store",
+    "DeltaworksError": "errors",
+    "MergeOptions": "merging.prepare",
+    "MergeResult": "merging.snapshot",
+    "Plan": "merging.plan",
+    "UserError": "errors",
+    "analyze": "catalog.analyze",
+    "load_plan": "merging.plan",
+    "load_recipe": "merging.recipe",
+    "parse_recipe": "merging.recipe",
+    "plan_inputs": "merging.prepare",
+    "prepare_plan": "merging.prepare",
+    "register": "catalog.register",
+    "run_plan": "merging.snapshot",
+    "save_plan": "merging.plan",
+    "verify": "merging.snapshot",
+}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605  # a list, as it must be
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `deltaworks --help` need not wait for Numba."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'deltaworks' has no attribute {name!r}")
+    return getattr(import_module(f"deltaworks.{_HOMES[name]}"), name)

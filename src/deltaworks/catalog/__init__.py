@@ -1,0 +1,1 @@
+"""What exists, what is known about it, and where it came from."""

@@ -1,0 +1,218 @@
+"""Analysis: one streaming pass over an expert and its base, so that merges need not rescan them."""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from deltaworks.catalog.histogram import BINS
+from deltaworks.catalog.models import Model
+from deltaworks.catalog.statistics import (
+    BLOCK_FIELDS,
+    DEFAULT_BLOCK_SIZE,
+    BlockStatistics,
+    StatisticsWriter,
+    TensorStatistics,
+    add_up,
+    measure_block,
+    sparse,
+)
+from deltaworks.catalog.store import Catalog
+from deltaworks.checkpoints.codec import TILE
+from deltaworks.checkpoints.header import TensorInfo
+from deltaworks.checkpoints.pipeline import Pipeline
+from deltaworks.checkpoints.reader import ByteCounter
+from deltaworks.checkpoints.source import Source
+from deltaworks.checkpoints.writer import storage_error
+from deltaworks.errors import UserError
+from deltaworks.progress import Progress, Silent
+
+SMALLEST_BLOCK, LARGEST_BLOCK = 1 << 12, 1 << 22
+FAR_FROM_BASE = 1.0
+"""Relative norm of a delta from which on an expert is no plausible fine-tune: two unrelated models differ by 1.4."""
+
+
+def check_block_size(block_size: int) -> int:
+    """Return `block_size` if it is a power of two from 4 Ki to 4 Mi elements.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not SMALLEST_BLOCK <= block_size <= LARGEST_BLOCK or block_size & (block_size - 1):
+        raise UserError(
+            f"the block size must be a power of two from {SMALLEST_BLOCK} to {LARGEST_BLOCK}, not {block_size}"
+        )
+    return block_size
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    tensor: int
+    block: int
+    count: int
+    base: TensorInfo
+    expert: TensorInfo
+
+
+class _Slot:
+    def __init__(self, nbytes: int) -> None:
+        self.base = np.empty(nbytes, np.uint8)
+        self.expert = np.empty(nbytes, np.uint8)
+        self.scratch = np.empty((2, TILE), np.float32)
+        self.histogram = np.zeros(BINS, np.uint32)
+        self.values = np.empty(len(BLOCK_FIELDS), np.float64)
+        self.result: BlockStatistics | None = None
+
+
+def analyze(
+    catalog: Catalog,
+    expert: Model,
+    base: Model,
+    *,
+    block_size: int | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure the delta of `expert` against `base` and keep it, unless the catalog has it already.
+
+    Args:
+        catalog: where the statistics go, under both fingerprints.
+        expert: the fine-tuned model; its files must be unchanged.
+        base: the model it was tuned from; likewise.
+        block_size: elements a block; by default what an earlier analysis used, or 256 Ki.
+        threads: compute threads; all cores by default.
+        force: measure again.
+        progress: told of the bytes read.
+
+    Returns:
+        The summary: `block_size`, `tensors`, `elements`, `zeros` (elements whose delta is zero), `relative_norm` (of
+        the delta against the base), `nonfinite` (tensors with NaN or infinity), `bytes_read`, `statistics_bytes`.
+
+    Raises:
+        UserError: the block size is no power of two from 4 Ki to 4 Mi.
+    """
+    progress = progress or Silent()
+    known = catalog.find_analysis(expert.fingerprint, base.fingerprint)
+    if known is not None and not force and block_size in (None, known[0]):
+        return known[2]
+    block_size = check_block_size(block_size or (known[0] if known else DEFAULT_BLOCK_SIZE))
+    threads = threads or os.cpu_count() or 1
+    pairs = delta_tensors(expert, base)
+    blocks = [
+        _Block(i, j, min(block_size, b.count - j * block_size), b, e)
+        for i, (b, e) in enumerate(pairs)
+        for j in range(max(1, -(-b.count // block_size)))
+    ]
+    counter = ByteCounter()
+    path = catalog.statistics_file(expert.fingerprint, base.fingerprint)
+    gathered: dict[int, dict[int, BlockStatistics]] = {}
+    names = [e.name for _, e in pairs]
+    waiting = 0
+
+    with Source(base, counter) as base_source, Source(expert, counter) as expert_source:
+        writer = StatisticsWriter(path, block_size)
+
+        def read(task: _Block, slot: _Slot) -> None:
+            base_source.read(task.base, task.block * block_size, task.count, slot.base)
+            expert_source.read(task.expert, task.block * block_size, task.count, slot.expert)
+
+        def compute(task: _Block, slot: _Slot) -> None:
+            slot.histogram[:] = 0
+            measure_block(
+                slot.base,
+                task.base.dtype.code,
+                slot.expert,
+                task.expert.dtype.code,
+                task.count,
+                slot.scratch,
+                slot.histogram,
+                slot.values,
+            )
+            slot.result = BlockStatistics(task.count, slot.values.copy(), sparse(slot.histogram))
+
+        def write(task: _Block, slot: _Slot) -> None:
+            nonlocal waiting
+            assert slot.result is not None
+            gathered.setdefault(task.tensor, {})[task.block] = slot.result
+            progress.advance(task.base.dtype.nbytes(task.count) + task.expert.dtype.nbytes(task.count))
+            while waiting < len(pairs) and len(found := gathered.get(waiting, {})) == _block_count(
+                pairs[waiting], block_size
+            ):
+                ordered = [found[i] for i in range(len(found))]
+                total = add_up([b.histogram for b in ordered])
+                writer.add(TensorStatistics(names[waiting], block_size, total, ordered))
+                summary.add(names[waiting], ordered)
+                del gathered[waiting]
+                waiting += 1
+
+        summary = _Summary()
+        widest = max((t.dtype.bits for pair in pairs for t in pair), default=8) // 8
+        slots = [_Slot(block_size * widest) for _ in range(threads + 3)]
+        progress.start(f"analyze {expert.name}", sum(b.nbytes + e.nbytes for b, e in pairs))
+        try:
+            Pipeline(slots, read, compute, write, readers=2, workers=threads).run(blocks)
+            writer.commit()
+        except OSError as error:
+            raise storage_error(path, error) from error
+        finally:
+            writer.abandon()
+            progress.finish()
+    result = summary.result(block_size, counter.value, path.stat().st_size)
+    catalog.save_analysis(expert.fingerprint, base.fingerprint, block_size, path, result)
+    if result["relative_norm"] > FAR_FROM_BASE:
+        progress.note(
+            f"{expert.name} differs from {base.name} by {result['relative_norm']:.0%} of its norm;"
+            " is it a fine-tune of it?"
+        )
+    return result
+
+
+def delta_tensors(expert: Model, base: Model) -> list[tuple[TensorInfo, TensorInfo]]:
+    """The float tensors in which an expert can differ from its base, as (base's, expert's), in the base's order.
+
+    The expert's entry carries the name under which a merge writes the tensor: an `lm_head` that one of the two leaves
+    out because it is tied stands for that model's embeddings.
+    """
+    names = dict.fromkeys([*base.checkpoint.tensors, *expert.checkpoint.tensors])
+    pairs = []
+    for name in names:
+        b, e = base.checkpoint.find(name), expert.checkpoint.find(name)
+        if b is not None and e is not None and b.dtype.is_float and e.dtype.is_float and b.shape == e.shape:
+            pairs.append((b, TensorInfo(name, e.dtype, e.shape, e.file, e.offset, e.nbytes)))
+    return pairs
+
+
+def _block_count(pair: tuple[TensorInfo, TensorInfo], block_size: int) -> int:
+    return max(1, -(-pair[0].count // block_size))
+
+
+class _Summary:
+    def __init__(self) -> None:
+        self.tensors = self.elements = 0
+        self.values = np.zeros(len(BLOCK_FIELDS))
+        self.nonfinite: list[str] = []
+
+    def add(self, name: str, blocks: list[BlockStatistics]) -> None:
+        values = np.sum([b.values for b in blocks], axis=0)
+        self.tensors += 1
+        self.elements += sum(b.elements for b in blocks)
+        if values[BLOCK_FIELDS.index("nonfinite")]:
+            self.nonfinite.append(name)
+        else:
+            self.values += values
+
+    def result(self, block_size: int, bytes_read: int, statistics_bytes: int) -> dict[str, Any]:
+        delta, base = (self.values[BLOCK_FIELDS.index(f)] for f in ("delta_square", "base_square"))
+        return {
+            "block_size": block_size,
+            "tensors": self.tensors,
+            "elements": self.elements,
+            "zeros": int(self.values[BLOCK_FIELDS.index("zeros")]),
+            "relative_norm": math.sqrt(delta / base) if base > 0 else math.inf if delta > 0 else 0.0,
+            "nonfinite": self.nonfinite,
+            "bytes_read": bytes_read,
+            "statistics_bytes": statistics_bytes,
+        }

@@ -1,0 +1,41 @@
+"""What the catalog knows of one registered model."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from deltaworks.checkpoints.checkpoint import Checkpoint
+
+
+class Kind(StrEnum):
+    """What a registered model is."""
+
+    BASE = "base"
+    EXPERT = "expert"
+    ADAPTER = "adapter"
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A registered model.
+
+    Attributes:
+        name: its name in the catalog.
+        kind: base model, expert (a full fine-tune of a base) or LoRA adapter.
+        source: what the user gave: a path or a hub id.
+        base: name of its base model; None for a base.
+        fingerprint: BLAKE3 over the names and contents of its weight files, in hex.
+        checkpoint: its tensors and files as they were when it was registered.
+    """
+
+    name: str
+    kind: Kind
+    source: str
+    base: str | None
+    fingerprint: str
+    checkpoint: Checkpoint
+
+    @property
+    def path(self) -> Path:
+        """Its folder."""
+        return self.checkpoint.path

@@ -1,0 +1,172 @@
+"""Enter models in the catalog, and notice when their files change."""
+
+import re
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+
+from deltaworks.catalog.fingerprint import combine, hash_files
+from deltaworks.catalog.models import Kind, Model
+from deltaworks.catalog.store import Catalog
+from deltaworks.checkpoints.checkpoint import HEAD, Checkpoint, ShardFile, open_checkpoint
+from deltaworks.checkpoints.hub import resolve_source
+from deltaworks.checkpoints.reader import ByteCounter
+from deltaworks.errors import CatalogError, ChangedError, CheckpointError
+from deltaworks.progress import Progress, Silent
+
+NAME = re.compile(r"[\w][\w.@+-]*")
+
+
+def register(
+    catalog: Catalog,
+    name: str,
+    source: str,
+    base: str | None = None,
+    *,
+    replace_existing: bool = False,
+    relative_to: Path | None = None,
+    progress: Progress | None = None,
+) -> Model:
+    """Enter the model at `source` under `name`.
+
+    The kind is detected: a PEFT folder is an adapter, a model with `base` is an expert, any other is a base. Every
+    weight file is read once, for its hash.
+
+    Args:
+        catalog: where to enter it.
+        name: letters, digits, ``_ . @ + -``.
+        source: a folder, or a hub id ``org/name[@revision]``.
+        base: the base model, by name, path or hub id; registered too where it is not yet.
+        replace_existing: let `name` mean another folder from now on.
+        relative_to: a second folder in which paths are looked up.
+        progress: told of the bytes hashed.
+
+    Raises:
+        CatalogError: the name is taken or malformed.
+        CheckpointError: the folder is no readable model, or its tensors are not its base's.
+    """
+    progress = progress or Silent()
+    if not NAME.fullmatch(name):
+        raise CatalogError(f"{name!r} cannot be a name; use letters, digits, and . _ @ + -")
+    path = resolve_source(source, relative_to)
+    known = catalog.find(name)
+    if known is not None and known.path != path and not replace_existing:
+        raise CatalogError(f"the name {name!r} is taken by {known.path}; choose another, or add --replace")
+    checkpoint = open_checkpoint(path, ByteCounter())
+    kind = Kind.ADAPTER if checkpoint.is_adapter else Kind.EXPERT if base is not None else Kind.BASE
+    base_model = None if base is None else ensure_registered(catalog, base, relative_to=relative_to, progress=progress)
+    if base_model is not None and kind is Kind.EXPERT:
+        check_same_tensors(name, checkpoint, base_model)
+    progress.start(f"fingerprint {name}", checkpoint.nbytes)
+    digests = hash_files([path / s.name for s in checkpoint.shards], ByteCounter(), progress)
+    progress.finish()
+    of = base_model.name if base_model else None
+    model = Model(name, kind, source, of, combine(checkpoint.shards, digests), checkpoint)
+    catalog.save_model(model)
+    return model
+
+
+def find_model(catalog: Catalog, name: str) -> Model:
+    """The registered model called `name`.
+
+    Raises:
+        CatalogError: there is none; close names are suggested.
+    """
+    model = catalog.find(name)
+    if model is None:
+        close = get_close_matches(name, catalog.names(), 1)
+        hint = f"; did you mean {close[0]!r}?" if close else "; `deltaworks list` shows what is registered"
+        raise CatalogError(f"no model called {name!r} in the catalog at {catalog.path}{hint}")
+    return model
+
+
+def ensure_registered(
+    catalog: Catalog,
+    reference: str,
+    base: str | None = None,
+    *,
+    relative_to: Path | None = None,
+    progress: Progress | None = None,
+) -> Model:
+    """The model that `reference` means: a registered name, a folder or a hub id, registered now if it was not.
+
+    Raises:
+        CatalogError, CheckpointError: as `register`.
+        ChangedError: it is registered and its files have changed since.
+    """
+    model = catalog.find(reference)
+    if model is None:
+        try:
+            path = resolve_source(reference, relative_to)
+        except CheckpointError as error:
+            close = get_close_matches(reference, catalog.names(), 1)
+            hint = f"; did you mean the registered {close[0]!r}?" if close else ""
+            raise CheckpointError(f"{error}{hint}") from error
+        model = catalog.find_path(path)
+    if model is None:
+        return register(
+            catalog, _free_name(catalog, reference), reference, base, relative_to=relative_to, progress=progress
+        )
+    return check_unchanged(catalog, model, progress)
+
+
+def _free_name(catalog: Catalog, reference: str) -> str:
+    stem = re.sub(r"[^\w.+-]+", "-", Path(reference.partition("@")[0]).name).strip("-.+") or "model"
+    taken = set(catalog.names())
+    return next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
+
+
+def check_unchanged(catalog: Catalog, model: Model, progress: Progress | None = None) -> Model:
+    """Make sure that a registered model's weight files are what they were.
+
+    Untouched files cost one `stat` each. Files that were touched are hashed again; where they hold the same bytes,
+    the catalog learns their new times and the model is returned with them.
+
+    Raises:
+        ChangedError: a file is gone or holds other bytes.
+    """
+    progress = progress or Silent()
+    again = f"; register it again: deltaworks register {model.name} {model.source}" + (
+        f" --base {model.base}" if model.base else ""
+    )
+    try:
+        now = tuple(ShardFile.of(model.path / s.name) for s in model.checkpoint.shards)
+    except CheckpointError as error:
+        raise ChangedError(f"a file of {model.name!r} is gone: {error}{again}") from error
+    if now == model.checkpoint.shards:
+        return model
+    for old, new in zip(model.checkpoint.shards, now, strict=True):
+        if old.size != new.size:
+            raise ChangedError(f"{model.path / new.name} changed since {model.name!r} was registered{again}")
+    progress.start(f"fingerprint {model.name} (its files were touched)", model.checkpoint.nbytes)
+    digests = hash_files([model.path / s.name for s in now], ByteCounter(), progress)
+    progress.finish()
+    if combine(now, digests) != model.fingerprint:
+        touched = next(new for old, new in zip(model.checkpoint.shards, now, strict=True) if old != new)
+        raise ChangedError(f"{model.path / touched.name} changed since {model.name!r} was registered{again}")
+    model = replace(model, checkpoint=replace(model.checkpoint, shards=now))
+    catalog.save_model(model)
+    return model
+
+
+def check_same_tensors(name: str, expert: Checkpoint, base: Model) -> None:
+    """Make sure that an expert's tensors match its base's in name and shape.
+
+    A tied model may leave its `lm_head` out; that is no difference.
+
+    Raises:
+        CheckpointError: they do not match, so it is no fine-tune of that base.
+    """
+    theirs = base.checkpoint.tensors
+    for tensor in expert.tensors.values():
+        other = theirs.get(tensor.name)
+        if other is not None and other.shape != tensor.shape:
+            raise CheckpointError(
+                f"{name} is no fine-tune of {base.name}: tensor {tensor.name!r} is {list(tensor.shape)} in the one and"
+                f" {list(other.shape)} in the other"
+            )
+    for one, missing_in, label in ((expert.tensors, theirs, base.name), (theirs, expert.tensors, name)):
+        if lost := [n for n in one if n not in missing_in and not n.endswith(HEAD)]:
+            raise CheckpointError(
+                f"{name} is no fine-tune of {base.name}: {label} lacks {len(lost)} of the tensors (first: {lost[0]!r})"
+            )

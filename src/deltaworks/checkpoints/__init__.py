@@ -1,0 +1,1 @@
+"""Bytes on disk to tensors and back. Knows nothing of merging or serving."""

@@ -1,0 +1,47 @@
+"""A model's weight files, open for reading blocks of tensors."""
+
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltaworks.checkpoints.checkpoint import Checkpoint
+from deltaworks.checkpoints.header import TensorInfo
+from deltaworks.checkpoints.reader import ByteCounter, RangeReader
+
+
+class _HasCheckpoint(Protocol):
+    @property
+    def checkpoint(self) -> Checkpoint: ...
+
+
+class Source:
+    """The open weight files of one model; safe to share between threads.
+
+    Args:
+        model: anything with a checkpoint.
+        counter: every byte read is added to it.
+    """
+
+    def __init__(self, model: _HasCheckpoint, counter: ByteCounter) -> None:
+        path = model.checkpoint.path
+        self._files = {s.name: RangeReader(path / s.name, counter) for s in model.checkpoint.shards}
+
+    def read(self, tensor: TensorInfo, start: int, count: int, out: NDArray[np.uint8]) -> None:
+        """Read elements `start` to `start + count` of `tensor` into the front of `out` (uint8)."""
+        nbytes = tensor.dtype.nbytes(count)
+        self._files[tensor.file].read_into(out[:nbytes], tensor.offset + tensor.dtype.nbytes(start))
+
+    def close(self) -> None:
+        """Close every file."""
+        for file in self._files.values():
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

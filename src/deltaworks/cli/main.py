@@ -1,0 +1,43 @@
+"""The `deltaworks` command."""
+
+import sqlite3
+import sys
+
+import typer
+
+from deltaworks.cli import demo, merges, models, show
+from deltaworks.errors import DeltaworksError, UserError
+
+app = typer.Typer(
+    help="Merge families of fine-tuned models, exactly and with a record of it. Start with `deltaworks demo`.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+for group in (merges, models, show, demo):
+    group.attach(app)
+
+
+@app.callback()
+def _root() -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command; exit with 2 for a user's mistake, 1 for a failure, 130 on interrupt."""
+    try:
+        app()
+    except DeltaworksError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except sqlite3.Error as error:
+        sys.stderr.write(f"error: the catalog cannot be written: {error}\n")
+        sys.exit(1)
+    except OSError as error:
+        sys.stderr.write(f"error: {error.filename or 'the system'}: {error.strerror or error}\n")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""merge, plan, run, verify: many experts to one model."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deltaworks.cli.options import AsJson, BlockSize, CatalogPath, Quiet, Threads, print_json, size
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A mergekit YAML file.")]
+Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to appear; it must not exist.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace OUT, in one step, when the merge is complete.")]
+ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest output file, like 5GB or 500MiB.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="What DARE's random masks start from; same seed, same bytes.")]
+AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Write NaN and infinity instead of failing.")]
+
+
+def attach(app: typer.Typer) -> None:
+    """Add the commands of this group."""
+    app.command(rich_help_panel="Merge")(merge)
+    app.command(rich_help_panel="Merge")(plan)
+    app.command(rich_help_panel="Merge")(run)
+    app.command(rich_help_panel="Merge")(verify)
+
+
+def merge(
+    recipe: RecipeFile,
+    out: Output,
+    shard_size: ShardSize = "5GB",
+    seed: Seed = 0,
+    force: Force = False,
+    allow_nonfinite: AllowNonfinite = False,
+    block_size: BlockSize = None,
+    threads: Threads = None,
+    catalog: CatalogPath = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge as RECIPE says, and commit the result as the folder OUT.
+
+    Models are named in the recipe by path, hub id or catalog name; those the catalog does not know are registered,
+    and analyzed where the method needs it, once. OUT appears when everything is written and flushed, with a manifest
+    that `verify` checks. A stopped merge leaves nothing at OUT; the same command again takes up what was finished.
+    """
+    from deltaworks.catalog.store import Catalog
+    from deltaworks.cli.progress import make_progress
+    from deltaworks.merging.planner import parse_bytes
+    from deltaworks.merging.prepare import MergeOptions, plan_inputs, prepare_plan
+    from deltaworks.merging.recipe import load_recipe
+    from deltaworks.merging.snapshot import check_output, run_plan
+
+    progress = make_progress(quiet=quiet)
+    options = MergeOptions(parse_bytes(shard_size), seed, block_size, threads, allow_nonfinite)
+    loaded = load_recipe(recipe)
+    check_output(out, force=force)
+    with Catalog(catalog) as opened:
+        made = prepare_plan(opened, loaded, options, relative_to=recipe.parent, progress=progress)
+        models = plan_inputs(opened, made, progress)
+        result = run_plan(opened, made, models, out, options, force=force, progress=progress)
+    _print_result(result.to_json(), as_json=as_json)
+
+
+def plan(
+    recipe: RecipeFile,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where the plan goes.")] = Path(
+        "plan.json"
+    ),
+    shard_size: ShardSize = "5GB",
+    seed: Seed = 0,
+    block_size: BlockSize = None,
+    threads: Threads = None,
+    catalog: CatalogPath = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Plan a merge and stop: register and analyze what is needed, and write the plan to a file.
+
+    The plan holds everything the merge needs to know; `deltaworks run` executes it, with the same bytes as result.
+    """
+    from deltaworks.catalog.store import Catalog
+    from deltaworks.cli.progress import make_progress
+    from deltaworks.merging.plan import save_plan
+    from deltaworks.merging.planner import parse_bytes
+    from deltaworks.merging.prepare import MergeOptions, prepare_plan
+    from deltaworks.merging.recipe import load_recipe
+    from deltaworks.reports.facts import plan_facts
+
+    options = MergeOptions(parse_bytes(shard_size), seed, block_size, threads)
+    loaded = load_recipe(recipe)
+    with Catalog(catalog) as opened:
+        made = prepare_plan(opened, loaded, options, relative_to=recipe.parent, progress=make_progress(quiet=quiet))
+    save_plan(made, output)
+    facts = plan_facts(made) | {"output": str(output)}
+    if as_json:
+        print_json(facts)
+    else:
+        typer.echo(
+            f"planned {made.method}: {facts['tensors']} tensors, {size(made.expert_bytes_planned)} of"
+            f" {size(made.expert_bytes)} to read from experts; written to {output} (digest {made.digest[:12]})"
+        )
+
+
+def run(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A file that `deltaworks plan` wrote.")],
+    out: Output,
+    force: Force = False,
+    allow_nonfinite: AllowNonfinite = False,
+    block_size: BlockSize = None,
+    threads: Threads = None,
+    catalog: CatalogPath = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Execute a plan and commit the result as the folder OUT; refused where an input has changed since."""
+    from deltaworks.catalog.store import Catalog
+    from deltaworks.cli.progress import make_progress
+    from deltaworks.merging.plan import load_plan
+    from deltaworks.merging.prepare import MergeOptions, plan_inputs
+    from deltaworks.merging.snapshot import check_output, run_plan
+
+    progress = make_progress(quiet=quiet)
+    loaded = load_plan(plan_file)
+    options = MergeOptions(block_size=block_size, threads=threads, allow_nonfinite=allow_nonfinite)
+    check_output(out, force=force)
+    with Catalog(catalog) as opened:
+        models = plan_inputs(opened, loaded, progress)
+        result = run_plan(opened, loaded, models, out, options, force=force, progress=progress)
+    _print_result(result.to_json(), as_json=as_json)
+
+
+def verify(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that `merge` or `run` made.")],
+    catalog: CatalogPath = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Hash every file of a merged model again and compare with its manifest."""
+    from deltaworks.cli.progress import make_progress
+    from deltaworks.merging import snapshot
+
+    del catalog  # every command takes it; the manifest alone is needed here
+    result = snapshot.verify(out, make_progress(quiet=quiet))
+    if as_json:
+        print_json(result)
+    else:
+        unknown = f"; not in the manifest: {', '.join(result['unknown'])}" if result["unknown"] else ""
+        typer.echo(f"{out} is what its manifest says: {result['files']} files, {size(result['bytes'])}{unknown}")
+
+
+def _print_result(result: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print_json(result)
+    else:
+        read = f"{size(result['expert_bytes_read'])} from experts and {size(result['base_bytes_read'])} from the base"
+        written = size(result["output_bytes_written"])
+        typer.echo(f"merged into {result['output']} in {result['wall_s']:.1f} s: read {read}, wrote {written}")

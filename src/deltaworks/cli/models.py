@@ -1,0 +1,138 @@
+"""register, analyze, list: what is in the catalog."""
+
+from typing import Annotated
+
+import typer
+
+from deltaworks.cli.options import AsJson, BlockSize, CatalogPath, Quiet, Threads, print_json, size
+
+
+def attach(app: typer.Typer) -> None:
+    """Add the commands of this group."""
+    app.command(rich_help_panel="Catalog")(register)
+    app.command(rich_help_panel="Catalog")(analyze)
+    app.command("list", rich_help_panel="Catalog")(list_)
+
+
+def register(
+    name: Annotated[str, typer.Argument(help="Name in the catalog.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A model folder, or a hub id `org/name[@revision]`.")],
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="BASE", help="The base model an expert was tuned from: a name, a folder or a hub id."),
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Let NAME mean another folder from now on.")] = False,
+    catalog: CatalogPath = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Enter a base model, an expert or a LoRA adapter in the catalog; the kind is detected.
+
+    Every weight file is read once and hashed, so that later changes are noticed. Registering a name again accepts
+    what the folder holds now.
+    """
+    from deltaworks.catalog import register as registering
+    from deltaworks.catalog.store import Catalog
+    from deltaworks.cli.progress import make_progress
+    from deltaworks.reports.facts import model_facts
+
+    with Catalog(catalog) as opened:
+        model = registering.register(
+            opened, name, path, base, replace_existing=replace, progress=make_progress(quiet=quiet)
+        )
+    facts = model_facts(model)
+    if as_json:
+        print_json(facts)
+    else:
+        typer.echo(
+            f"registered {model.name}: {model.kind.value}, {facts['parameters']:,} parameters,"
+            f" {size(facts['bytes'])}, fingerprint {model.fingerprint[:12]}"
+        )
+
+
+def analyze(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME...", help="Experts to analyze.", show_default=False)
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="All registered experts.")] = False,
+    base: Annotated[
+        str | None, typer.Option(metavar="BASE", help="Analyze against this base instead of the one registered with.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Measure again what the catalog has.")] = False,
+    block_size: BlockSize = None,
+    threads: Threads = None,
+    catalog: CatalogPath = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure each expert's delta against its base in one pass, so that merges need not rescan it.
+
+    `merge` does this where it must; do it ahead to keep it out of the first merge.
+    """
+    from deltaworks.catalog import analyze as analyzing
+    from deltaworks.catalog.models import Kind
+    from deltaworks.catalog.register import check_unchanged, ensure_registered, find_model
+    from deltaworks.catalog.store import Catalog
+    from deltaworks.cli.progress import make_progress
+    from deltaworks.errors import UserError
+
+    if bool(names) == every:
+        raise UserError("name the experts to analyze, or give --all")
+    progress = make_progress(quiet=quiet)
+    results = []
+    with Catalog(catalog) as opened:
+        chosen = [find_model(opened, n) for n in names or ()] or [m for m in opened.models() if m.kind is Kind.EXPERT]
+        if not chosen:
+            raise UserError(
+                "the catalog holds no experts; register one with: deltaworks register NAME PATH --base BASE"
+            )
+        for model in chosen:
+            against = base or model.base
+            if against is None or model.kind is Kind.ADAPTER:
+                raise UserError(f"{model.name} is no expert of a registered base; give the base with --base")
+            summary = analyzing.analyze(
+                opened,
+                check_unchanged(opened, model, progress),
+                ensure_registered(opened, against, progress=progress),
+                block_size=block_size,
+                threads=threads,
+                force=force,
+                progress=progress,
+            )
+            results.append({"expert": model.name, "base": against, **summary})
+            if not as_json:
+                wrong = f", NaN or infinity in {len(summary['nonfinite'])} tensors" if summary["nonfinite"] else ""
+                typer.echo(
+                    f"{model.name}: differs from {against} by {summary['relative_norm']:.2%} of its norm,"
+                    f" {summary['zeros'] / max(1, summary['elements']):.1%} of elements untouched{wrong}"
+                )
+    if as_json:
+        print_json({"analyses": results})
+
+
+def list_(catalog: CatalogPath = None, as_json: AsJson = False) -> None:
+    """List what the catalog holds: models, analyses, merged snapshots."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from deltaworks.catalog.store import Catalog
+    from deltaworks.reports.facts import catalog_facts
+
+    with Catalog(catalog) as opened:
+        facts = catalog_facts(opened)
+    if as_json:
+        print_json(facts)
+        return
+    if not facts["models"] and not facts["snapshots"]:
+        typer.echo(f"the catalog at {facts['catalog']} is empty; start with: deltaworks register NAME PATH")
+        return
+    console = Console()
+    table = Table("name", "kind", "base", "parameters", "size", "analyzed", "path", box=None, pad_edge=False)
+    for m in facts["models"]:
+        analyzed = "" if m["kind"] != "expert" else "yes" if m["analyzed"] else "no"
+        table.add_row(
+            m["name"], m["kind"], m["base"] or "", f"{m['parameters']:,}", size(m["bytes"]), analyzed, m["path"]
+        )
+    console.print(table)
+    for s in facts["snapshots"]:
+        console.print(f"snapshot {s['path']} (plan {s['plan_digest'][:12]}, {s['committed_at']})", highlight=False)

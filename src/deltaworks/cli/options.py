@@ -1,0 +1,47 @@
+"""Options that several commands share, and how results are printed."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+CatalogPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--catalog",
+        metavar="PATH",
+        help="Folder of the catalog. [default: $DELTAWORKS_CATALOG, else deltaworks/ in the user's data folder]",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else there.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Compute threads. [default: all cores]", show_default=False)
+]
+BlockSize = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Elements handled at once, a power of two from 4096 to 4194304; memory grows with it. [default: 262144]",
+        show_default=False,
+    ),
+]
+
+
+def print_json(content: Any) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def size(nbytes: float) -> str:
+    """An amount of data for people, in decimal units as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"

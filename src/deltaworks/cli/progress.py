@@ -1,0 +1,107 @@
+"""Progress on standard error: a bar on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import threading
+import time
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from deltaworks.checkpoints.jit import compiled_before
+from deltaworks.cli.options import size
+from deltaworks.progress import Progress as Reports
+from deltaworks.progress import Silent
+
+_FIRST_LINE_AFTER = 2.0
+_LINE_EVERY = 5.0
+
+
+def make_progress(*, quiet: bool) -> Reports:
+    """What the user should see of long work."""
+    if quiet:
+        return Silent()
+    shown: Reports = Bar() if sys.stderr.isatty() else Lines()
+    if not compiled_before():
+        shown.note("compiling kernels for this machine; this happens once and takes some seconds")
+    return shown
+
+
+class Bar:
+    """A bar with bytes, rate and time left; gone when the stage is over."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+
+    def start(self, label: str, total_bytes: int) -> None:
+        """Show a bar for a stage."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=self._console, transient=True)
+        self._task = self._progress.add_task(label, total=total_bytes)
+        self._progress.start()
+
+    def advance(self, nbytes: int) -> None:
+        """Move the bar."""
+        if self._progress is not None:
+            self._progress.advance(self._task, nbytes)
+
+    def finish(self) -> None:
+        """Take the bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+class Lines:
+    """For logs: silent below two seconds, then a line every five."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._label = ""
+        self._done = self._total = 0
+        self._started = self._next = 0.0
+
+    def start(self, label: str, total_bytes: int) -> None:
+        """Begin a stage."""
+        self._label, self._done, self._total = label, 0, total_bytes
+        self._started = time.monotonic()
+        self._next = self._started + _FIRST_LINE_AFTER
+
+    def advance(self, nbytes: int) -> None:
+        """Count, and print a line where one is due."""
+        with self._lock:
+            self._done += nbytes
+            now = time.monotonic()
+            if now < self._next:
+                return
+            self._next = now + _LINE_EVERY
+            rate = self._done / (now - self._started)
+            left = (self._total - self._done) / rate if rate else 0.0
+            line = f"{self._label}: {size(self._done)} of {size(self._total)}, {size(rate)}/s, {left:.0f} s left\n"
+        sys.stderr.write(line)
+
+    def finish(self) -> None:
+        """Nothing to take away."""
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        sys.stderr.write(f"note: {text}\n")

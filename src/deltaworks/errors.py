@@ -1,0 +1,53 @@
+"""Every exception deltaworks raises on purpose.
+
+DeltaworksError            a failure; the command line exits with 1
+├── UserError              something the caller can mend; the command line exits with 2
+│   ├── CheckpointError    a model folder or file that is missing, truncated, malformed or of another shape
+│   ├── RecipeError        a merge recipe with an unknown key, a wrong type or an impossible request
+│   ├── CatalogError       a name that is unknown, taken or of the wrong kind
+│   ├── PlanError          a plan file that is malformed or of another version
+│   ├── ChangedError       a model that changed since it was registered
+│   └── OutputError        an output folder that exists, or that another process is writing
+├── NonFiniteError         a merge that would write NaN or infinity
+└── VerificationError      a snapshot whose files do not match its manifest
+"""
+
+
+class DeltaworksError(Exception):
+    """A failure; its text is one sentence that says what is wrong, where, and what to do."""
+
+
+class UserError(DeltaworksError):
+    """Something the caller can mend."""
+
+
+class CheckpointError(UserError):
+    """A model folder or file is missing, truncated, malformed or of another shape."""
+
+
+class RecipeError(UserError):
+    """A merge recipe has an unknown key, a wrong type or an impossible request."""
+
+
+class CatalogError(UserError):
+    """A catalog name is unknown, taken or of the wrong kind."""
+
+
+class PlanError(UserError):
+    """A plan file is malformed or of another version."""
+
+
+class ChangedError(UserError):
+    """A model changed since it was registered."""
+
+
+class OutputError(UserError):
+    """The output folder exists already, or another process is writing it."""
+
+
+class NonFiniteError(DeltaworksError):
+    """A merge would write NaN or infinity."""
+
+
+class VerificationError(DeltaworksError):
+    """A snapshot's files do not match its manifest."""

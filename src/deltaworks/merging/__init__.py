@@ -1,0 +1,1 @@
+"""Many experts to one model: recipe, plan, execution, commit."""

@@ -1,0 +1,35 @@
+"""The README of a merged model, in the form the Hugging Face hub reads."""
+
+from pathlib import Path
+
+import yaml
+
+from deltaworks.checkpoints.hub import HUB_ID
+from deltaworks.merging.plan import Plan
+
+
+def model_card(plan: Plan, name: str) -> str:
+    """The card of the model that `plan` makes, called `name`."""
+    on_hub = [m.reference for m in plan.models if HUB_ID.fullmatch(m.reference) and not Path(m.reference).exists()]
+    front: dict[str, object] = {"library_name": "transformers", "tags": ["merge", "deltaworks"]}
+    if on_hub:
+        front = {"base_model": on_hub, "base_model_relation": "merge"} | front
+    rows = "\n".join(f"| {m.name} | {m.role} | `{m.fingerprint[:16]}` |" for m in plan.models)
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+# {name}
+
+A merge of {len(plan.models)} models by `{plan.method}`, made with deltaworks.
+
+| model | role | fingerprint |
+|---|---|---|
+{rows}
+
+`deltaworks.json` names every input and the hash of every file; `deltaworks verify` checks them, and
+`deltaworks run deltaworks_plan.json OUT` makes the same bytes again.
+
+```yaml
+{plan.recipe.strip()}
+```
+"""

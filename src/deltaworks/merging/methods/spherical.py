@@ -1,0 +1,134 @@
+"""Spherical linear interpolation between two models."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltaworks.checkpoints.codec import TILE, decode, encode
+from deltaworks.checkpoints.jit import kernel
+from deltaworks.merging.methods.operation import Block, Operation, lane_sum, tile_sum_reference
+
+NEARLY_PARALLEL = 0.9995
+SMALLEST_NORM = 1e-8
+
+
+@dataclass(frozen=True, slots=True)
+class Slerp(Operation):
+    """Interpolate along the great circle between two tensors; `t` = 0 is the first input, 1 the second.
+
+    Tensors that are nearly parallel (cosine beyond 0.9995 either way) are interpolated in a straight line. Norms and
+    the inner product are those of the whole tensor; sums and products are float64, rounded to float32 at the end.
+    Shoemake, SIGGRAPH 1985, with mergekit's thresholds.
+
+    Attributes:
+        t: where to stop on the way.
+        coefficients: what each input is multiplied by, once the tensor's sums are known.
+    """
+
+    kind: ClassVar[str] = "slerp"
+
+    t: float
+    coefficients: tuple[float, float] | None = None
+
+    @property
+    def needs_sums(self) -> int:
+        """First squared, second squared, inner product."""
+        return 3
+
+    def measure(self, block: Block) -> NDArray[np.float64]:
+        """Partial sums of a block."""
+        sums = np.empty((-(-block.count // TILE), 3), np.float64)
+        inner_products(block.rows, block.codes, block.count, block.scratch, sums)
+        return sums
+
+    def settle(self, sums: Sequence[float]) -> Self:
+        """This operation with its coefficients."""
+        first, second = (n if n > SMALLEST_NORM else 1.0 for n in (math.sqrt(sums[0]), math.sqrt(sums[1])))
+        cosine = min(1.0, max(-1.0, sums[2] / (first * second)))
+        if abs(cosine) > NEARLY_PARALLEL:
+            return replace(self, coefficients=(1.0 - self.t, self.t))
+        angle = math.acos(cosine)
+        return replace(
+            self,
+            coefficients=(
+                math.sin((1.0 - self.t) * angle) / math.sin(angle),
+                math.sin(self.t * angle) / math.sin(angle),
+            ),
+        )
+
+    def merge(self, block: Block) -> int:
+        """Fill `block.out`."""
+        assert self.coefficients is not None
+        return blend(block.rows, block.codes, block.count, *self.coefficients, block.scratch, block.out, block.out_code)
+
+    def reference(self, inputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """The same with NumPy."""
+        a, b = (x.astype(np.float64) for x in inputs)
+        settled = self.settle([tile_sum_reference(a * a), tile_sum_reference(b * b), tile_sum_reference(a * b)])
+        assert settled.coefficients is not None
+        blended: NDArray[np.float32] = (settled.coefficients[0] * a + settled.coefficients[1] * b).astype(np.float32)
+        return blended
+
+    def to_json(self) -> dict[str, Any]:
+        """What a plan stores of it."""
+        return {"t": self.t}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        return cls(content["t"])
+
+
+@kernel
+def blend(
+    rows: NDArray[np.uint8],
+    codes: NDArray[np.int64],
+    count: int,
+    first: float,
+    second: float,
+    scratch: NDArray[np.float32],
+    out: NDArray[np.uint8],
+    out_code: int,
+) -> int:
+    """The first input times `first` plus the second times `second`; see `Block` for the other arguments."""
+    wrong = 0
+    a, b = scratch[0], scratch[1]
+    for start in range(0, count, TILE):
+        n = min(TILE, count - start)
+        decode(rows[0], codes[0], start, n, a)
+        decode(rows[1], codes[1], start, n, b)
+        for i in range(n):
+            a[i] = np.float32(first * np.float64(a[i]) + second * np.float64(b[i]))
+        wrong += encode(a, n, out_code, out, start)
+    return wrong
+
+
+@kernel
+def inner_products(
+    rows: NDArray[np.uint8],
+    codes: NDArray[np.int64],
+    count: int,
+    scratch: NDArray[np.float32],
+    sums: NDArray[np.float64],
+) -> None:
+    """Per tile: the first input squared, the second squared, their product, summed."""
+    products = np.empty(TILE, np.float64)
+    a, b = scratch[0], scratch[1]
+    for start in range(0, count, TILE):
+        n = min(TILE, count - start)
+        decode(rows[0], codes[0], start, n, a)
+        decode(rows[1], codes[1], start, n, b)
+        tile = start // TILE
+        for i in range(n):
+            products[i] = np.float64(a[i]) * np.float64(a[i])
+        sums[tile, 0] = lane_sum(products, n)
+        for i in range(n):
+            products[i] = np.float64(b[i]) * np.float64(b[i])
+        sums[tile, 1] = lane_sum(products, n)
+        for i in range(n):
+            products[i] = np.float64(a[i]) * np.float64(b[i])
+        sums[tile, 2] = lane_sum(products, n)

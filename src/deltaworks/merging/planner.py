@@ -1,0 +1,275 @@
+"""From a recipe and catalog rows to a plan: a pure function, without I/O, clock or randomness."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+
+from deltaworks.catalog.histogram import KEEP_ALL, Cut
+from deltaworks.catalog.models import Model
+from deltaworks.checkpoints.checkpoint import HEAD
+from deltaworks.checkpoints.dtypes import DTYPES, DType, promote
+from deltaworks.checkpoints.header import TensorInfo
+from deltaworks.checkpoints.sidecars import output_config
+from deltaworks.errors import RecipeError, UserError
+from deltaworks.merging.methods.copying import Copy
+from deltaworks.merging.methods.delta import DeltaSum, Sparsify, kept_elements, random_key
+from deltaworks.merging.methods.operation import Operation
+from deltaworks.merging.methods.spherical import Slerp
+from deltaworks.merging.methods.weighted import WeightedSum
+from deltaworks.merging.parameters import resolve
+from deltaworks.merging.plan import InputTensor, Plan, PlannedModel, PlannedTensor
+from deltaworks.merging.recipe import Recipe
+from deltaworks.merging.tensors import TensorRecipe, layer_count, output_tensors
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+_SPARSIFY = {"ties": Sparsify.MAGNITUDE, "dare_linear": Sparsify.RANDOM, "dare_ties": Sparsify.RANDOM}
+_CONSENSUS = {"ties", "dare_ties"}
+
+
+@dataclass(frozen=True, slots=True)
+class Trim:
+    """A cut that a plan needs: of the delta `expert` minus `base` (references) in `tensor`, keeping `keep` elements."""
+
+    expert: str
+    base: str
+    tensor: str
+    keep: int
+
+
+def make_plan(
+    recipe: Recipe,
+    models: Mapping[str, Model],
+    cuts: Mapping[Trim, Cut],
+    *,
+    tokenizer: str | None = None,
+    chat_template: str | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    seed: int = 0,
+) -> Plan:
+    """Plan a merge that reads every expert in full.
+
+    Args:
+        recipe: what to merge, and how.
+        models: the registered model behind every reference in the recipe.
+        cuts: where each trim that `required_trims` names falls.
+        tokenizer: the reference of the model whose tokenizer the output gets; the base, or the first, where None.
+        chat_template: a template to install.
+        shard_bytes: largest amount of data in one output file.
+        seed: what random methods start from.
+
+    Raises:
+        RecipeError, CheckpointError: the recipe does not fit the models.
+    """
+    references = recipe.models()
+    place = {reference: i for i, reference in enumerate(references)}
+    outputs = output_tensors(recipe, models)
+    tensors = tuple(_plan_tensor(recipe, t, models, place, cuts, seed) for t in outputs)
+    bases = {b for part in recipe.slices if (b := part.base_model or recipe.base_model) is not None}
+    planned = tuple(
+        PlannedModel(r, models[r].name, _role(recipe, r, bases), models[r].fingerprint, models[r].checkpoint.nbytes)
+        for r in references
+    )
+    donor = tokenizer or recipe.base_model or references[0]
+    written = _written_dtype(recipe, tensors)
+    config = models[recipe.base_model or references[0]].checkpoint.config
+    donor_tensors = models[recipe.base_model or references[0]].checkpoint.tensors
+    untie = bool(config.get("tie_word_embeddings")) and any(
+        t.name.endswith(HEAD) and t.name not in donor_tensors for t in tensors
+    )
+    return Plan(
+        method=recipe.method.name,
+        models=planned,
+        tensors=tensors,
+        config=output_config(config, written, layer_count(outputs) if recipe.is_sliced else None, untie=untie)
+        if config
+        else {},
+        tokenizer=place[donor],
+        chat_template=chat_template,
+        shard_bytes=shard_bytes,
+        seed=seed,
+        recipe=recipe.text,
+        expert_bytes=sum(m.nbytes for m in planned if m.role != "base"),
+        expert_bytes_planned=sum(
+            source.nbytes for t in tensors for i, source in _infos(t, references, models) if planned[i].role != "base"
+        ),
+    )
+
+
+def required_trims(recipe: Recipe, models: Mapping[str, Model]) -> list[Trim]:
+    """Every cut that `make_plan` will look up."""
+    if _SPARSIFY.get(recipe.method.name) is not Sparsify.MAGNITUDE:
+        return []
+    trims = []
+    for tensor in output_tensors(recipe, models):
+        if _all_float(tensor, models):
+            trims += [t for t in _trims(recipe, tensor, models) if t is not None]
+    return list(dict.fromkeys(trims))
+
+
+def _role(recipe: Recipe, reference: str, bases: set[str]) -> str:
+    """Linear and passthrough know no base: there, a base model is read like any other and counts as an expert."""
+    return "base" if recipe.method.needs_base and reference in bases else "expert"
+
+
+def _infos(
+    tensor: PlannedTensor, references: Sequence[str], models: Mapping[str, Model]
+) -> Iterator[tuple[int, TensorInfo]]:
+    for i, name in tensor.inputs:
+        info = models[references[i]].checkpoint.find(name)
+        assert info is not None
+        yield i, info
+
+
+def _all_float(tensor: TensorRecipe, models: Mapping[str, Model]) -> bool:
+    return all(t.dtype.is_float for t in _sources(tensor, models))
+
+
+def _sources(tensor: TensorRecipe, models: Mapping[str, Model]) -> list[TensorInfo]:
+    found = [models[i.model].checkpoint.find(name) for name, i in zip(tensor.sources, tensor.part.inputs, strict=True)]
+    return [t for t in found if t is not None]
+
+
+def _experts(recipe: Recipe, tensor: TensorRecipe) -> tuple[int, list[int]]:
+    """Places of the base and of the experts among the inputs of a tensor."""
+    names = [i.model for i in tensor.part.inputs]
+    base = names.index(tensor.part.base_model or recipe.base_model or "")
+    return base, [i for i in range(len(names)) if i != base]
+
+
+def _resolve(recipe: Recipe, tensor: TensorRecipe, name: str, model: int | None = None) -> float | bool | None:
+    parameter = next(p for p in recipe.method.parameters if p.name == name)
+    who = "" if model is None else tensor.part.inputs[model].model
+    of = tensor.name if model is None else tensor.sources[model]
+    value: float | bool | None = resolve(parameter, tensor.settings(recipe, model), of, tensor.position, who)
+    return value
+
+
+def _number(recipe: Recipe, tensor: TensorRecipe, name: str, model: int | None = None) -> float:
+    value = _resolve(recipe, tensor, name, model)
+    assert value is not None
+    return float(value)
+
+
+def _trims(recipe: Recipe, tensor: TensorRecipe, models: Mapping[str, Model]) -> list[Trim | None]:
+    """The cut of each expert of a tensor; None where nothing or everything is trimmed."""
+    base, experts = _experts(recipe, tensor)
+    size = _sources(tensor, models)[0].count
+    trims: list[Trim | None] = []
+    for k in experts:
+        density = _number(recipe, tensor, "density", k)
+        if 0 < density < 1 and size:
+            if tensor.sources[k] != tensor.sources[base]:
+                raise RecipeError(
+                    f"ties cannot trim {tensor.sources[k]!r} of {tensor.part.inputs[k].model} against"
+                    f" {tensor.sources[base]!r}: give the base model the same layer_range"
+                )
+            names = (tensor.part.inputs[k].model, tensor.part.inputs[base].model)
+            found = {_sources(tensor, models)[i].name for i in (k, base)}
+            # Where both leave a tied head out, its delta is that of the embeddings.
+            name = found.pop() if len(found) == 1 else tensor.sources[k]
+            trims.append(Trim(*names, name, kept_elements(density, size)))
+        else:
+            trims.append(None)
+    return trims
+
+
+def _plan_tensor(
+    recipe: Recipe,
+    tensor: TensorRecipe,
+    models: Mapping[str, Model],
+    place: Mapping[str, int],
+    cuts: Mapping[Trim, Cut],
+    seed: int,
+) -> PlannedTensor:
+    sources = _sources(tensor, models)
+    inputs = [InputTensor(place[i.model], name) for name, i in zip(tensor.sources, tensor.part.inputs, strict=True)]
+    operation: Operation
+    if not all(t.dtype.is_float for t in sources):
+        if len({t.dtype for t in sources}) > 1:
+            raise UserError(f"tensor {tensor.name!r} is an integer tensor in one model and not in another")
+        return PlannedTensor(
+            tensor.name, sources[0].dtype, sources[0].shape, tuple(inputs), Copy(sources[0].dtype.bits)
+        )
+    dtype = recipe.out_dtype or recipe.dtype or reduce(promote, (t.dtype for t in sources))
+    if recipe.method.name == "linear":
+        weights = tuple(_number(recipe, tensor, "weight", k) for k in range(len(inputs)))
+        normalize = bool(_resolve(recipe, tensor, "normalize"))
+        if normalize and sum(weights) == 0:
+            raise RecipeError(f"the weights at tensor {tensor.name!r} sum to zero, so they cannot be normalized")
+        operation = WeightedSum(weights, normalize)
+    elif recipe.method.name == "passthrough":
+        factor = _resolve(recipe, tensor, "scale", 0)
+        if factor is None and dtype == sources[0].dtype:
+            operation = Copy(dtype.bits)
+        else:
+            operation = WeightedSum((1.0 if factor is None else float(factor),), normalize=False)
+    elif recipe.method.name == "slerp":
+        base, (other,) = _experts(recipe, tensor)
+        inputs = [inputs[base], inputs[other]]
+        operation = Slerp(_number(recipe, tensor, "t"))
+    else:
+        base, experts = _experts(recipe, tensor)
+        inputs = [inputs[base], *(inputs[k] for k in experts)]
+        operation = _delta_sum(recipe, tensor, models, experts, cuts, seed)
+    return PlannedTensor(tensor.name, dtype, sources[0].shape, tuple(inputs), operation)
+
+
+def _delta_sum(
+    recipe: Recipe,
+    tensor: TensorRecipe,
+    models: Mapping[str, Model],
+    experts: list[int],
+    cuts: Mapping[Trim, Cut],
+    seed: int,
+) -> DeltaSum:
+    method = recipe.method.name
+    operation = DeltaSum(
+        weights=tuple(_number(recipe, tensor, "weight", k) for k in experts),
+        densities=tuple(_number(recipe, tensor, "density", k) for k in experts),
+        sparsify=_SPARSIFY.get(method, Sparsify.NONE),
+        rescale=bool(_resolve(recipe, tensor, "rescale")),
+        consensus=method in _CONSENSUS,
+        normalize=bool(_resolve(recipe, tensor, "normalize")),
+        scale=_number(recipe, tensor, "lambda"),
+    )
+    if operation.sparsify is Sparsify.MAGNITUDE:
+        trims = _trims(recipe, tensor, models)
+        size = _sources(tensor, models)[0].count
+        found = tuple((KEEP_ALL if size == 0 else None) if t is None else cuts[t] for t in trims)
+        operation = replace(operation, cuts=found)
+    elif operation.sparsify is Sparsify.RANDOM:
+        operation = replace(operation, keys=tuple(random_key(seed, k, tensor.name) for k in range(len(experts))))
+    return operation
+
+
+def _written_dtype(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> str:
+    """The element type `config.json` names: the one asked for, else the one that most of the output has."""
+    if asked := recipe.out_dtype or recipe.dtype:
+        return asked.torch_name
+    sizes: dict[DType, int] = {}
+    for tensor in tensors:
+        count = 1
+        for n in tensor.shape:
+            count *= n
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + count
+    largest = max(sizes, key=lambda d: (d.is_float, sizes[d]), default=DTYPES["BF16"])
+    return largest.torch_name
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "b": 10**9} | {
+    f"{u}i": 1 << (10 * (i + 1)) for i, u in enumerate("kmgt")
+}
+
+
+def parse_bytes(text: str) -> int:
+    """An amount of data as users write it: ``500MB``, ``2GiB``, ``5B`` (mergekit's five billion), ``1000``.
+
+    Raises:
+        UserError: it is no amount.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgtb]i?)?b?\s*", text.lower())
+    unit = (match[2] or "") if match else ""
+    if match is None or unit not in _UNITS:
+        raise UserError(f"{text!r} is not an amount of bytes; write it like 500MB or 2GiB")
+    return int(float(match[1]) * _UNITS[unit])

@@ -1,0 +1,339 @@
+"""Recipes: mergekit's YAML, read strictly.
+
+The dialect is mergekit 0.1.5's. Where mergekit ignores a key it does not know, reading here fails and names the key.
+"""
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deltaworks.checkpoints.dtypes import DType, float_dtype
+from deltaworks.errors import RecipeError, UserError
+from deltaworks.merging.methods import METHODS, Method, Parameter, Scope
+from deltaworks.merging.parameters import Setting, Settings, parse_setting
+
+_TOP = (
+    "models",
+    "slices",
+    "merge_method",
+    "base_model",
+    "dtype",
+    "out_dtype",
+    "parameters",
+    "tokenizer_source",
+    "tokenizer",
+    "chat_template",
+)
+_EVERY_PARAMETER = {p.name for m in METHODS.values() for p in m.parameters}
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One model of a recipe: its reference, the layers taken (all where None), its own parameters."""
+
+    model: str
+    layers: tuple[int, int] | None
+    parameters: Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A run of output layers: the inputs merged into it, the base model, and the slice's parameters."""
+
+    inputs: tuple[Input, ...]
+    base_model: str | None
+    parameters: Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A merge recipe.
+
+    Attributes:
+        method: how to merge.
+        slices: runs of output layers; one run over all layers where the recipe lists `models`.
+        base_model: the model that deltas are taken against.
+        dtype: element type asked for; arithmetic is float32 whatever it says.
+        out_dtype: element type written; `dtype` where None, and the inputs' own where both are None.
+        parameters: settings for all models.
+        tokenizer_source: the model whose tokenizer the result gets; the base model's, or the first's, where None.
+        chat_template: a Jinja template, ``auto``, or None to keep the tokenizer's.
+        text: the recipe as it was written.
+        warnings: what was read but has no effect.
+    """
+
+    method: Method
+    slices: tuple[Slice, ...]
+    base_model: str | None
+    dtype: DType | None
+    out_dtype: DType | None
+    parameters: Settings
+    tokenizer_source: str | None
+    chat_template: str | None
+    text: str
+    warnings: tuple[str, ...]
+
+    @property
+    def is_sliced(self) -> bool:
+        """Whether layers are chosen one by one."""
+        return self.slices[0].inputs[0].layers is not None
+
+    def models(self) -> list[str]:
+        """Every model referred to, the base first, each once."""
+        references = [self.base_model] if self.base_model else []
+        for part in self.slices:
+            references += [part.base_model] if part.base_model else []
+            references += [i.model for i in part.inputs]
+        return list(dict.fromkeys(references))
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read the recipe in the file at `path`.
+
+    Raises:
+        RecipeError: it cannot be read; the message names the key and, where there is one, the right spelling.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"the recipe {path} is not text in UTF-8") from error
+    return parse_recipe(text)
+
+
+def parse_recipe(text: str) -> Recipe:
+    """Read a recipe from its YAML text.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    try:
+        content = yaml.load(text, _Loader)  # noqa: S506  # a safe loader, stricter than safe_load
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the recipe is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise RecipeError("a recipe is a YAML mapping with merge_method and models")
+    return _Reader(content, text).recipe()
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would silently keep the last."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    loader.flatten_mapping(node)
+    seen = set()
+    for key, _ in node.value:
+        if key.value in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+        seen.add(key.value)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+class _Reader:
+    def __init__(self, content: dict[str, Any], text: str) -> None:
+        self._content, self._text = content, text
+        self._warnings: list[str] = []
+        # Keys of other tools are theirs: mergekit skips what starts like this, and so do we.
+        self._check_keys({k: v for k, v in content.items() if not str(k).startswith("x-")}, _TOP, "")
+        name = content.get("merge_method")
+        if name not in METHODS:
+            hint = _suggest(str(name), METHODS)
+            raise RecipeError(
+                f"merge_method: {'missing' if name is None else repr(name) + ' is not known'}{hint or _listed(METHODS)}"
+            )
+        self._method = METHODS[name]
+
+    def recipe(self) -> Recipe:
+        content = self._content
+        if ("models" in content) == ("slices" in content):
+            raise RecipeError("a recipe has either models or slices, exactly one of them")
+        base = None if content.get("base_model") is None else self._reference(content["base_model"], "base_model")
+        parameters = self._settings(content.get("parameters"), "parameters", every=True)
+        if "models" in content:
+            inputs = self._inputs(content["models"], "models", sliced=False)
+            if base is not None and base not in [i.model for i in inputs]:
+                inputs += (Input(base, None, {}),)
+            slices: tuple[Slice, ...] = (Slice(inputs, None, {}),)
+        else:
+            slices = tuple(
+                self._slice(s, f"slices[{i}]") for i, s in enumerate(self._list(content["slices"], "slices"))
+            )
+        for i, part in enumerate(slices):
+            self._check_inputs(part, base, "models" if "models" in content else f"slices[{i}]")
+        dtypes = [self._dtype(key) for key in ("dtype", "out_dtype")]
+        return Recipe(
+            self._method,
+            slices,
+            base,
+            dtypes[0],
+            dtypes[1],
+            parameters,
+            self._tokenizer(),
+            self._text_or_none("chat_template"),
+            self._text,
+            tuple(self._warnings),
+        )
+
+    def _slice(self, raw: Any, where: str) -> Slice:
+        self._check_mapping(raw, where)
+        self._check_keys(raw, ("sources", "base_model", "parameters"), f"{where}.")
+        inputs = self._inputs(raw.get("sources"), f"{where}.sources", sliced=True)
+        lengths = {i.layers[1] - i.layers[0] for i in inputs if i.layers}
+        if len(lengths) > 1:
+            raise RecipeError(
+                f"{where}: its sources have different numbers of layers ({sorted(lengths)}); they must be equal"
+            )
+        base = raw.get("base_model")
+        return Slice(
+            inputs,
+            None if base is None else self._reference(base, f"{where}.base_model"),
+            self._settings(raw.get("parameters"), f"{where}.parameters", every=True),
+        )
+
+    def _inputs(self, raw: Any, where: str, *, sliced: bool) -> tuple[Input, ...]:
+        return tuple(self._input(x, f"{where}[{i}]", sliced=sliced) for i, x in enumerate(self._list(raw, where)))
+
+    def _input(self, raw: Any, where: str, *, sliced: bool) -> Input:
+        self._check_mapping(raw, where)
+        self._check_keys(raw, ("model", "parameters", *(["layer_range"] if sliced else [])), f"{where}.")
+        if "model" not in raw:
+            raise RecipeError(f"{where}: lacks the key 'model'")
+        layers = None
+        if sliced:
+            layers = raw.get("layer_range")
+            if (
+                not isinstance(layers, list)
+                or len(layers) != 2
+                or any(type(n) is not int for n in layers)
+                or not 0 <= layers[0] < layers[1]
+            ):
+                raise RecipeError(f"{where}.layer_range: expected [first, end] with 0 <= first < end, not {layers!r}")
+            layers = (layers[0], layers[1])
+        return Input(
+            self._reference(raw["model"], f"{where}.model"),
+            layers,
+            self._settings(raw.get("parameters"), f"{where}.parameters", every=False),
+        )
+
+    def _check_inputs(self, part: Slice, base: str | None, where: str) -> None:
+        method, names = self._method, [i.model for i in part.inputs]
+        base = part.base_model or base
+        if twice := [n for n in names if names.count(n) > 1]:
+            raise RecipeError(f"{where}: {twice[0]!r} stands twice")
+        if method.needs_base and base is None:
+            raise RecipeError(
+                f"base_model: missing; {method.name} merges deltas, so it must know what they are taken against"
+            )
+        if method.needs_base and base not in names:
+            raise RecipeError(f"{where}: the base model {base!r} must be one of the sources")
+        if len(names) < method.min_inputs or (method.max_inputs and len(names) > method.max_inputs):
+            wanted = method.max_inputs or f"at least {method.min_inputs}"
+            raise RecipeError(
+                f"{where}: {method.name} takes {wanted} model{'' if wanted == 1 else 's'}, the base model included,"
+                f" and there are {len(names)}: {', '.join(names)}"
+            )
+
+    def _settings(self, raw: Any, where: str, *, every: bool) -> dict[str, Setting]:
+        if raw is None:
+            return {}
+        self._check_mapping(raw, where)
+        known = {p.name: p for p in self._method.parameters if every or p.scope is not Scope.SHARED}
+        shared = {p.name for p in self._method.parameters}
+        settings = {}
+        for name, value in raw.items():
+            if value is None:
+                continue
+            if name in known:
+                settings[name] = parse_setting(value, known[name].type, f"{where}.{name}")
+                self._check_range(known[name], settings[name], f"{where}.{name}")
+            elif name in shared:
+                self._warnings.append(f"{where}.{name}: belongs to all models; move it to the top-level parameters")
+            elif name in _EVERY_PARAMETER:
+                self._warnings.append(f"{where}.{name}: not a parameter of {self._method.name}; it has no effect")
+            else:
+                raise RecipeError(f"{where}: unknown parameter {name!r}{_suggest(str(name), known) or _listed(known)}")
+        return settings
+
+    @staticmethod
+    def _check_range(parameter: Parameter, setting: Setting, where: str) -> None:
+        values = [v for _, choice in setting.choices for v in choice]
+        if parameter.name == "density" and any(not 0 <= v <= 1 for v in values):
+            raise RecipeError(f"{where}: a density is a share from 0 to 1")
+
+    def _reference(self, raw: Any, where: str) -> str:
+        if isinstance(raw, dict) and isinstance(raw.get("model"), dict) and "path" in raw["model"]:
+            raw = raw["model"]
+        if isinstance(raw, dict) and raw.keys() <= {"path", "revision"} and isinstance(raw.get("path"), str):
+            raw = raw["path"] + (f"@{raw['revision']}" if raw.get("revision") else "")
+        if not isinstance(raw, str) or not raw.strip():
+            raise RecipeError(f"{where}: expected a path, a hub id or a registered name, not {raw!r}")
+        if "+" in raw and not Path(raw).is_dir():
+            raise RecipeError(
+                f"{where}: {raw!r} applies an adapter to a model; fold the adapter in first, that is not done here"
+            )
+        return raw
+
+    def _dtype(self, key: str) -> DType | None:
+        name = self._text_or_none(key)
+        try:
+            return None if name is None else float_dtype(name)
+        except UserError as error:
+            raise RecipeError(f"{key}: {error}") from error
+
+    def _tokenizer(self) -> str | None:
+        source = self._content.get("tokenizer_source")
+        raw = self._content.get("tokenizer")
+        if raw is not None:
+            if source is not None:
+                raise RecipeError("give either tokenizer_source or tokenizer, not both")
+            self._check_mapping(raw, "tokenizer")
+            self._check_keys(raw, ("source", "tokens", "pad_to_multiple_of"), "tokenizer.")
+            for key in ("tokens", "pad_to_multiple_of"):
+                if raw.get(key):
+                    raise RecipeError(
+                        f"tokenizer.{key}: changing the vocabulary in a merge is not done here; remove it"
+                    )
+            source = raw.get("source", "union")
+        return None if source is None else self._reference(source, "tokenizer_source")
+
+    def _text_or_none(self, key: str) -> str | None:
+        value = self._content.get(key)
+        if value is not None and not isinstance(value, str):
+            raise RecipeError(f"{key}: expected text, not {value!r}")
+        return value
+
+    @staticmethod
+    def _list(raw: Any, where: str) -> list[Any]:
+        if not isinstance(raw, list) or not raw:
+            raise RecipeError(f"{where}: expected a list with at least one entry, not {raw!r}")
+        return raw
+
+    @staticmethod
+    def _check_mapping(raw: Any, where: str) -> None:
+        if not isinstance(raw, dict):
+            raise RecipeError(f"{where}: expected keys and values, not {raw!r}")
+
+    @staticmethod
+    def _check_keys(raw: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+        for key in raw:
+            if key not in known:
+                if key in ("modules", "residual_weight"):
+                    raise RecipeError(f"{where}{key}: not supported; use models or slices")
+                raise RecipeError(f"unknown key {where + str(key)!r}{_suggest(str(key), known) or _listed(known)}")
+
+
+def _suggest(name: str, known: Any) -> str:
+    close = get_close_matches(name, list(known), 1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _listed(known: Any) -> str:
+    return f"; known are {', '.join(known)}"

@@ -1,0 +1,337 @@
+"""Snapshots: merged models that appear whole or not at all, and can be checked against their manifest."""
+
+import ctypes
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from deltaworks.catalog.fingerprint import hash_file
+from deltaworks.catalog.models import Model
+from deltaworks.catalog.store import Catalog
+from deltaworks.checkpoints.checkpoint import INDEX, read_json
+from deltaworks.checkpoints.reader import ByteCounter
+from deltaworks.checkpoints.sidecars import copy_sidecars, write_chat_template, write_json
+from deltaworks.checkpoints.writer import ShardLayout, fsync_folder, storage_error
+from deltaworks.errors import DeltaworksError, OutputError, VerificationError
+from deltaworks.merging.card import model_card
+from deltaworks.merging.execute import Reads, execute, output_shards
+from deltaworks.merging.plan import Plan, save_plan
+from deltaworks.merging.prepare import MergeOptions
+from deltaworks.progress import Progress, Silent
+
+MANIFEST = "deltaworks.json"
+PLAN = "deltaworks_plan.json"
+RECIPE = "mergekit_config.yml"
+MANIFEST_VERSION = 1
+_JOURNAL = ".journal.json"
+
+
+@dataclass(frozen=True, slots=True)
+class MergeResult:
+    """What a merge did.
+
+    Attributes:
+        output: the snapshot's folder.
+        plan_digest: of the plan that made it.
+        budget_bytes: the most that might be read from experts; None for no budget.
+        expert_bytes: what all the experts hold.
+        expert_bytes_planned: what the plan said would be read of them for one pass.
+        expert_bytes_read, base_bytes_read: what was read, all passes together, earlier interrupted runs included.
+        output_bytes_written: size of the weight files.
+        predicted_error: the plan's.
+        measured_error: the real one, where it was measured.
+        wall_s: seconds this run took.
+    """
+
+    output: str
+    plan_digest: str
+    budget_bytes: int | None
+    expert_bytes: int
+    expert_bytes_planned: int
+    expert_bytes_read: int
+    base_bytes_read: int
+    output_bytes_written: int
+    predicted_error: float
+    measured_error: float | None
+    wall_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As the command line prints it."""
+        return asdict(self)
+
+
+def check_output(out: Path, *, force: bool) -> None:
+    """Make sure that a snapshot may appear at `out`.
+
+    Raises:
+        OutputError: something is there, and `force` is not set.
+    """
+    if (out.exists() or out.is_symlink()) and not force and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputError(f"{out} exists; choose another folder, or replace it with --force")
+
+
+def run_plan(
+    catalog: Catalog,
+    plan: Plan,
+    models: Sequence[Model],
+    out: Path,
+    options: MergeOptions | None = None,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Execute `plan` and commit the result as the folder `out`.
+
+    Everything is written to a hidden folder beside `out`, flushed, and renamed at the end. A run that was stopped
+    leaves finished files there; running the same plan again takes them over.
+
+    Args:
+        catalog: remembers the snapshot.
+        plan: what to do.
+        models: the plan's models, in its order, unchanged.
+        out: the folder to appear.
+        options: how to execute; `shard_bytes` and `seed` are the plan's own.
+        force: replace what is at `out`.
+        progress: told of the bytes read.
+
+    Raises:
+        OutputError: `out` exists, or another process is writing it.
+        DeltaworksError: the merge failed; `out` is untouched.
+    """
+    started = time.monotonic()
+    options, progress = options or MergeOptions(), progress or Silent()
+    out = Path(os.path.abspath(out))  # noqa: PTH100  # resolve() would follow a link that is to be replaced
+    check_output(out, force=force)
+    shards = output_shards(plan)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = _Staging(out, plan)
+    except OSError as error:
+        raise storage_error(out, error) from error
+    with staging:
+        todo = [s for s in shards if not staging.has(s, progress)]
+        _check_space(out, sum(s.nbytes for s in todo))
+
+        def finished(shard: ShardLayout) -> None:
+            staging.record(shard, hash_file(staging.folder / shard.name, ByteCounter(), Silent()))
+
+        execute(plan, models, todo, staging.folder, options, staging.reads, finished, progress)
+        try:
+            manifest = _write_companions(staging, plan, models, shards)
+            staging.publish(force=force)
+        except OSError as error:
+            raise storage_error(out, error) from error
+    catalog.save_snapshot(out, plan.digest, manifest)
+    return MergeResult(
+        output=str(out),
+        plan_digest=plan.digest,
+        budget_bytes=plan.budget_bytes,
+        expert_bytes=plan.expert_bytes,
+        expert_bytes_planned=plan.expert_bytes_planned,
+        expert_bytes_read=staging.reads.expert.value,
+        base_bytes_read=staging.reads.base.value,
+        output_bytes_written=sum(s.nbytes for s in shards),
+        predicted_error=plan.predicted_error,
+        measured_error=None,
+        wall_s=round(time.monotonic() - started, 3),
+    )
+
+
+class _Staging:
+    """The hidden folder in which one process builds a snapshot; its journal survives a crash."""
+
+    def __init__(self, out: Path, plan: Plan) -> None:
+        self.out, self.folder = out, out.parent / f".{out.name}.deltaworks"
+        self.folder.mkdir(exist_ok=True)
+        self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._lock)
+            raise OutputError(f"another process is writing {out}; wait for it, or choose another folder") from error
+        self._plan = plan.digest
+        self.reads = Reads(ByteCounter(), ByteCounter())
+        self.done = self._resume()
+
+    def _resume(self) -> dict[str, str]:
+        try:
+            journal = json.loads((self.folder / _JOURNAL).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            journal = {}
+        if journal.get("plan") == self._plan:
+            self.reads.expert.add(journal["expert_bytes_read"])
+            self.reads.base.add(journal["base_bytes_read"])
+            return dict(journal["shards"])
+        self._empty()
+        return {}
+
+    def _empty(self) -> None:
+        for path in self.folder.iterdir():
+            _remove(path)
+
+    def has(self, shard: ShardLayout, progress: Progress) -> bool:
+        """Whether an earlier run finished `shard`, and its file is still what was written."""
+        path = self.folder / shard.name
+        if shard.name not in self.done or not path.is_file() or path.stat().st_size != shard.nbytes:
+            return False
+        progress.start(f"check {shard.name} of an earlier run", shard.nbytes)
+        intact = hash_file(path, ByteCounter(), progress) == self.done[shard.name]
+        progress.finish()
+        return intact
+
+    def record(self, shard: ShardLayout, digest: str) -> None:
+        """Note in the journal that `shard` is complete and flushed."""
+        self.done[shard.name] = digest
+        partial = self.folder / f"{_JOURNAL}.new"
+        with partial.open("w", encoding="utf-8") as f:
+            json.dump(
+                {
+                    "plan": self._plan,
+                    "shards": self.done,
+                    "expert_bytes_read": self.reads.expert.value,
+                    "base_bytes_read": self.reads.base.value,
+                },
+                f,
+            )
+            f.flush()
+            os.fsync(f.fileno())
+        partial.replace(self.folder / _JOURNAL)
+
+    def publish(self, *, force: bool) -> None:
+        """Flush the folder and give it its name."""
+        (self.folder / _JOURNAL).unlink(missing_ok=True)
+        fsync_folder(self.folder)
+        check_output(self.out, force=force)
+        if self.out.is_dir() and not self.out.is_symlink() and not any(self.out.iterdir()):
+            self.out.rmdir()
+        if self.out.exists() or self.out.is_symlink():
+            _exchange(self.folder, self.out)
+            _remove(self.folder)
+        else:
+            self.folder.rename(self.out)
+        fsync_folder(self.out.parent)
+
+    def __enter__(self) -> "_Staging":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._lock)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Swap two names in one step, so that at no instant there is neither."""
+    at_cwd, exchange = -100, 2
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), exchange):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(second))
+
+
+def _check_space(out: Path, needed: int) -> None:
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise DeltaworksError(
+            f"the merged model needs {needed:,} bytes and {out.parent} has {free:,} free; make room first"
+        )
+
+
+def _write_companions(
+    staging: _Staging, plan: Plan, models: Sequence[Model], shards: Sequence[ShardLayout]
+) -> dict[str, Any]:
+    """Everything beside the weights; the manifest is written last and returned."""
+    folder = staging.folder
+    copy_sidecars(models[plan.tokenizer].path, folder)
+    if plan.chat_template is not None:
+        write_chat_template(folder, plan.chat_template)
+    if plan.config:
+        write_json(folder / "config.json", plan.config)
+    if len(shards) > 1:
+        total = sum(t.nbytes for s in shards for t in s.tensors)
+        weight_map = {t.name: s.name for s in shards for t in s.tensors}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    (folder / "README.md").write_text(model_card(plan, staging.out.name), encoding="utf-8")
+    (folder / RECIPE).write_text(plan.recipe, encoding="utf-8")
+    save_plan(plan, folder / PLAN)
+    expected = {s.name for s in shards}
+    others = sorted(p.name for p in folder.iterdir() if p.name not in expected and not p.name.startswith(_JOURNAL))
+    manifest = {
+        "deltaworks_manifest": MANIFEST_VERSION,
+        "plan_digest": plan.digest,
+        "method": plan.method,
+        "seed": plan.seed,
+        "inputs": [m._asdict() for m in plan.models],
+        "shards": [{"file": s.name, "bytes": s.nbytes, "blake3": staging.done[s.name]} for s in shards],
+        "files": {name: blake3((folder / name).read_bytes()).hexdigest() for name in others},
+        "budget_bytes": plan.budget_bytes,
+        "predicted_error": plan.predicted_error,
+        "expert_bytes_read": staging.reads.expert.value,
+        "base_bytes_read": staging.reads.base.value,
+        "versions": {name: version(name) for name in ("deltaworks", "numpy", "numba")},
+    }
+    write_json(folder / MANIFEST, manifest)
+    for name in (*others, MANIFEST):
+        with (folder / name).open("rb") as f:
+            os.fsync(f.fileno())
+    return manifest
+
+
+def read_manifest(out: Path) -> dict[str, Any]:
+    """The manifest of the snapshot at `out`.
+
+    Raises:
+        OutputError: there is none, or it is of another version.
+    """
+    if not (out / MANIFEST).is_file():
+        raise OutputError(f"{out} is no snapshot: it holds no {MANIFEST}")
+    manifest = read_json(out / MANIFEST)
+    if manifest.get("deltaworks_manifest") != MANIFEST_VERSION:
+        raise OutputError(f"{out / MANIFEST} is of another version; use the deltaworks that made it")
+    return manifest
+
+
+def verify(out: Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Hash every file of the snapshot at `out` and compare with its manifest.
+
+    Returns:
+        `files` and `bytes` checked, `plan_digest`, and `unknown`: files the manifest does not name.
+
+    Raises:
+        OutputError: `out` is no snapshot.
+        VerificationError: a file is missing or differs; the message names all of them.
+    """
+    progress = progress or Silent()
+    manifest = read_manifest(out)
+    expected = {s["file"]: s["blake3"] for s in manifest["shards"]} | manifest["files"]
+    present = [name for name in expected if (out / name).is_file()]
+    total = sum((out / name).stat().st_size for name in present)
+    progress.start("verify", total)
+    wrong = [f"{name} is missing" for name in expected if name not in present]
+    wrong += [f"{n} differs" for n in present if hash_file(out / n, ByteCounter(), progress) != expected[n]]
+    progress.finish()
+    if wrong:
+        raise VerificationError(f"{out} does not match its manifest: {', '.join(wrong)}")
+    unknown = sorted(p.name for p in out.iterdir() if p.name not in expected and p.name != MANIFEST)
+    return {
+        "output": str(out),
+        "plan_digest": manifest["plan_digest"],
+        "files": len(expected),
+        "bytes": total,
+        "unknown": unknown,
+        "verified": True,
+    }

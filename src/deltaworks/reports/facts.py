@@ -1,0 +1,80 @@
+"""What commands tell of models, plans and snapshots, as plain data."""
+
+from typing import Any
+
+from deltaworks.catalog.models import Model
+from deltaworks.catalog.store import Catalog
+from deltaworks.merging.plan import Plan
+
+
+def model_facts(model: Model) -> dict[str, Any]:
+    """A registered model: name, kind, sizes, element types, identity."""
+    dtypes: dict[str, int] = {}
+    for tensor in model.checkpoint.tensors.values():
+        dtypes[tensor.dtype.name] = dtypes.get(tensor.dtype.name, 0) + tensor.count
+    return {
+        "name": model.name,
+        "kind": model.kind.value,
+        "base": model.base,
+        "source": model.source,
+        "path": str(model.path),
+        "fingerprint": model.fingerprint,
+        "parameters": model.checkpoint.count,
+        "bytes": model.checkpoint.nbytes,
+        "tensors": len(model.checkpoint.tensors),
+        "files": len(model.checkpoint.shards),
+        "dtypes": dtypes,
+    }
+
+
+def catalog_facts(catalog: Catalog) -> dict[str, Any]:
+    """Everything in the catalog, a line each."""
+    models = catalog.models()
+    prints = {m.name: m.fingerprint for m in models}
+    return {
+        "catalog": str(catalog.path),
+        "models": [
+            model_facts(m)
+            | {"analyzed": m.base in prints and catalog.find_analysis(m.fingerprint, prints[m.base]) is not None}
+            for m in models
+        ],
+        "snapshots": [
+            {"path": str(path), "plan_digest": digest, "committed_at": when}
+            for path, digest, when in catalog.snapshots()
+        ],
+    }
+
+
+def analysis_facts(catalog: Catalog, model: Model) -> dict[str, Any] | None:
+    """The summary of an expert's analysis against its registered base; None where there is none."""
+    base = catalog.find(model.base) if model.base else None
+    found = catalog.find_analysis(model.fingerprint, base.fingerprint) if base else None
+    return found[2] if found else None
+
+
+def plan_facts(plan: Plan) -> dict[str, Any]:
+    """A plan in a screenful: what is read from whom, and how much."""
+    read = [0] * len(plan.models)
+    operations: dict[str, int] = {}
+    elements = 0
+    for tensor in plan.tensors:
+        operations[tensor.operation.kind] = operations.get(tensor.operation.kind, 0) + 1
+        count = 1
+        for n in tensor.shape:
+            count *= n
+        elements += count
+        for i, _ in tensor.inputs:
+            read[i] += 1
+    return {
+        "plan_digest": plan.digest,
+        "method": plan.method,
+        "seed": plan.seed,
+        "budget_bytes": plan.budget_bytes,
+        "expert_bytes": plan.expert_bytes,
+        "expert_bytes_planned": plan.expert_bytes_planned,
+        "predicted_error": plan.predicted_error,
+        "parameters": elements,
+        "tensors": len(plan.tensors),
+        "operations": operations,
+        "models": [m._asdict() | {"tensors_read": n} for m, n in zip(plan.models, read, strict=True)],
+    }

@@ -1,0 +1,41 @@
+"""Merging in one call, and whole-tensor references."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltaworks.catalog.store import Catalog
+from deltaworks.checkpoints.codec import decode_reference, encode_reference
+from deltaworks.checkpoints.reader import ByteCounter
+from deltaworks.checkpoints.source import Source
+from deltaworks.merging.plan import Plan
+from deltaworks.merging.prepare import MergeOptions, plan_inputs, prepare_plan
+from deltaworks.merging.recipe import parse_recipe
+from deltaworks.merging.snapshot import MergeResult, run_plan
+
+
+def merge(catalog: Catalog, text: str, out: Path, options: MergeOptions | None = None, **more: Any) -> MergeResult:
+    """Merge a recipe given by its text."""
+    plan = prepare_plan(catalog, parse_recipe(text), options)
+    return run_plan(catalog, plan, plan_inputs(catalog, plan), out, options, **more)
+
+
+def whole_tensor_bytes(catalog: Catalog, plan: Plan) -> dict[str, NDArray[np.uint8]]:
+    """Every output tensor of a plan, computed on whole tensors in float32 and rounded once."""
+    models = plan_inputs(catalog, plan)
+    sources = [Source(m, ByteCounter()) for m in models]
+    result = {}
+    for tensor in plan.tensors:
+        inputs = []
+        for i, name in tensor.inputs:
+            info = models[i].checkpoint.find(name)
+            assert info is not None
+            raw = np.empty(info.nbytes, np.uint8)
+            sources[i].read(info, 0, info.count, raw)
+            inputs.append(decode_reference(raw, info.dtype))
+        result[tensor.name] = encode_reference(tensor.operation.reference(inputs), tensor.dtype)
+    for source in sources:
+        source.close()
+    return result

@@ -1,0 +1,217 @@
+"""Kernels against their NumPy references: bit by bit, whatever the types, block sizes and parameters."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from deltaworks.catalog.histogram import BINS, Cut, Interval, count_magnitudes, place_cut
+from deltaworks.catalog.statistics import add_up, sparse
+from deltaworks.checkpoints.codec import TILE, decode_reference, encode_reference
+from deltaworks.checkpoints.dtypes import BF16, F16, F32, FLOATS, DType
+from deltaworks.errors import CheckpointError
+from deltaworks.merging.methods import OPERATIONS
+from deltaworks.merging.methods.copying import Copy
+from deltaworks.merging.methods.delta import DeltaSum, Sparsify, kept_elements, random_key, random_reference
+from deltaworks.merging.methods.operation import Block, Operation, exact_sums
+from deltaworks.merging.methods.spherical import Slerp
+from deltaworks.merging.methods.weighted import WeightedSum
+
+CUT_BLOCK = 4096
+
+
+def stream(
+    operation: Operation, raws: Sequence[NDArray[np.uint8]], dtypes: Sequence[DType], out: DType, size: int
+) -> Any:
+    """Run an operation as the executor does, in blocks of `CUT_BLOCK * k` elements, last block first."""
+
+    def run(block_size: int) -> tuple[NDArray[np.uint8], int]:
+        blocks = []
+        for start in reversed(range(0, max(1, len(raws[0]) * 8 // dtypes[0].bits), block_size)):
+            count = min(block_size, len(raws[0]) * 8 // dtypes[0].bits - start)
+            rows = np.zeros((len(raws), block_size * 8), np.uint8)
+            for row, raw, dtype in zip(rows, raws, dtypes, strict=True):
+                part = raw[dtype.nbytes(start) : dtype.nbytes(start + count)]
+                row[: len(part)] = part
+            scratch = np.full((len(raws) + 3, TILE), np.nan, np.float32)
+            codes = np.array([d.code for d in dtypes])
+            blocks.append(Block(rows, codes, start, count, scratch, np.zeros(block_size * 8, np.uint8), out.code))
+        settled = operation
+        if operation.needs_sums:
+            settled = operation.settle(exact_sums([operation.measure(b) for b in blocks]))
+        wrong = sum(settled.merge(b) for b in blocks)
+        return np.concatenate([b.out[: out.nbytes(b.count)] for b in reversed(blocks)]), wrong
+
+    return run(CUT_BLOCK * size)
+
+
+def inputs(seed: int, size: int, dtypes: Sequence[DType], spread: float) -> list[NDArray[np.uint8]]:
+    rng = np.random.default_rng(seed)
+    base = rng.standard_normal(size)
+    raws = []
+    for dtype in dtypes:
+        delta = rng.standard_normal(size) * np.exp(rng.standard_normal(size)) * spread
+        delta[rng.random(size) < 0.2] = 0
+        raws.append(encode_reference((base + delta).astype(np.float32), dtype))
+    return raws
+
+
+def expected(operation: Operation, raws: Sequence[NDArray[np.uint8]], dtypes: Sequence[DType], out: DType) -> Any:
+    values = [decode_reference(r, d) for r, d in zip(raws, dtypes, strict=True)]
+    return encode_reference(operation.reference(values), out)
+
+
+def cut_for(base: NDArray[np.float32], expert: NDArray[np.float32], keep: int) -> Cut:
+    """A cut from histograms where they suffice; where not, from a sort."""
+    delta = expert - base
+    blocks = []
+    for start in range(0, len(delta), CUT_BLOCK):
+        dense = np.zeros(BINS, np.uint32)
+        part = delta[start : start + CUT_BLOCK].copy()
+        count_magnitudes(part, len(part), dense)
+        blocks.append(sparse(dense))
+    cut = place_cut(add_up(blocks), blocks, CUT_BLOCK, len(delta), keep)
+    if isinstance(cut, Interval):
+        bits = np.abs(delta).view(np.uint32)
+        order = np.argsort(-np.abs(delta), kind="stable")
+        threshold, last = int(bits[order[keep - 1]]), int(order[keep - 1])
+        start = last - last % CUT_BLOCK
+        inside = bits[start : last + 1] == threshold
+        return Cut(threshold, start, int(np.count_nonzero(inside)), CUT_BLOCK)
+    return cut
+
+
+dtype_lists = st.lists(st.sampled_from([BF16, BF16, F16, F32]), min_size=2, max_size=5)
+sizes = st.sampled_from([0, 1, 5, 2047, 2048, 2049, 4096, 5000, 9000])
+
+
+@given(
+    st.integers(0, 99), sizes, dtype_lists, st.sampled_from(FLOATS), st.integers(1, 3), st.booleans(), st.data()
+)  # fmt: skip
+def test_weighted_sums(
+    seed: int, size: int, dtypes: list[DType], out: DType, blocks: int, normalize: bool, data: st.DataObject
+) -> None:
+    weights = tuple(data.draw(st.floats(0.1, 2)) for _ in dtypes)
+    operation = WeightedSum(weights, normalize)
+    raws = inputs(seed, size, dtypes, 0.1)
+    got, _ = stream(operation, raws, dtypes, out, blocks)
+    np.testing.assert_array_equal(got, expected(operation, raws, dtypes, out))
+
+
+@given(st.integers(0, 99), sizes, st.floats(0, 1), st.sampled_from([1e-3, 0.1, 3.0]), st.integers(1, 3))
+def test_slerp(seed: int, size: int, t: float, spread: float, blocks: int) -> None:
+    operation = Slerp(t)
+    raws = inputs(seed, size, [BF16, F16], spread)
+    got, _ = stream(operation, raws, [BF16, F16], BF16, blocks)
+    np.testing.assert_array_equal(got, expected(operation, raws, [BF16, F16], BF16))
+
+
+def test_slerp_ends_and_opposites() -> None:
+    a = encode_reference(np.arange(1, 9, dtype=np.float32), F32)
+    b = encode_reference(np.arange(8, 0, -1, dtype=np.float32), F32)
+    for t, end in ((0.0, a), (1.0, b)):
+        np.testing.assert_array_equal(stream(Slerp(t), [a, b], [F32, F32], F32, 1)[0], end)
+    minus = encode_reference(-np.arange(1, 9, dtype=np.float32), F32)
+    got, _ = stream(Slerp(0.25), [a, minus], [F32, F32], F32, 1)
+    np.testing.assert_array_equal(decode_reference(got, F32), np.arange(1, 9, dtype=np.float32) * np.float32(0.5))
+    zero = np.zeros(32, np.uint8)
+    assert not stream(Slerp(0.5), [zero, zero], [F32, F32], F32, 1)[0].any()
+
+
+@given(
+    st.integers(0, 99),
+    sizes,
+    dtype_lists,
+    st.sampled_from(list(Sparsify)),
+    st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    st.sampled_from([1.0, 0.7, -2.0]),
+    st.sampled_from([0.003, 0.3]),
+    st.integers(1, 3),
+    st.data(),
+)
+def test_delta_sums(
+    seed: int,
+    size: int,
+    dtypes: list[DType],
+    sparsify: Sparsify,
+    switches: tuple[bool, bool, bool],
+    scale: float,
+    spread: float,
+    blocks: int,
+    data: st.DataObject,
+) -> None:
+    raws = inputs(seed, size, dtypes, spread)
+    values = [decode_reference(r, d) for r, d in zip(raws, dtypes, strict=True)]
+    experts = len(dtypes) - 1
+    densities = tuple(data.draw(st.sampled_from([0.0, 0.1, 0.37, 0.5, 0.99, 1.0])) for _ in range(experts))
+    operation = DeltaSum(
+        weights=tuple(data.draw(st.sampled_from([1.0, 0.3, -0.5, 1 / 3])) for _ in range(experts)),
+        densities=densities,
+        sparsify=sparsify,
+        rescale=switches[0],
+        consensus=switches[1],
+        normalize=switches[2],
+        scale=scale,
+        cuts=tuple(
+            cut_for(values[0], x, kept_elements(d, size)) if 0 < d < 1 and size else Cut(0, 0, 0, 1)
+            for x, d in zip(values[1:], densities, strict=True)
+        ),
+        keys=tuple(random_key(seed, k, "t") for k in range(experts)),
+    )
+    got, _ = stream(operation, raws, dtypes, BF16, blocks)
+    np.testing.assert_array_equal(got, expected(operation, raws, dtypes, BF16))
+    again = OPERATIONS[operation.kind].from_json(operation.to_json())
+    np.testing.assert_array_equal(stream(again, raws, dtypes, BF16, 1)[0], got)
+
+
+def test_ties_keep_the_lowest_indices() -> None:
+    """All deltas equal: of a quarter kept, the first quarter stays."""
+    base = encode_reference(np.zeros(9000, np.float32), BF16)
+    ones = np.ones(9000, np.float32)
+    keep = kept_elements(0.25, 9000)
+    cut = cut_for(np.zeros(9000, np.float32), ones, keep)
+    operation = DeltaSum((1.0,), (0.25,), Sparsify.MAGNITUDE, False, True, True, 1.0, (cut,))
+    for blocks in (1, 2, 3):
+        got, _ = stream(operation, [base, encode_reference(ones, BF16)], [BF16, BF16], F32, blocks)
+        np.testing.assert_array_equal(decode_reference(got, F32), (np.arange(9000) < keep).astype(np.float32))
+
+
+def test_elected_signs_and_weights_by_hand() -> None:
+    """The example of section 3 of the TIES paper's kind: the larger total wins, the others are left out."""
+    base = encode_reference(np.zeros(8, np.float32), F32)
+    a = encode_reference(np.array([1, 1, -1, 0, 2, 0, 0, 0], np.float32), F32)
+    b = encode_reference(np.array([3, -2, 1, 0, -2, 0, 0, 0], np.float32), F32)
+    operation = DeltaSum((1.0, 1.0), (1.0, 1.0), Sparsify.NONE, False, True, True, 1.0)
+    got, _ = stream(operation, [base, a, b], [F32] * 3, F32, 1)
+    np.testing.assert_array_equal(decode_reference(got, F32)[:5], [2, -2, 1, 0, 2])
+
+
+def test_random_streams_look_random() -> None:
+    stream_a, stream_b = (random_reference(random_key(0, k, "t"), 1 << 16) for k in (0, 1))
+    for values in (stream_a, stream_b):
+        assert abs((values < np.uint64(int(0.3 * 2**64))).mean() - 0.3) < 0.01
+    both = (stream_a < np.uint64(1 << 63)) & (stream_b < np.uint64(1 << 63))
+    assert abs(both.mean() - 0.25) < 0.01
+    assert random_key(0, 0, "t") != random_key(1, 0, "t") != random_key(1, 0, "u")
+
+
+def test_what_is_not_finite_is_counted() -> None:
+    raw = encode_reference(np.array([1, np.nan, np.inf, 3e38, 0, 0, 0, 0], np.float32), F32)
+    _, wrong = stream(WeightedSum((2.0,), False), [raw], [F32], F32, 1)
+    assert wrong == 3
+
+
+def test_copies_must_agree() -> None:
+    a, b = np.arange(16, dtype=np.uint8), np.arange(16, dtype=np.uint8)
+    block = Block(
+        np.stack([a, b]), np.array([-1, -1]), 0, 16, np.empty((5, TILE), np.float32), np.empty(16, np.uint8), -1
+    )
+    Copy(8).merge(block)
+    np.testing.assert_array_equal(block.out, a)
+    block.rows[1, 3] ^= 1
+    with pytest.raises(CheckpointError, match="integers cannot be averaged"):
+        Copy(8).merge(block)

@@ -1,0 +1,231 @@
+"""Side by side with mergekit 0.1.5, on the micro family and on a random family with odd shapes."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from families import BF16, MICRO, Array, read_model, recipe, write_family
+from merges import merge
+from peers import mergekit_python, run_mergekit
+
+from deltaworks.catalog.store import Catalog
+from deltaworks.merging.prepare import MergeOptions
+
+pytestmark = pytest.mark.parity
+
+FLOAT32 = "dtype: float32\nout_dtype: bfloat16"
+BFLOAT16 = "dtype: bfloat16"
+MIXED = {"expert0": "weight: 0.4, density: 0.3", "expert1": "weight: 0.7, density: 0.55", "expert2": "weight: -0.2"}
+CASES: dict[str, dict[str, Any]] = {
+    "linear": {"base": False, "experts": {k: v.partition(",")[0] for k, v in MIXED.items()}},
+    "linear-sum": {"base": False, "experts": dict.fromkeys(MIXED, "weight: 0.5"), "parameters": "normalize: false"},
+    "linear-gradient": {"base": False, "experts": {"expert0": "weight: [0, 0.2, 1]", "expert1": "weight: 0.3"},
+                        "parameters": "weight: [{filter: mlp, value: 0.5}, {value: 0.1}]"},
+    "task_arithmetic": {"experts": MIXED},
+    "task_arithmetic-normalize": {"experts": MIXED, "parameters": "normalize: true, lambda: 0.8"},
+    "ties": {"experts": MIXED},
+    "ties-sum": {"parameters": "weight: 0.4, density: [0.2, 0.9], normalize: false, lambda: 1.3, int8_mask: true"},
+    "ties-rescale": {"parameters": "weight: 1, density: 0.4, rescale: true"},
+    "ties-filter": {"parameters": "weight: 1, density: [{filter: self_attn, value: 0.25}, {filter: norm, value: 1.0}, "
+                    "{value: 0.5}]"},
+    "slerp": {"listed": ("expert0",), "parameters": "t: 0.3"},
+    "slerp-gradient": {"listed": ("expert2",), "parameters": "t: [{filter: mlp, value: [0, 0.5, 1]}, {value: 0.7}]"},
+    "passthrough": {"base": False, "listed": ("expert1",)},
+    "passthrough-scale": {"base": False, "listed": ("expert1",), "parameters": "scale: [{filter: o_proj, value: 0.3}]"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Catalog]:
+    with Catalog(tmp_path_factory.mktemp("catalog")) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module", params=["odd", "micro"])
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    mergekit_python()
+    root = tmp_path_factory.mktemp(request.param)
+    if request.param == "odd":
+        write_family(root)
+        return root
+    if not (MICRO / "base").is_dir():
+        pytest.skip("the micro family is not in this checkout")
+    (root / "base").symlink_to(MICRO / "base")
+    for i, name in enumerate(("c", "perl", "python")):
+        (root / f"expert{i}").symlink_to(MICRO / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def both(family: Path, catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Every case merged by both tools; gives (inputs, ours, theirs) of a case."""
+    out = tmp_path_factory.mktemp("out")
+    work = []
+    for case, given in CASES.items():
+        for label, dtypes in (("float32", FLOAT32), ("bfloat16", BFLOAT16)):
+            text = recipe(case.partition("-")[0], family, dtypes=dtypes, **given)
+            merge(catalog, text, out / "ours" / label / case)
+            work.append((text, out / "theirs" / label / case, 0))
+    run_mergekit(work)
+
+    def load(label: str, case: str) -> tuple[dict[str, dict[str, Array]], dict[str, Array], dict[str, Array]]:
+        listed = CASES[case].get("listed", ("expert0", "expert1", "expert2"))
+        inputs = {name: read_model(family / name) for name in ("base", *listed)}
+        return inputs, read_model(out / "ours" / label / case), read_model(out / "theirs" / label / case)
+
+    return load
+
+
+def ulps(a: Array, b: Array) -> Array:
+    """Distance of bfloat16 numbers in units in the last place."""
+
+    def ordered(x: Array) -> Array:
+        bits = x.view(np.int16).astype(np.int32)
+        return np.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    return np.abs(ordered(a) - ordered(b))
+
+
+def at_threshold(case: str, name: str, inputs: dict[str, dict[str, Array]]) -> Array:
+    """Elements where a delta has exactly the magnitude at which it is trimmed; a sort may keep any of them."""
+    base = inputs["base"][name].astype(np.float32)
+    tied = np.zeros(base.shape, bool)
+    if not case.startswith("ties"):
+        return tied
+    for expert in ("expert0", "expert1", "expert2"):
+        delta = np.abs(inputs[expert][name].astype(np.float32) - base)
+        density = of_expert(case, name, expert, "density", 1.0)
+        if density < 1:
+            tied |= delta == np.sort(delta, axis=None)[::-1][max(1, int(density * delta.size)) - 1]
+    return tied
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_float32_agrees(both: Callable[..., Any], case: str) -> None:
+    inputs, ours, theirs = both("float32", case)
+    assert ours.keys() == theirs.keys()
+    different = total = 0
+    for name, mine in ours.items():
+        other = theirs[name]
+        assert mine.dtype == other.dtype == BF16
+        largest = np.max([np.abs(m[name].astype(np.float32)) for m in inputs.values()], axis=0)
+        excused = at_threshold(case, name, inputs)
+        near = np.abs(mine.astype(np.float32) - other.astype(np.float32)) <= 1e-6 * largest
+        assert ((ulps(mine, other) <= 1) | near | excused).all(), name
+        different += int(((ulps(mine, other) > 0) & ~excused).sum())
+        total += mine.size
+    assert different <= 0.001 * total
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_is_at_least_as_close_to_float64(both: Callable[..., Any], case: str) -> None:
+    inputs, ours, theirs = both("bfloat16", case)
+    mine = other = 0.0
+    for name in ours:
+        exact = in_float64(case, name, {k: v[name].astype(np.float64) for k, v in inputs.items()})
+        mine += float(np.square(ours[name].astype(np.float64) - exact).sum())
+        other += float(np.square(theirs[name].astype(np.float64) - exact).sum())
+    assert mine <= other
+
+
+def setting(text: str, key: str, name: str, default: float) -> float:
+    """A parameter as the cases above write it, read independently of the code under test."""
+    import yaml
+
+    value = yaml.safe_load("{" + text + "}").get(key, default)
+    if isinstance(value, list) and isinstance(value[0], dict):
+        value = next((c["value"] for c in value if c.get("filter", "") in name), default)
+    if isinstance(value, list):
+        layer = int(name.split(".")[2]) / 2 if ".layers." in name else 0.0
+        value = np.interp(layer * (len(value) - 1), range(len(value)), value)
+    return float(value) if not isinstance(value, bool) else value
+
+
+def of_expert(case: str, name: str, expert: str, key: str, default: float) -> float:
+    """A parameter of one expert in a case."""
+    own = CASES[case].get("experts", {}).get(expert, "")
+    return setting(own if f"{key}:" in own else CASES[case].get("parameters", ""), key, name, default)
+
+
+def in_float64(case: str, name: str, tensors: dict[str, Array]) -> Array:
+    """The method on whole tensors in float64; ties at a trim threshold by lowest flat index."""
+    given, method = CASES[case], case.partition("-")[0]
+    shared = given.get("parameters", "")
+    listed = given.get("listed", ("expert0", "expert1", "expert2"))
+
+    def of(expert: str, key: str, default: float) -> float:
+        return of_expert(case, name, expert, key, default)
+
+    if method == "passthrough":
+        return tensors[listed[0]] * of(listed[0], "scale", 1.0)
+    if method == "slerp":
+        a, b = tensors["base"], tensors[listed[0]]
+        cosine = (a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum())
+        t = setting(shared, "t", name, 0.5)
+        if abs(cosine) > 0.9995:
+            return (1 - t) * a + t * b
+        angle = np.arccos(cosine)
+        return (np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle)
+    weights = [of(e, "weight", 1.0) for e in listed]
+    if method == "linear":
+        total = sum(w * tensors[e] for w, e in zip(weights, listed, strict=True))
+        return total / sum(weights) if setting(shared, "normalize", name, True) else total
+    base = tensors["base"]
+    deltas = []
+    for expert, w in zip(listed, weights, strict=True):
+        d = tensors[expert] - base
+        density = of(expert, "density", 1.0)
+        if method == "ties" and density < 1:
+            keep = np.zeros(d.size, bool)
+            keep[np.argsort(-np.abs(d).ravel(), kind="stable")[: max(1, int(density * d.size))]] = True
+            kept = np.where(keep.reshape(d.shape), d, 0.0)
+            d = kept * (np.abs(d).sum() / np.abs(kept).sum()) if setting(shared, "rescale", name, False) else kept
+        deltas.append(w * d)
+    total, divisor = sum(deltas), np.full(base.shape, sum(weights))
+    if method == "ties":
+        elected = np.where(total >= 0, 1, -1)
+        agree = [np.sign(d) == elected for d in deltas]
+        total = sum(np.where(a, d, 0) for a, d in zip(agree, deltas, strict=True))
+        divisor = sum(np.where(a, w, 0) for a, w in zip(agree, weights, strict=True))
+        divisor = np.where(divisor == 0, 1, divisor)
+    if setting(shared, "normalize", name, method == "ties"):
+        total = total / divisor
+    return base + setting(shared, "lambda", name, 1.0) * total
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+@pytest.mark.parametrize("rescale", ["true", "false"])
+def test_dare_has_the_same_mask_statistics(
+    family: Path, catalog: Catalog, tmp_path: Path, method: str, rescale: str
+) -> None:
+    """One expert with weight 1: what is left of its delta shows the mask and the factor."""
+    text = recipe(
+        method, family, listed=("expert1",), parameters=f"weight: 1, density: 0.35, rescale: {rescale}",
+        dtypes="dtype: float32",
+    )  # fmt: skip
+    seeds = range(8)
+    for seed in seeds:
+        merge(catalog, text, tmp_path / f"ours{seed}", MergeOptions(seed=seed))
+    run_mergekit([(text, tmp_path / f"theirs{seed}", seed) for seed in seeds])
+    base, expert = read_model(family / "base"), read_model(family / "expert1")
+    for name in ("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"):
+        b = base[name].astype(np.float32)
+        d = expert[name].astype(np.float32) - b
+        moved = np.abs(d) > 1e-6 * np.abs(b)
+        figures: dict[str, list[tuple[float, float]]] = {"ours": [], "theirs": []}
+        for who, seen in figures.items():
+            for seed in seeds:
+                left = read_model(tmp_path / f"{who}{seed}")[name] - b
+                kept = (np.abs(left) > 0.2 * np.abs(d)) & moved
+                seen.append((float(kept.sum() / moved.sum()), float(np.median(left[kept] / d[kept]))))
+        share, factor = (np.array([[s[i] for s in v] for v in figures.values()]) for i in (0, 1))
+        noise = 4 * np.sqrt(0.35 * 0.65 / moved.sum() / len(seeds)) + 1e-3
+        assert abs(share.mean(axis=1) - 0.35).max() < noise
+        spread = 4 * np.sqrt((factor.var(axis=1) / len(seeds)).sum()) + 1e-3
+        assert abs(factor[0].mean() - factor[1].mean()) < spread
+        if rescale == "true":
+            for who in figures:
+                left = read_model(tmp_path / f"{who}0")[name] - b
+                assert np.abs(left).sum() == pytest.approx(np.abs(d).sum(), rel=1e-3)
