@@ -98,7 +98,8 @@ def base_values(seed: int, name: str, kind: str, shape: tuple[int, ...]) -> Arra
     values = rng.standard_normal(shape, np.float32)
     if kind == "norm":
         return 1 + np.float32(0.05) * values
-    return values * np.exp(0.25 * rng.standard_normal((shape[0], 1), np.float32)) * np.float32(0.02)
+    scaled: Array = values * np.exp(0.25 * rng.standard_normal((shape[0], 1), np.float32)) * np.float32(0.02)
+    return scaled
 
 
 def depth_factor(profile: str, x: float) -> float:
@@ -121,10 +122,11 @@ def delta_values(
     later = (1.0, 0.45, 1.8, 0.7)[expert // len(STYLES) % 4]
     size = style.size * later * SIZE_BY_KIND.get(kind, 1.25) * depth_factor(style.depth, layer / max(1, layers - 1))
     size *= float(np.exp(0.35 * rng.standard_normal())) * (0.05 if kind == "norm" else 0.02)
+    z: Array
     if style.rank and len(shape) == 2:
         a = rng.standard_normal((style.rank, shape[1]), np.float32)
         b = rng.standard_normal((shape[0], style.rank), np.float32) / np.float32(np.sqrt(style.rank))
-        return b @ a * np.float32(size)
+        return (b @ a * np.float32(size)).astype(np.float32)
     z = rng.standard_normal(shape, np.float32)
     if style.shared:
         common = generator(seed, "common", name).standard_normal(shape, np.float32)
@@ -137,7 +139,7 @@ def delta_values(
             place = np.arange(shape[0], dtype=np.float32)[:, None] / shape[0]
             rows *= np.exp(-4 * place) * (place < 0.9)
         z *= rows
-    return z * np.float32(size)
+    return (z * np.float32(size)).astype(np.float32)
 
 
 def write_model(folder: Path, preset: str, seed: int, expert: int | None, shard_bytes: int) -> float:

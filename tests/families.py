@@ -78,7 +78,7 @@ def write_model(
     path.mkdir(parents=True, exist_ok=True)
     names = list(tensors)
     groups = [names[i::shards] for i in range(shards)]
-    files = {}
+    files: dict[str, str] = {}
     for i, group in enumerate(groups, 1):
         file = "model.safetensors" if shards == 1 else f"model-{i:05d}-of-{shards:05d}.safetensors"
         save_file({n: np.ascontiguousarray(tensors[n]) for n in group}, path / file, metadata={"format": "pt"})

@@ -10,11 +10,11 @@ BLOCK = 64
 
 def delta_of(seed: int, size: int, kind: str) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     rng = np.random.default_rng(seed)
-    values = rng.standard_normal(size).astype(np.float32)
+    values = rng.standard_normal(size, np.float32)
     if kind == "bfloat16":
         values = (values.view(np.uint32) & 0xFFFF0000).view(np.float32)
     if kind == "ties":
-        values = np.round(values * 3).astype(np.float32) / 8
+        values = np.round(values * 3) / np.float32(8)
     return values
 
 

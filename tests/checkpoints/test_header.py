@@ -62,6 +62,8 @@ def test_agrees_with_the_library(tmp_path: Path) -> None:
         (lambda p: raw_file(p, {"a": entry(shape=[-2])}, bytes(8)), "impossible shape"),
         (lambda p: raw_file(p, {"a": entry(shape=[True, 2])}, bytes(8)), "impossible shape"),
         (lambda p: raw_file(p, {"a": entry(shape=[2.0])}, bytes(8)), "impossible shape"),
+        (lambda p: raw_file(p, {"a": entry(shape=[1 << 60] * 100_000)}, bytes(8)), "impossible shape"),
+        (lambda p: raw_file(p, b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b"]}}"), "not valid JSON"),
         (lambda p: raw_file(p, {"a": entry(offsets=[0, 8, 9])}, bytes(8)), "impossible data_offsets"),
         (lambda p: raw_file(p, {"a": entry(offsets=[8, 0])}, bytes(8)), "needs 8"),
         (lambda p: raw_file(p, {"a": entry(shape=[1 << 40, 1 << 40])}, bytes(8)), "bytes of data where its shape"),

@@ -1,5 +1,6 @@
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -57,19 +58,20 @@ def test_an_error_stops_everything(stage: int) -> None:
         if task == 20:
             raise RuntimeError("boom")
 
-    stages = [lambda *_: None, lambda *_: None, lambda *_: None]
+    stages: list[Callable[[int, Slot], None]] = [lambda *_: None, lambda *_: None, lambda *_: None]
     stages[stage] = fail
     before = threading.active_count()
     with pytest.raises(RuntimeError, match="boom"):
-        Pipeline([Slot() for _ in range(4)], *stages, readers=2, workers=2).run(range(10_000))  # type: ignore[misc]
+        Pipeline([Slot() for _ in range(4)], stages[0], stages[1], stages[2], 2, 2).run(range(10_000))
     assert len(seen) < 5000
     assert threading.active_count() == before
 
 
 def test_an_error_among_the_tasks_themselves() -> None:
-    def tasks() -> "object":
+    def tasks() -> Iterator[int]:
         yield 1
         raise RuntimeError("boom")
 
+    pipeline: Pipeline[int, Slot] = Pipeline([Slot()], lambda *_: None, lambda *_: None, lambda *_: None, 1, 1)
     with pytest.raises(RuntimeError, match="boom"):
-        Pipeline([Slot()], lambda *_: None, lambda *_: None, lambda *_: None, 1, 1).run(tasks())  # type: ignore[arg-type]
+        pipeline.run(tasks())

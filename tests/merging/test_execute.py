@@ -174,6 +174,14 @@ def test_one_untied_expert_unties_the_merge(catalog: Catalog, tmp_path: Path) ->
     assert plan.config["tie_word_embeddings"] is False
 
 
+def test_quantized_weights_are_refused(catalog: Catalog, tmp_path: Path) -> None:
+    tensors: dict[str, Array] = {"w.weight": np.ones((4, 4), np.int8), "w.weight_scale": np.ones(4, np.float32)}
+    for name in ("base", "expert0"):
+        write_model(tmp_path / name, tensors)
+    with pytest.raises(RecipeError, match="quantized weights with scales"):
+        merge(catalog, recipe("ties", tmp_path, listed=("expert0",), parameters="weight: 1"), tmp_path / "out")
+
+
 def test_models_that_do_not_fit(catalog: Catalog, tmp_path: Path) -> None:
     base = random_tensors(0, shapes())
     write_model(tmp_path / "base", base)

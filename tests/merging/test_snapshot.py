@@ -17,6 +17,7 @@ from families import random_tensors, read_model, recipe, tuned, write_family, wr
 from merges import merge
 
 from deltaworks.catalog.store import Catalog
+from deltaworks.checkpoints.writer import ShardWriter
 from deltaworks.errors import ChangedError, DeltaworksError, OutputError, PlanError, VerificationError
 from deltaworks.merging import execute
 from deltaworks.merging.plan import load_plan, save_plan
@@ -165,9 +166,9 @@ def test_a_failed_run_resumes_from_finished_shards(
 ) -> None:
     text = recipe("ties", family, parameters=TIES)
     merge(catalog, text, tmp_path / "whole", SMALL_SHARDS)
-    real, written = execute.ShardWriter, []
+    written: list[str] = []
 
-    class Failing(real):  # type: ignore[misc, valid-type]
+    class Failing(ShardWriter):
         def __init__(self, path: Path, layout: Any) -> None:
             if len(written) == 3:
                 raise DeltaworksError("no space left")
@@ -186,7 +187,7 @@ def test_a_failed_run_resumes_from_finished_shards(
     (staging / victim).write_bytes(b"x" * (staging / victim).stat().st_size)
     again: list[str] = []
 
-    class Recording(real):  # type: ignore[misc, valid-type]
+    class Recording(ShardWriter):
         def __init__(self, path: Path, layout: Any) -> None:
             again.append(layout.name)
             super().__init__(path, layout)
@@ -200,12 +201,28 @@ def test_a_failed_run_resumes_from_finished_shards(
     verify(tmp_path / "out")
 
 
+def test_an_expert_that_changes_meanwhile(catalog: Catalog, tmp_path: Path, family: Path, monkeypatch: Any) -> None:
+    text = recipe("linear", family, base=False, parameters="weight: 1")
+    finish = ShardWriter.finish
+
+    def meddle(writer: ShardWriter) -> None:
+        os.utime(family / "expert1" / "model-00001-of-00002.safetensors")
+        finish(writer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardWriter, "finish", meddle)
+        with pytest.raises(ChangedError, match="expert1 changed while it was being read"):
+            merge(catalog, text, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    merge(catalog, text, tmp_path / "out")
+
+
 def test_another_plan_does_not_resume(catalog: Catalog, tmp_path: Path, family: Path, monkeypatch: Any) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise DeltaworksError("stopped")
 
     with monkeypatch.context() as patched:
-        patched.setattr(execute.ShardWriter, "finish", fail)
+        patched.setattr(ShardWriter, "finish", fail)
         with pytest.raises(DeltaworksError, match="stopped"):
             merge(catalog, recipe("ties", family, parameters=TIES), tmp_path / "out", SMALL_SHARDS)
     merge(catalog, recipe("linear", family, base=False, parameters="weight: 1"), tmp_path / "out")
@@ -228,7 +245,7 @@ def test_two_processes_at_once(catalog: Catalog, tmp_path: Path, family: Path) -
 def test_a_disk_too_small_is_met_before_any_work(
     catalog: Catalog, tmp_path: Path, family: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
     with pytest.raises(DeltaworksError, match=r"needs [\d,]+ bytes .* has 10 free"):
         merge(catalog, recipe("ties", family, parameters=TIES), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -85,7 +85,8 @@ def ulps(a: Array, b: Array) -> Array:
         bits = x.view(np.int16).astype(np.int32)
         return np.where(bits < 0, -(bits & 0x7FFF), bits)
 
-    return np.abs(ordered(a) - ordered(b))
+    distance: Array = np.abs(ordered(a) - ordered(b))
+    return distance
 
 
 def at_threshold(case: str, name: str, inputs: dict[str, dict[str, Array]]) -> Array:
@@ -149,7 +150,7 @@ def of_expert(case: str, name: str, expert: str, key: str, default: float) -> fl
     return setting(own if f"{key}:" in own else CASES[case].get("parameters", ""), key, name, default)
 
 
-def in_float64(case: str, name: str, tensors: dict[str, Array]) -> Array:
+def in_float64(case: str, name: str, tensors: dict[str, Array]) -> Any:
     """The method on whole tensors in float64; ties at a trim threshold by lowest flat index."""
     given, method = CASES[case], case.partition("-")[0]
     shared = given.get("parameters", "")
@@ -170,7 +171,7 @@ def in_float64(case: str, name: str, tensors: dict[str, Array]) -> Array:
         return (np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle)
     weights = [of(e, "weight", 1.0) for e in listed]
     if method == "linear":
-        total = sum(w * tensors[e] for w, e in zip(weights, listed, strict=True))
+        total: Any = sum(w * tensors[e] for w, e in zip(weights, listed, strict=True))
         return total / sum(weights) if setting(shared, "normalize", name, True) else total
     base = tensors["base"]
     deltas = []
@@ -188,8 +189,8 @@ def in_float64(case: str, name: str, tensors: dict[str, Array]) -> Array:
         elected = np.where(total >= 0, 1, -1)
         agree = [np.sign(d) == elected for d in deltas]
         total = sum(np.where(a, d, 0) for a, d in zip(agree, deltas, strict=True))
-        divisor = sum(np.where(a, w, 0) for a, w in zip(agree, weights, strict=True))
-        divisor = np.where(divisor == 0, 1, divisor)
+        taking_part: Any = sum(np.where(a, w, 0) for a, w in zip(agree, weights, strict=True))
+        divisor = np.where(taking_part == 0, 1, taking_part)
     if setting(shared, "normalize", name, method == "ties"):
         total = total / divisor
     return base + setting(shared, "lambda", name, 1.0) * total

@@ -149,6 +149,14 @@ def check_unchanged(catalog: Catalog, model: Model, progress: Progress | None = 
     return model
 
 
+def untouched(model: Model) -> bool:
+    """Whether a model's weight files are, by size, times and inode, the ones that were registered."""
+    try:
+        return tuple(ShardFile.of(model.path / s.name) for s in model.checkpoint.shards) == model.checkpoint.shards
+    except CheckpointError:
+        return False
+
+
 def check_same_tensors(name: str, expert: Checkpoint, base: Model) -> None:
     """Make sure that an expert's tensors match its base's in name and shape.
 

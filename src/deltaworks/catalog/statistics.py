@@ -182,7 +182,8 @@ class StatisticsWriter:
         self._partial.unlink(missing_ok=True)
 
     def _flush(self, rows: list["_Row"]) -> None:
-        self._file.write_table(pa.Table.from_batches([_batch(rows)], _SCHEMA), row_group_size=1 << 30)
+        if rows:
+            self._file.write_table(pa.Table.from_batches([_batch(rows)], _SCHEMA), row_group_size=1 << 30)
 
 
 _Row = tuple[str, int, int, NDArray[np.float64], Histogram]
@@ -206,41 +207,45 @@ def _batch(rows: list[_Row]) -> pa.RecordBatch:
 
 
 def read_statistics(path: Path) -> Iterator[TensorStatistics]:
-    """Every tensor of a statistics file, in the order in which they were analyzed.
+    """Every tensor of a statistics file, in the order in which they were analyzed; only a few are in memory at once.
 
     Raises:
         CatalogError: the file is damaged or of another version.
     """
     try:
-        file = pq.ParquetFile(path)
-        about = json.loads((file.schema_arrow.metadata or {})[b"deltaworks"])
-        if about["version"] != FORMAT_VERSION:
-            raise CatalogError(
-                f"{path} has statistics of version {about['version']}; analyze the expert again with --force"
-            )
-        last = file.num_row_groups - 1
-        totals, blocks = file.read_row_group(last), file.read_row_groups(range(last))
+        with pq.ParquetFile(path) as file:
+            yield from _tensors(file, path)
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise CatalogError(
             f"cannot read the statistics in {path}: {error}; analyze the expert again with --force"
         ) from error
-    names = totals.column("tensor").to_pylist()
-    sizes = totals.column("elements").to_numpy()
-    total_histograms = _histograms(totals)
-    histograms = _histograms(blocks)
-    elements = blocks.column("elements").to_numpy()
-    values = np.stack([blocks.column(f).to_numpy() for f in BLOCK_FIELDS], axis=1)
-    row = 0
-    for name, size, total in zip(names, sizes, total_histograms, strict=True):
-        count = max(1, -(-int(size) // about["block_size"]))
-        rows = range(row, row + count)
-        row += count
-        yield TensorStatistics(
-            name,
-            about["block_size"],
-            total,
-            [BlockStatistics(int(elements[r]), values[r], histograms[r]) for r in rows],
+
+
+def _tensors(file: pq.ParquetFile, path: Path) -> Iterator[TensorStatistics]:
+    about = json.loads((file.schema_arrow.metadata or {})[b"deltaworks"])
+    if about["version"] != FORMAT_VERSION:
+        raise CatalogError(
+            f"{path} has statistics of version {about['version']}; analyze the expert again with --force"
         )
+    block_size = int(about["block_size"])
+    last = file.num_row_groups - 1
+    if last < 0:
+        return
+    totals = file.read_row_group(last, ["tensor", "elements", "bins", "counts"])
+    names, sizes = totals.column("tensor").to_pylist(), totals.column("elements").to_pylist()
+    tensors = iter(zip(names, sizes, _histograms(totals), strict=True))
+    for group in range(last):
+        table = file.read_row_group(group)
+        histograms = _histograms(table)
+        elements = table.column("elements").to_numpy()
+        values = np.stack([table.column(f).to_numpy() for f in BLOCK_FIELDS], axis=1)
+        row = 0
+        while row < table.num_rows:
+            name, size, total = next(tensors)
+            rows = range(row, row + max(1, -(-size // block_size)))
+            row = rows.stop
+            blocks = [BlockStatistics(int(elements[r]), values[r], histograms[r]) for r in rows]
+            yield TensorStatistics(name, block_size, total, blocks)
 
 
 def _histograms(table: pa.Table) -> list[Histogram]:

@@ -16,6 +16,7 @@ from deltaworks.checkpoints.reader import RangeReader
 from deltaworks.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +108,8 @@ def _tensor(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     if dtype is None:
         raise bad(f"has the unknown dtype {entry['dtype']!r}")
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
-        raise bad(f"has the impossible shape {shape!r}")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or any(type(n) is not int or n < 0 for n in shape):
+        raise bad(f"has the impossible shape {str(shape)[:100]}")
     if not isinstance(offsets, list) or len(offsets) != 2 or any(type(n) is not int or n < 0 for n in offsets):
         raise bad(f"has impossible data_offsets {offsets!r}")
     bits = math.prod(shape) * dtype.bits

@@ -102,11 +102,23 @@ def _models(catalog: Catalog, recipe: Recipe, relative_to: Path | None, progress
             raise RecipeError(
                 f"{reference!r} is a LoRA adapter; a merge takes full models: fold it into its base first"
             )
+        _check_quantized(recipe, model)
         same = next((r for r, m in models.items() if m.name == model.name), None)
         if same is not None:
             raise RecipeError(f"{reference!r} and {same!r} are the same model ({model.path}); name it once")
         models[reference] = model
     return models
+
+
+def _check_quantized(recipe: Recipe, model: Model) -> None:
+    """Refuse to average 8-bit weights that mean something only together with their scales."""
+    tensors = model.checkpoint.tensors
+    scales = [n for n in tensors if n.endswith(("_scale", "_scale_inv"))]
+    if scales and recipe.method.name != "passthrough" and any(t.dtype.bits == 8 for t in tensors.values()):
+        raise RecipeError(
+            f"{model.name} holds quantized weights with scales (like {scales[0]!r}), which cannot be averaged;"
+            " merge the unquantized model"
+        )
 
 
 def _cuts(

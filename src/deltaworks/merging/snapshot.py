@@ -16,12 +16,13 @@ from blake3 import blake3
 
 from deltaworks.catalog.fingerprint import hash_file
 from deltaworks.catalog.models import Model
+from deltaworks.catalog.register import untouched
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.checkpoint import INDEX, read_json
 from deltaworks.checkpoints.reader import ByteCounter
 from deltaworks.checkpoints.sidecars import copy_sidecars, write_chat_template, write_json
 from deltaworks.checkpoints.writer import ShardLayout, fsync_folder, storage_error
-from deltaworks.errors import DeltaworksError, OutputError, VerificationError
+from deltaworks.errors import ChangedError, DeltaworksError, OutputError, VerificationError
 from deltaworks.merging.card import model_card
 from deltaworks.merging.execute import Reads, execute, output_shards
 from deltaworks.merging.plan import Plan, save_plan
@@ -105,6 +106,7 @@ def run_plan(
 
     Raises:
         OutputError: `out` exists, or another process is writing it.
+        ChangedError: a model's files were touched meanwhile.
         DeltaworksError: the merge failed; `out` is untouched.
     """
     started = time.monotonic()
@@ -125,6 +127,9 @@ def run_plan(
             staging.record(shard, hash_file(staging.folder / shard.name, ByteCounter(), Silent()))
 
         execute(plan, models, todo, staging.folder, options, staging.reads, finished, progress)
+        if changed := next((m for m in models if not untouched(m)), None):
+            staging.forget()
+            raise ChangedError(f"{changed.path} changed while it was being read; nothing was committed: merge again")
         try:
             manifest = _write_companions(staging, plan, models, shards)
             staging.publish(force=force)
@@ -177,6 +182,11 @@ class _Staging:
     def _empty(self) -> None:
         for path in self.folder.iterdir():
             _remove(path)
+
+    def forget(self) -> None:
+        """Drop everything written so far."""
+        self.done = {}
+        self._empty()
 
     def has(self, shard: ShardLayout, progress: Progress) -> bool:
         """Whether an earlier run finished `shard`, and its file is still what was written."""
