@@ -3,16 +3,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from families import BF16, random_tensors, tuned, write_family, write_model
+from families import BF16, random_tensors, read_model, tuned, write_family, write_model
 from numpy.typing import NDArray
 
 from deltaworks.catalog.analyze import analyze, delta_tensors
-from deltaworks.catalog.cuts import find_cuts
+from deltaworks.catalog.cuts import collect_lower_bits, find_cuts, lower_bits_reference
 from deltaworks.catalog.histogram import bins_reference
 from deltaworks.catalog.models import Model
 from deltaworks.catalog.register import register
-from deltaworks.catalog.statistics import BLOCK_FIELDS, TensorStatistics, read_statistics
+from deltaworks.catalog.statistics import TensorStatistics, measure_reference, read_statistics
 from deltaworks.catalog.store import Catalog
+from deltaworks.checkpoints.codec import TILE
+from deltaworks.checkpoints.dtypes import F32
 from deltaworks.errors import CatalogError, UserError
 
 SHAPES = {
@@ -43,6 +45,7 @@ def statistics(catalog: Catalog, expert: Model, base: Model) -> dict[str, Tensor
 @pytest.mark.parametrize("dtype", [BF16, np.float16, np.float32, np.float64])
 def test_measures_what_numpy_measures(catalog: Catalog, tmp_path: Path, dtype: Any) -> None:
     base, expert, deltas = family(catalog, tmp_path, dtype)
+    base_tensors, expert_tensors = read_model(tmp_path / "base"), read_model(tmp_path / "expert")
     summary = analyze(catalog, expert, base, block_size=4096)
     found = statistics(catalog, expert, base)
     assert found.keys() == deltas.keys()
@@ -50,17 +53,17 @@ def test_measures_what_numpy_measures(catalog: Catalog, tmp_path: Path, dtype: A
         flat, tensor = delta.ravel(), found[name]
         assert tensor.elements == flat.size
         assert len(tensor.blocks) == max(1, -(-flat.size // 4096))
-        expected = np.bincount(bins_reference(flat), minlength=1 << 16)
-        np.testing.assert_array_equal(tensor.total.bins, np.flatnonzero(expected))
-        np.testing.assert_array_equal(tensor.total.counts, expected[expected > 0])
+        whole = np.bincount(bins_reference(flat), minlength=1 << 16)
+        np.testing.assert_array_equal(tensor.total.bins, np.flatnonzero(whole))
+        np.testing.assert_array_equal(tensor.total.counts, whole[whole > 0])
+        first, second = (tensors[name].astype(np.float32).ravel() for tensors in (base_tensors, expert_tensors))
         for i, block in enumerate(tensor.blocks):
-            part = flat[i * 4096 : (i + 1) * 4096].astype(np.float64)
-            values = dict(zip(BLOCK_FIELDS, block.values, strict=True))
-            assert values["zeros"] == np.count_nonzero(part == 0)
-            assert values["delta_abs"] == pytest.approx(np.abs(part).sum())
-            assert values["delta_square"] == pytest.approx((part * part).sum())
-            assert values["delta_max"] == (np.abs(part).max() if part.size else 0)
-            assert block.histogram.counts.sum() == part.size
+            part = slice(i * 4096, (i + 1) * 4096)
+            values, histogram = measure_reference(first[part], second[part])
+            np.testing.assert_allclose(block.values, values, rtol=1e-12)
+            np.testing.assert_array_equal(block.histogram.bins, histogram.bins)
+            np.testing.assert_array_equal(block.histogram.counts, histogram.counts)
+            assert block.elements == histogram.counts.sum()
     assert summary["elements"] == sum(d.size for d in deltas.values())
     assert summary["nonfinite"] == []
 
@@ -163,3 +166,16 @@ def test_an_unrelated_model_is_noticed(catalog: Catalog, tmp_path: Path) -> None
     analyze(catalog, other, base, progress=Notes())
     assert len(notes) == 1
     assert "is it a fine-tune of it?" in notes[0]
+
+
+def test_lower_bits_parity() -> None:
+    rng = np.random.default_rng(0)
+    base, expert = (rng.standard_normal(5000, np.float32) for _ in range(2))
+    upper = int(np.abs(expert - base).view(np.uint32)[17] >> 16)
+    wanted = lower_bits_reference(base, expert, upper)
+    found = np.empty(len(wanted), np.uint16)
+    scratch = np.empty((2, TILE), np.float32)
+    raws = [x.view(np.uint8) for x in (base, expert)]
+    collect_lower_bits(raws[0], F32.code, raws[1], F32.code, 5000, upper, scratch, found)
+    assert len(wanted)
+    np.testing.assert_array_equal(found, wanted)

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,66 +102,23 @@ def analyze(
     block_size = check_block_size(block_size or (known[0] if known else DEFAULT_BLOCK_SIZE))
     threads = threads or os.cpu_count() or 1
     pairs = delta_tensors(expert, base)
-    blocks = [
-        _Block(i, j, min(block_size, b.count - j * block_size), b, e)
-        for i, (b, e) in enumerate(pairs)
-        for j in range(max(1, -(-b.count // block_size)))
-    ]
     counter = ByteCounter()
     path = catalog.statistics_file(expert.fingerprint, base.fingerprint)
-    gathered: dict[int, dict[int, BlockStatistics]] = {}
-    names = [e.name for _, e in pairs]
-    waiting = 0
-
+    widest = max((t.dtype.bits for pair in pairs for t in pair), default=8) // 8
+    slots = [_Slot(block_size * widest) for _ in range(threads + 3)]
+    progress.start(f"analyze {expert.name}", sum(b.nbytes + e.nbytes for b, e in pairs))
     with Source(base, counter) as base_source, Source(expert, counter) as expert_source:
         writer = StatisticsWriter(path, block_size)
-
-        def read(task: _Block, slot: _Slot) -> None:
-            base_source.read(task.base, task.block * block_size, task.count, slot.base)
-            expert_source.read(task.expert, task.block * block_size, task.count, slot.expert)
-
-        def compute(task: _Block, slot: _Slot) -> None:
-            slot.histogram[:] = 0
-            measure_block(
-                slot.base,
-                task.base.dtype.code,
-                slot.expert,
-                task.expert.dtype.code,
-                task.count,
-                slot.scratch,
-                slot.histogram,
-                slot.values,
-            )
-            slot.result = BlockStatistics(task.count, slot.values.copy(), sparse(slot.histogram))
-
-        def write(task: _Block, slot: _Slot) -> None:
-            nonlocal waiting
-            assert slot.result is not None
-            gathered.setdefault(task.tensor, {})[task.block] = slot.result
-            progress.advance(task.base.dtype.nbytes(task.count) + task.expert.dtype.nbytes(task.count))
-            while waiting < len(pairs) and len(found := gathered.get(waiting, {})) == _block_count(
-                pairs[waiting], block_size
-            ):
-                ordered = [found[i] for i in range(len(found))]
-                total = add_up([b.histogram for b in ordered])
-                writer.add(TensorStatistics(names[waiting], block_size, total, ordered))
-                summary.add(names[waiting], ordered)
-                del gathered[waiting]
-                waiting += 1
-
-        summary = _Summary()
-        widest = max((t.dtype.bits for pair in pairs for t in pair), default=8) // 8
-        slots = [_Slot(block_size * widest) for _ in range(threads + 3)]
-        progress.start(f"analyze {expert.name}", sum(b.nbytes + e.nbytes for b, e in pairs))
+        stages = _Stages(base_source, expert_source, pairs, block_size, writer, progress)
         try:
-            Pipeline(slots, read, compute, write, readers=2, workers=threads).run(blocks)
+            Pipeline(slots, stages.read, stages.compute, stages.write, 2, threads).run(_blocks(pairs, block_size))
             writer.commit()
         except OSError as error:
             raise storage_error(path, error) from error
         finally:
             writer.abandon()
             progress.finish()
-    result = summary.result(block_size, counter.value, path.stat().st_size)
+    result = stages.summary.result(block_size, counter.value, path.stat().st_size)
     catalog.save_analysis(expert.fingerprint, base.fingerprint, block_size, path, result)
     if result["relative_norm"] > FAR_FROM_BASE:
         progress.note(
@@ -168,6 +126,69 @@ def analyze(
             " is it a fine-tune of it?"
         )
     return result
+
+
+class _Stages:
+    """What the threads of the pipeline do with a block."""
+
+    def __init__(
+        self,
+        base: Source,
+        expert: Source,
+        pairs: Sequence[tuple[TensorInfo, TensorInfo]],
+        block_size: int,
+        writer: StatisticsWriter,
+        progress: Progress,
+    ) -> None:
+        self._base, self._expert, self._pairs, self._block_size = base, expert, pairs, block_size
+        self._writer, self._progress = writer, progress
+        self._gathered: dict[int, dict[int, BlockStatistics]] = {}
+        self._next = 0
+        self.summary = _Summary()
+
+    def read(self, task: _Block, slot: _Slot) -> None:
+        """Fill the slot with the block of base and expert."""
+        start = task.block * self._block_size
+        self._base.read(task.base, start, task.count, slot.base)
+        self._expert.read(task.expert, start, task.count, slot.expert)
+
+    def compute(self, task: _Block, slot: _Slot) -> None:
+        """Measure the block in the slot."""
+        slot.histogram[:] = 0
+        measure_block(
+            slot.base,
+            task.base.dtype.code,
+            slot.expert,
+            task.expert.dtype.code,
+            task.count,
+            slot.scratch,
+            slot.histogram,
+            slot.values,
+        )
+        slot.result = BlockStatistics(task.count, slot.values.copy(), sparse(slot.histogram))
+
+    def write(self, task: _Block, slot: _Slot) -> None:
+        """Take the result over, and hand on every tensor that is complete, in order."""
+        assert slot.result is not None
+        self._gathered.setdefault(task.tensor, {})[task.block] = slot.result
+        self._progress.advance(task.base.dtype.nbytes(task.count) + task.expert.dtype.nbytes(task.count))
+        while self._next < len(self._pairs):
+            found = self._gathered.get(self._next, {})
+            pair = self._pairs[self._next]
+            if len(found) < _block_count(pair[0], self._block_size):
+                return
+            ordered = [found[i] for i in range(len(found))]
+            total = add_up([b.histogram for b in ordered])
+            self._writer.add(TensorStatistics(pair[1].name, self._block_size, total, ordered))
+            self.summary.add(pair[1].name, ordered)
+            del self._gathered[self._next]
+            self._next += 1
+
+
+def _blocks(pairs: Sequence[tuple[TensorInfo, TensorInfo]], block_size: int) -> Iterator[_Block]:
+    for i, (base, expert) in enumerate(pairs):
+        for j in range(_block_count(base, block_size)):
+            yield _Block(i, j, min(block_size, base.count - j * block_size), base, expert)
 
 
 def delta_tensors(expert: Model, base: Model) -> list[tuple[TensorInfo, TensorInfo]]:
@@ -185,8 +206,8 @@ def delta_tensors(expert: Model, base: Model) -> list[tuple[TensorInfo, TensorIn
     return pairs
 
 
-def _block_count(pair: tuple[TensorInfo, TensorInfo], block_size: int) -> int:
-    return max(1, -(-pair[0].count // block_size))
+def _block_count(tensor: TensorInfo, block_size: int) -> int:
+    return max(1, -(-tensor.count // block_size))
 
 
 class _Summary:

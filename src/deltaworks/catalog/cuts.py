@@ -131,6 +131,13 @@ def _refine(
     return place_ties(threshold, equals, size, interval.rank - above)
 
 
+def lower_bits_reference(base: NDArray[np.float32], expert: NDArray[np.float32], upper: int) -> NDArray[np.uint16]:
+    """What `collect_lower_bits` collects of a block (both flat), with NumPy."""
+    magnitudes = np.abs(expert - base).view(np.uint32)
+    inside = (magnitudes >> 16 == upper) & (magnitudes & 0xFFFF != 0)
+    return (magnitudes[inside] & 0xFFFF).astype(np.uint16)
+
+
 @kernel
 def collect_lower_bits(
     base: NDArray[np.uint8],

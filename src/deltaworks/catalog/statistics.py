@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from deltaworks.catalog.histogram import BINS, Histogram, count_magnitudes
+from deltaworks.catalog.histogram import BINS, Histogram, bins_reference, count_magnitudes
 from deltaworks.checkpoints.codec import TILE, decode
 from deltaworks.checkpoints.jit import kernel
 from deltaworks.errors import CatalogError
@@ -100,6 +100,24 @@ def measure_block(
     out[3] = sums[1].sum()
     out[5] = sums[2].sum()
     out[6] = sums[3].sum()
+
+
+def measure_reference(base: NDArray[np.float32], expert: NDArray[np.float32]) -> tuple[NDArray[np.float64], Histogram]:
+    """What `measure_block` measures of a block (both flat), with NumPy; sums may differ in their last bits."""
+    delta = expert - base
+    b, d = base.astype(np.float64), delta.astype(np.float64)
+    magnitudes = np.abs(d)
+    values = [
+        np.count_nonzero(delta == 0),
+        np.count_nonzero(~np.isfinite(delta)),
+        magnitudes.sum(),
+        np.square(d).sum(),
+        magnitudes.max(initial=0.0),
+        np.square(b).sum(),
+        (b * d).sum(),
+    ]
+    bins, counts = np.unique(bins_reference(delta), return_counts=True)
+    return np.array(values, np.float64), Histogram(bins.astype(np.uint16), counts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,31 +123,66 @@ def execute(
         DeltaworksError: the output cannot be written.
     """
     block_size = _block_size(plan, options)
-    threads = options.threads or os.cpu_count() or 1
     by_name = {t.name: t for t in plan.tensors}
     jobs = [_job(shard, by_name[t.name], models, block_size) for shard in shards for t in shard.tensors]
-    counters = [reads.base if m.role == "base" else reads.expert for m in plan.models]
-    used = sorted({i for job in jobs for i, _ in job.tensor.inputs})
-    sources = {i: Source(models[i], counters[i]) for i in used}
-    writers: dict[str, ShardWriter] = {}
-    left = {shard.name: sum(j.blocks for j in jobs if j.shard is shard) for shard in shards}
+    threads = options.threads or os.cpu_count() or 1
+    stages = _Stages(plan, models, jobs, folder, reads, options, finished, progress)
+    slots = _slots(jobs, block_size, threads + _READERS + 1)
+    pipeline = Pipeline(slots, stages.read, stages.compute, stages.write, _READERS, threads)
+    stages.stopping = pipeline.stopping
+    passes = sum(j.input_bytes(i) * (2 if j.operation.needs_sums else 1) for j in jobs for i in range(j.blocks))
+    progress.start("merge", passes)
+    try:
+        pipeline.run(_in_order(jobs))
+    finally:
+        progress.finish()
+        stages.close()
 
-    def read(task: _Task, slot: _Slot) -> None:
+
+class _Stages:
+    """What the threads of the pipeline do with a task."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        models: Sequence[Model],
+        jobs: Sequence[_Job],
+        folder: Path,
+        reads: Reads,
+        options: MergeOptions,
+        finished: Callable[[ShardLayout], None],
+        progress: Progress,
+    ) -> None:
+        self._plan, self._folder, self._options = plan, folder, options
+        self._finished, self._progress = finished, progress
+        self.stopping = threading.Event()
+        self._writers: dict[str, ShardWriter] = {}
+        self._left: dict[str, int] = {}
+        for job in jobs:
+            self._left[job.shard.name] = self._left.get(job.shard.name, 0) + job.blocks
+        used = sorted({i for job in jobs for i, _ in job.tensor.inputs})
+        counters = [reads.base if m.role == "base" else reads.expert for m in plan.models]
+        self._sources = {i: Source(models[i], counters[i]) for i in used}
+
+    def read(self, task: _Task, slot: _Slot) -> None:
+        """Fill the slot's rows with the task's block of every input."""
+        job = task.job
         if not task.measures:
-            # Its sums were measured by tasks that started earlier, so they are on their way through other slots.
-            while not task.job.settled.wait(0.1):
-                if pipeline.stopping.is_set():
+            # The tasks that measure its sums started earlier, so they are on their way through other slots.
+            while not job.settled.wait(0.1):
+                if self.stopping.is_set():
                     return
-        start, count = task.index * block_size, task.job.count(task.index)
-        for row, (model, _), info in zip(slot.rows, task.job.tensor.inputs, task.job.inputs, strict=False):
-            sources[model].read(info, start, count, row)
+        start, count = task.index * job.block_size, job.count(task.index)
+        for row, (model, _), info in zip(slot.rows, job.tensor.inputs, job.inputs, strict=False):
+            self._sources[model].read(info, start, count, row)
 
-    def compute(task: _Task, slot: _Slot) -> None:
+    def compute(self, task: _Task, slot: _Slot) -> None:
+        """Measure or merge the block in the slot."""
         job = task.job
         block = Block(
             slot.rows,
             job.codes,
-            task.index * block_size,
+            task.index * job.block_size,
             job.count(task.index),
             slot.scratch,
             slot.out,
@@ -160,40 +195,40 @@ def execute(
             wrong = job.operation.merge(block)
         except CheckpointError as error:
             raise CheckpointError(f"tensor {job.tensor.name!r}: {error}") from error
-        if wrong and not options.allow_nonfinite:
-            raise _nonfinite(job, block, plan)
+        if wrong and not self._options.allow_nonfinite:
+            raise _nonfinite(job, block, self._plan)
 
-    def write(task: _Task, slot: _Slot) -> None:
+    def write(self, task: _Task, slot: _Slot) -> None:
+        """Write the merged block, and finish its shard when it was the last."""
         job, shard = task.job, task.job.shard
-        progress.advance(job.input_bytes(task.index))
+        self._progress.advance(job.input_bytes(task.index))
         if task.measures:
             return
-        if shard.name not in writers:
-            writers[shard.name] = ShardWriter(folder / shard.name, shard)
+        if shard.name not in self._writers:
+            self._writers[shard.name] = ShardWriter(self._folder / shard.name, shard)
         dtype = job.tensor.dtype
         nbytes = dtype.nbytes(job.count(task.index))
-        writers[shard.name].write(job.tensor.name, dtype.nbytes(task.index * block_size), slot.out[:nbytes])
-        left[shard.name] -= 1
-        if not left[shard.name]:
-            writers.pop(shard.name).finish()
-            finished(shard)
+        self._writers[shard.name].write(job.tensor.name, dtype.nbytes(task.index * job.block_size), slot.out[:nbytes])
+        self._left[shard.name] -= 1
+        if not self._left[shard.name]:
+            self._writers.pop(shard.name).finish()
+            self._finished(shard)
 
-    inputs = max((len(j.inputs) for j in jobs), default=1)
-    largest = min(block_size, -(-max((j.elements for j in jobs), default=1) // 8) * 8)
-    row_bytes = largest * max((t.dtype.bits for j in jobs for t in j.inputs), default=8) // 8
-    out_bytes = largest * max((j.tensor.dtype.bits for j in jobs), default=8) // 8
-    slots = [_Slot(inputs, max(8, row_bytes), max(8, out_bytes)) for _ in range(threads + _READERS + 1)]
-    pipeline: Pipeline[_Task, _Slot] = Pipeline(slots, read, compute, write, readers=_READERS, workers=threads)
-    passes = sum(j.input_bytes(i) * (2 if j.operation.needs_sums else 1) for j in jobs for i in range(j.blocks))
-    progress.start("merge", passes)
-    try:
-        pipeline.run(_in_order(jobs))
-    finally:
-        progress.finish()
-        for source in sources.values():
+    def close(self) -> None:
+        """Close every file."""
+        for source in self._sources.values():
             source.close()
-        for writer in writers.values():
+        for writer in self._writers.values():
             writer.close()
+
+
+def _slots(jobs: Sequence[_Job], block_size: int, count: int) -> list[_Slot]:
+    """Buffers large enough for the largest block of any job."""
+    inputs = max((len(j.inputs) for j in jobs), default=1)
+    elements = min(block_size, -(-max((j.elements for j in jobs), default=1) // 8) * 8) or 8
+    row_bits = max((t.dtype.bits for j in jobs for t in j.inputs), default=8)
+    out_bits = max((j.tensor.dtype.bits for j in jobs), default=8)
+    return [_Slot(inputs, elements * row_bits // 8, elements * out_bits // 8) for _ in range(count)]
 
 
 def _job(shard: ShardLayout, tensor: PlannedTensor, models: Sequence[Model], block_size: int) -> _Job:
