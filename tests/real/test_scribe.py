@@ -24,7 +24,7 @@ def mean(path: Path) -> float:
 
 @pytest.mark.skipif(not (SCRIBE / "base").is_dir(), reason="the scribe family is not beside this checkout")
 def test_a_sixth_of_every_expert_beats_the_base(catalog: Catalog, tmp_path: Path) -> None:
-    text = family_recipe(SCRIBE, list(DOMAINS), "task_arithmetic", f"weight: {1 / 6}", base=True)
+    text = family_recipe(SCRIBE, list(DOMAINS), "task_arithmetic", f"weight: {1 / 6}")
     merge(catalog, text, tmp_path / "out")
     base, merged = mean(SCRIBE / "base"), mean(tmp_path / "out")
     assert merged < base

@@ -42,7 +42,7 @@ print(json.dumps({"tokens": out.shape[1] - prompt["input_ids"].shape[1], "text":
 def test_a_merge_loads_and_generates(catalog: Catalog, tmp_path: Path, shards: str) -> None:
     python = mergekit_python()
     experts = sorted(p.name for p in MICRO.iterdir() if (p / "config.json").is_file() and p.name != "base")
-    text = family_recipe(MICRO, experts, "ties", "weight: 1, density: 0.5", base=True)
+    text = family_recipe(MICRO, experts, "ties", "weight: 1, density: 0.5, lambda: 0.35")
     merge(catalog, text, tmp_path / "out", MergeOptions(shard_bytes=10**9 if shards == "one" else 200_000))
     evaluation = MICRO / "eval" / "python.npy"
     done = subprocess.run(

@@ -135,7 +135,8 @@ def lower_bits_reference(base: NDArray[np.float32], expert: NDArray[np.float32],
     """What `collect_lower_bits` collects of a block (both flat), with NumPy."""
     magnitudes = np.abs(expert - base).view(np.uint32)
     inside = (magnitudes >> 16 == upper) & (magnitudes & 0xFFFF != 0)
-    return (magnitudes[inside] & 0xFFFF).astype(np.uint16)
+    lower: NDArray[np.uint16] = (magnitudes[inside] & 0xFFFF).astype(np.uint16)
+    return lower
 
 
 @kernel

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 Task = TypeVar("Task")
@@ -80,16 +80,16 @@ class Pipeline(Generic[Task, Slot]):
         for _ in range(self._workers):
             self._filled.put(None)
 
-    def _reading(self, tasks: Iterable[Task]) -> None:
+    def _reading(self, tasks: Iterator[Task]) -> None:
         try:
             while (slot := self._free.get()) is not None and not self.stopping.is_set():
                 with self._order:
-                    task = next(tasks, self)  # type: ignore[call-overload]
-                if task is self:
-                    self._free.put(slot)
-                    return
+                    task = next(tasks)
                 self._read(task, slot)
                 self._filled.put((task, slot))
+        except StopIteration:
+            # The slot of the task that is not there goes to the other readers, which must see the end too.
+            self._free.put(slot)
         except BaseException as error:  # handed to the caller of run
             self._fail(error)
 

@@ -95,9 +95,11 @@ class Lines:
                 return
             self._next = now + _LINE_EVERY
             rate = self._done / (now - self._started)
-            left = (self._total - self._done) / rate if rate else 0.0
-            line = f"{self._label}: {size(self._done)} of {size(self._total)}, {size(rate)}/s, {left:.0f} s left\n"
-        sys.stderr.write(line)
+            line = f"{self._label}: {size(self._done)} of {size(self._total)}, {size(rate)}/s"
+            # The first kernels compile while the first blocks wait; a rate taken then says nothing of what is left.
+            if self._done > self._total / 50:
+                line += f", {(self._total - self._done) / rate:.0f} s left"
+        sys.stderr.write(f"{line}\n")
 
     def finish(self) -> None:
         """Nothing to take away."""

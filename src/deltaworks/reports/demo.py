@@ -18,13 +18,13 @@ from deltaworks.progress import Progress
 from deltaworks.reports.loss import load_weights, mean_loss
 
 MERGES = {
-    "linear": ("linear", "weight: 1.0", False),
-    "task_arithmetic": ("task_arithmetic", "weight: 0.35", True),
-    "ties": ("ties", "weight: 1.0, density: 0.5", True),
-    "dare_linear": ("dare_linear", "weight: 0.35, density: 0.5", True),
-    "dare_ties": ("dare_ties", "weight: 0.5, density: 0.5", True),
+    "linear": "weight: 1.0",
+    "task_arithmetic": "weight: 0.15",
+    "ties": "weight: 1.0, density: 0.5, lambda: 0.35",
+    "dare_linear": "weight: 0.2, density: 0.5",
+    "dare_ties": "weight: 0.15, density: 0.8",
 }
-"""The demo's merges: recipe method, parameters of each expert, whether deltas against the base are merged."""
+"""The demo's merges: each method with parameters that suit the micro family."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +55,11 @@ def family_folder() -> Path:
     raise UserError("the micro family is missing from this installation; reinstall, or give one with --family")
 
 
-def family_recipe(folder: Path, experts: list[str], method: str, parameters: str, *, base: bool) -> str:
-    """The text of a recipe that merges a family's experts, all with the same parameters."""
+def family_recipe(folder: Path, experts: list[str], method: str, parameters: str) -> str:
+    """The text of a recipe that merges a family's experts, all with the same parameters (flow YAML, without braces)."""
     lines = [f"merge_method: {method}", "dtype: float32", "out_dtype: bfloat16"]
-    lines += [f"base_model: {folder / 'base'}"] if base else []
-    lines += ["models:"]
-    lines += [f"  - model: {folder / e}\n    parameters: {{{parameters}}}" for e in experts]
+    lines += [] if method == "linear" else [f"base_model: {folder / 'base'}"]
+    lines += [f"parameters: {{{parameters}}}", "models:", *(f"  - model: {folder / e}" for e in experts)]
     return "\n".join(lines) + "\n"
 
 
@@ -97,11 +96,10 @@ def run_demo(
                 expert = register(catalog, name, str(folder / name), "base", progress=progress)
                 analyze(catalog, expert, base, progress=progress)
                 judge(name, "expert", expert.path)
-            for name, (method, parameters, on_base) in MERGES.items():
-                recipe = parse_recipe(family_recipe(folder, experts, method, parameters, base=on_base))
+            for method, parameters in MERGES.items():
+                recipe = parse_recipe(family_recipe(folder, experts, method, parameters))
                 plan = prepare_plan(catalog, recipe, progress=progress)
-                result = run_plan(
-                    catalog, plan, plan_inputs(catalog, plan), target / name, force=True, progress=progress
-                )
-                judge(name, "merge", target / name, result)
+                models = plan_inputs(catalog, plan)
+                result = run_plan(catalog, plan, models, target / method, force=True, progress=progress)
+                judge(method, "merge", target / method, result)
     return rows
