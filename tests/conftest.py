@@ -1,3 +1,4 @@
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -6,7 +7,13 @@ from hypothesis import HealthCheck, settings
 
 from deltaworks.catalog.store import Catalog
 
-settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60)
+settings.register_profile(
+    "tests",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    max_examples=60,
+    derandomize="CI" in os.environ,
+)
 settings.load_profile("tests")
 
 

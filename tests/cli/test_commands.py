@@ -72,7 +72,7 @@ def test_a_day_of_work(shell: Shell, tmp_path: Path) -> None:
     assert shell.json("show", "plan.json")["plan_digest"] == planned["plan_digest"]
     assert shell.json("show", "out")["plan_digest"] == planned["plan_digest"]
     assert "ties (seed 0)" in shell.run("show", "plan.json").stdout
-    assert "from the base" in shell.run("show", "out").stdout
+    assert "read from the base" in shell.run("show", "out").stdout
     listed = shell.json("list")
     assert {m["name"] for m in listed["models"]} == {"b", "e0", "expert1", "expert2"}
     assert {Path(s["path"]).name for s in listed["snapshots"]} == {"out", "out2"}

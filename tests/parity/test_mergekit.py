@@ -1,5 +1,6 @@
 """Side by side with mergekit 0.1.5, on the micro family and on a random family with odd shapes."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,7 @@ def test_float32_agrees(both: Callable[..., Any], case: str) -> None:
         assert ((ulps(mine, other) <= 1) | near | excused).all(), name
         different += int(((ulps(mine, other) > 0) & ~excused).sum())
         total += mine.size
+    print(f"{case}: {different} of {total:,} elements differ")
     assert different <= 0.001 * total
 
 
@@ -194,6 +196,51 @@ def in_float64(case: str, name: str, tensors: dict[str, Array]) -> Any:
     if setting(shared, "normalize", name, method == "ties"):
         total = total / divisor
     return base + setting(shared, "lambda", name, 1.0) * total
+
+
+SLICES = {
+    "stacked": """
+merge_method: passthrough
+slices:
+  - sources: [{model: ROOT/expert0, layer_range: [0, 2]}]
+  - sources: [{model: ROOT/expert1, layer_range: [1, 3], parameters: {scale: [{filter: o_proj, value: 0.5}]}}]
+  - sources: [{model: ROOT/expert0, layer_range: [2, 3]}]
+""",
+    "slerped": """
+merge_method: slerp
+base_model: ROOT/base
+slices:
+  - sources: [{model: ROOT/base, layer_range: [0, 2]}, {model: ROOT/expert0, layer_range: [0, 2]}]
+    parameters: {t: [0.1, 0.9]}
+  - sources: [{model: ROOT/base, layer_range: [2, 3]}, {model: ROOT/expert0, layer_range: [2, 3]}]
+parameters: {t: [{filter: mlp, value: [0, 0.5, 1]}, {value: 0.4}]}
+""",
+    "shifted": """
+merge_method: task_arithmetic
+base_model: ROOT/base
+slices:
+  - sources:
+      - {model: ROOT/base, layer_range: [1, 3]}
+      - {model: ROOT/expert0, layer_range: [1, 3], parameters: {weight: 0.3}}
+      - {model: ROOT/expert1, layer_range: [0, 2], parameters: {weight: [0.1, 0.6]}}
+""",
+}
+
+
+@pytest.mark.parametrize("case", SLICES)
+def test_slices_agree(family: Path, catalog: Catalog, tmp_path: Path, case: str) -> None:
+    text = SLICES[case].replace("ROOT", str(family)) + FLOAT32 + "\n"
+    merge(catalog, text, tmp_path / "ours")
+    run_mergekit([(text, tmp_path / "theirs", 0)])
+    ours, theirs = read_model(tmp_path / "ours"), read_model(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys()
+    distances = np.concatenate([ulps(t, theirs[n]).ravel() for n, t in ours.items()])
+    assert distances.max() <= 1
+    assert np.count_nonzero(distances) <= 0.001 * distances.size
+    config = [
+        json.loads((tmp_path / who / "config.json").read_text())["num_hidden_layers"] for who in ("ours", "theirs")
+    ]
+    assert config[0] == config[1]
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from deltaworks.cli.options import AsJson, BlockSize, CatalogPath, Quiet, Threads, print_json, size
+from deltaworks.cli.options import AsJson, BlockSize, CatalogPath, Quiet, Threads, print_json
+from deltaworks.units import format_bytes
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A mergekit YAML file.")]
 Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to appear; it must not exist.")]
@@ -44,10 +45,10 @@ def merge(
     """
     from deltaworks.catalog.store import Catalog
     from deltaworks.cli.progress import make_progress
-    from deltaworks.merging.planner import parse_bytes
     from deltaworks.merging.prepare import MergeOptions, plan_inputs, prepare_plan
     from deltaworks.merging.recipe import load_recipe
     from deltaworks.merging.snapshot import check_output, run_plan
+    from deltaworks.units import parse_bytes
 
     progress = make_progress(quiet=quiet)
     options = MergeOptions(parse_bytes(shard_size), seed, block_size, threads, allow_nonfinite)
@@ -80,10 +81,10 @@ def plan(
     from deltaworks.catalog.store import Catalog
     from deltaworks.cli.progress import make_progress
     from deltaworks.merging.plan import save_plan
-    from deltaworks.merging.planner import parse_bytes
     from deltaworks.merging.prepare import MergeOptions, prepare_plan
     from deltaworks.merging.recipe import load_recipe
     from deltaworks.reports.facts import plan_facts
+    from deltaworks.units import parse_bytes
 
     options = MergeOptions(parse_bytes(shard_size), seed, block_size, threads)
     loaded = load_recipe(recipe)
@@ -95,8 +96,8 @@ def plan(
         print_json(facts)
     else:
         typer.echo(
-            f"planned {made.method}: {facts['tensors']} tensors, {size(made.expert_bytes_planned)} of"
-            f" {size(made.expert_bytes)} to read from experts; written to {output} (digest {made.digest[:12]})"
+            f"planned {made.method}: {facts['tensors']} tensors, {format_bytes(made.expert_bytes_planned)} of"
+            f" {format_bytes(made.expert_bytes)} to read from experts; written to {output} (digest {made.digest[:12]})"
         )
 
 
@@ -144,13 +145,17 @@ def verify(
         print_json(result)
     else:
         unknown = f"; not in the manifest: {', '.join(result['unknown'])}" if result["unknown"] else ""
-        typer.echo(f"{out} is what its manifest says: {result['files']} files, {size(result['bytes'])}{unknown}")
+        typer.echo(
+            f"{out} is what its manifest says: {result['files']} files, {format_bytes(result['bytes'])}{unknown}"
+        )
 
 
 def _print_result(result: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(result)
     else:
-        read = f"{size(result['expert_bytes_read'])} from experts and {size(result['base_bytes_read'])} from the base"
-        written = size(result["output_bytes_written"])
-        typer.echo(f"merged into {result['output']} in {result['wall_s']:.1f} s: read {read}, wrote {written}")
+        experts, base, written = (
+            format_bytes(result[which]) for which in ("expert_bytes_read", "base_bytes_read", "output_bytes_written")
+        )
+        where = f"merged into {result['output']} in {result['wall_s']:.1f} s"
+        typer.echo(f"{where}: read {experts} from experts and {base} from the base, wrote {written}")

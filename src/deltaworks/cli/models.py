@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from deltaworks.cli.options import AsJson, BlockSize, CatalogPath, Quiet, Threads, print_json, size
+from deltaworks.cli.options import AsJson, BlockSize, CatalogPath, Quiet, Threads, print_json
+from deltaworks.units import format_bytes
 
 
 def attach(app: typer.Typer) -> None:
@@ -46,7 +47,7 @@ def register(
     else:
         typer.echo(
             f"registered {model.name}: {model.kind.value}, {facts['parameters']:,} parameters,"
-            f" {size(facts['bytes'])}, fingerprint {model.fingerprint[:12]}"
+            f" {format_bytes(facts['bytes'])}, fingerprint {model.fingerprint[:12]}"
         )
 
 
@@ -131,7 +132,7 @@ def list_(catalog: CatalogPath = None, as_json: AsJson = False) -> None:
     for m in facts["models"]:
         analyzed = "" if m["kind"] != "expert" else "yes" if m["analyzed"] else "no"
         table.add_row(
-            m["name"], m["kind"], m["base"] or "", f"{m['parameters']:,}", size(m["bytes"]), analyzed, m["path"]
+            m["name"], m["kind"], m["base"] or "", f"{m['parameters']:,}", format_bytes(m["bytes"]), analyzed, m["path"]
         )
     console.print(table)
     for s in facts["snapshots"]:

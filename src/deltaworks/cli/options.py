@@ -36,12 +36,3 @@ BlockSize = Annotated[
 def print_json(content: Any) -> None:
     """One JSON document on standard output."""
     sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def size(nbytes: float) -> str:
-    """An amount of data for people, in decimal units as disks are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(nbytes) < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"

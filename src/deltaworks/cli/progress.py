@@ -16,9 +16,9 @@ from rich.progress import (
 )
 
 from deltaworks.checkpoints.jit import compiled_before
-from deltaworks.cli.options import size
 from deltaworks.progress import Progress as Reports
 from deltaworks.progress import Silent
+from deltaworks.units import format_bytes
 
 _FIRST_LINE_AFTER = 2.0
 _LINE_EVERY = 5.0
@@ -95,7 +95,7 @@ class Lines:
                 return
             self._next = now + _LINE_EVERY
             rate = self._done / (now - self._started)
-            line = f"{self._label}: {size(self._done)} of {size(self._total)}, {size(rate)}/s"
+            line = f"{self._label}: {format_bytes(self._done)} of {format_bytes(self._total)}, {format_bytes(rate)}/s"
             # The first kernels compile while the first blocks wait; a rate taken then says nothing of what is left.
             if self._done > self._total / 50:
                 line += f", {(self._total - self._done) / rate:.0f} s left"

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from deltaworks.cli.options import AsJson, CatalogPath, print_json, size
+from deltaworks.cli.options import AsJson, CatalogPath, print_json
+from deltaworks.units import format_bytes
 
 
 def attach(app: typer.Typer) -> None:
@@ -56,7 +57,7 @@ def _model(facts: dict[str, Any]) -> None:
         ("fingerprint", facts["fingerprint"]),
         ("parameters", f"{facts['parameters']:,} in {facts['tensors']} tensors"),
         ("types", ", ".join(f"{name} {count:,}" for name, count in facts["dtypes"].items())),
-        ("size", f"{size(facts['bytes'])} in {facts['files']} files"),
+        ("size", f"{format_bytes(facts['bytes'])} in {facts['files']} files"),
     ]
     analysis = facts["analysis"]
     if analysis:
@@ -64,30 +65,39 @@ def _model(facts: dict[str, Any]) -> None:
             ("delta norm", f"{analysis['relative_norm']:.2%} of the base's"),
             ("untouched", f"{analysis['zeros'] / max(1, analysis['elements']):.1%} of the elements"),
             ("not finite", ", ".join(analysis["nonfinite"]) or "nothing"),
-            ("statistics", f"{size(analysis['statistics_bytes'])}, blocks of {analysis['block_size']:,} elements"),
+            (
+                "statistics",
+                f"{format_bytes(analysis['statistics_bytes'])}, blocks of {analysis['block_size']:,} elements",
+            ),
         ]
     elif facts["kind"] == "expert":
         rows.append(("analysis", f"none yet; run: deltaworks analyze {facts['name']}"))
     _lines(rows)
 
 
+def _inputs(models: list[dict[str, Any]]) -> None:
+    for m in models:
+        size = format_bytes(m["nbytes"])
+        typer.echo(f"  {m['role']:<7} {m['name']:<24} {size:>10}  {m['fingerprint'][:12]}  {m['reference']}")
+
+
 def _plan(facts: dict[str, Any]) -> None:
-    budget = "none" if facts["budget_bytes"] is None else size(facts["budget_bytes"])
+    budget = "none" if facts["budget_bytes"] is None else format_bytes(facts["budget_bytes"])
     _lines(
         [
             ("plan", facts["plan_digest"]),
             ("method", f"{facts['method']} (seed {facts['seed']})"),
             ("output", f"{facts['parameters']:,} parameters in {facts['tensors']} tensors"),
             ("operations", ", ".join(f"{n} {kind}" for kind, n in facts["operations"].items())),
-            ("experts", f"{size(facts['expert_bytes_planned'])} of {size(facts['expert_bytes'])} to read"),
+            (
+                "experts",
+                f"{format_bytes(facts['expert_bytes_planned'])} of {format_bytes(facts['expert_bytes'])} to read",
+            ),
             ("budget", budget),
             ("error", f"{facts['predicted_error']:.4f} predicted, relative to the full merge"),
         ]
     )
-    for m in facts["models"]:
-        typer.echo(
-            f"  {m['role']:<7} {m['name']:<24} {size(m['nbytes']):>10}  {m['fingerprint'][:12]}  {m['reference']}"
-        )
+    _inputs(facts["models"])
 
 
 def _snapshot(facts: dict[str, Any]) -> None:
@@ -96,15 +106,10 @@ def _snapshot(facts: dict[str, Any]) -> None:
         [
             ("snapshot of plan", facts["plan_digest"]),
             ("method", f"{facts['method']} (seed {facts['seed']})"),
-            ("weights", f"{size(total)} in {len(facts['shards'])} files"),
-            (
-                "read",
-                f"{size(facts['expert_bytes_read'])} from experts, {size(facts['base_bytes_read'])} from the base",
-            ),
+            ("weights", f"{format_bytes(total)} in {len(facts['shards'])} files"),
+            ("read from experts", format_bytes(facts["expert_bytes_read"])),
+            ("read from the base", format_bytes(facts["base_bytes_read"])),
             ("made with", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())),
         ]
     )
-    for m in facts["inputs"]:
-        typer.echo(
-            f"  {m['role']:<7} {m['name']:<24} {size(m['nbytes']):>10}  {m['fingerprint'][:12]}  {m['reference']}"
-        )
+    _inputs(facts["inputs"])

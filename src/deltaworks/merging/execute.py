@@ -26,6 +26,7 @@ from deltaworks.merging.prepare import MergeOptions
 from deltaworks.progress import Progress
 
 _READERS = 2
+_BUFFER_BYTES = 512 << 20
 
 
 @dataclass(slots=True)
@@ -50,7 +51,7 @@ class _Job:
 
     def __init__(self, shard: ShardLayout, tensor: PlannedTensor, inputs: list[TensorInfo], block_size: int) -> None:
         self.shard, self.tensor, self.inputs, self.block_size = shard, tensor, inputs, block_size
-        self.elements = OutputTensor(tensor.name, tensor.dtype, tensor.shape).count
+        self.elements = tensor.count
         self.blocks = max(1, -(-self.elements // block_size))
         self.codes = np.array([t.dtype.code for t in inputs], np.int64)
         self.operation: Operation = tensor.operation
@@ -223,12 +224,14 @@ class _Stages:
 
 
 def _slots(jobs: Sequence[_Job], block_size: int, count: int) -> list[_Slot]:
-    """Buffers large enough for the largest block of any job."""
+    """`count` buffers large enough for the largest block of any job; fewer, but two, where they would be too large."""
     inputs = max((len(j.inputs) for j in jobs), default=1)
     elements = min(block_size, -(-max((j.elements for j in jobs), default=1) // 8) * 8) or 8
     row_bits = max((t.dtype.bits for j in jobs for t in j.inputs), default=8)
     out_bits = max((j.tensor.dtype.bits for j in jobs), default=8)
-    return [_Slot(inputs, elements * row_bits // 8, elements * out_bits // 8) for _ in range(count)]
+    row_bytes, out_bytes = elements * row_bits // 8, elements * out_bits // 8
+    affordable = _BUFFER_BYTES // (inputs * row_bytes + out_bytes)
+    return [_Slot(inputs, row_bytes, out_bytes) for _ in range(max(2, min(count, affordable)))]
 
 
 def _job(shard: ShardLayout, tensor: PlannedTensor, models: Sequence[Model], block_size: int) -> _Job:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,11 @@ class PlannedTensor:
     shape: tuple[int, ...]
     inputs: tuple[InputTensor, ...]
     operation: Operation
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,5 @@
 """From a recipe and catalog rows to a plan: a pure function, without I/O, clock or randomness."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -67,23 +66,27 @@ def make_plan(
     tensors = tuple(_plan_tensor(recipe, t, models, place, cuts, seed) for t in outputs)
     bases = {b for part in recipe.slices if (b := part.base_model or recipe.base_model) is not None}
     planned = tuple(
-        PlannedModel(r, models[r].name, _role(recipe, r, bases), models[r].fingerprint, models[r].checkpoint.nbytes)
+        PlannedModel(
+            r,
+            models[r].name,
+            "base" if r in bases else "expert",
+            models[r].fingerprint,
+            models[r].checkpoint.nbytes,
+        )
         for r in references
     )
     donor = tokenizer or recipe.base_model or references[0]
     written = _written_dtype(recipe, tensors)
-    config = models[recipe.base_model or references[0]].checkpoint.config
-    donor_tensors = models[recipe.base_model or references[0]].checkpoint.tensors
-    untie = bool(config.get("tie_word_embeddings")) and any(
-        t.name.endswith(HEAD) and t.name not in donor_tensors for t in tensors
+    leader = models[recipe.base_model or references[0]].checkpoint
+    untie = bool(leader.config.get("tie_word_embeddings")) and any(
+        t.name.endswith(HEAD) and t.name not in leader.tensors for t in tensors
     )
+    layers = layer_count(outputs) if recipe.is_sliced else None
     return Plan(
         method=recipe.method.name,
         models=planned,
         tensors=tensors,
-        config=output_config(config, written, layer_count(outputs) if recipe.is_sliced else None, untie=untie)
-        if config
-        else {},
+        config=output_config(leader.config, written, layers, untie=untie) if leader.config else {},
         tokenizer=place[donor],
         chat_template=chat_template,
         shard_bytes=shard_bytes,
@@ -105,11 +108,6 @@ def required_trims(recipe: Recipe, models: Mapping[str, Model]) -> list[Trim]:
         if _all_float(tensor, models):
             trims += [t for t in _trims(recipe, tensor, models) if t is not None]
     return list(dict.fromkeys(trims))
-
-
-def _role(recipe: Recipe, reference: str, bases: set[str]) -> str:
-    """Linear and passthrough know no base: there, a base model is read like any other and counts as an expert."""
-    return "base" if recipe.method.needs_base and reference in bases else "expert"
 
 
 def _infos(
@@ -249,27 +247,6 @@ def _written_dtype(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> str:
         return asked.torch_name
     sizes: dict[DType, int] = {}
     for tensor in tensors:
-        count = 1
-        for n in tensor.shape:
-            count *= n
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + count
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.count
     largest = max(sizes, key=lambda d: (d.is_float, sizes[d]), default=DTYPES["BF16"])
     return largest.torch_name
-
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "b": 10**9} | {
-    f"{u}i": 1 << (10 * (i + 1)) for i, u in enumerate("kmgt")
-}
-
-
-def parse_bytes(text: str) -> int:
-    """An amount of data as users write it: ``500MB``, ``2GiB``, ``5B`` (mergekit's five billion), ``1000``.
-
-    Raises:
-        UserError: it is no amount.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgtb]i?)?b?\s*", text.lower())
-    unit = (match[2] or "") if match else ""
-    if match is None or unit not in _UNITS:
-        raise UserError(f"{text!r} is not an amount of bytes; write it like 500MB or 2GiB")
-    return int(float(match[1]) * _UNITS[unit])

@@ -96,7 +96,7 @@ def plan_inputs(catalog: Catalog, plan: Plan, progress: Progress | None = None) 
 def _models(catalog: Catalog, recipe: Recipe, relative_to: Path | None, progress: Progress) -> dict[str, Model]:
     models: dict[str, Model] = {}
     for reference in recipe.models():
-        base = recipe.base_model if recipe.method.needs_base and reference != recipe.base_model else None
+        base = recipe.base_model if reference != recipe.base_model else None
         model = ensure_registered(catalog, reference, base, relative_to=relative_to, progress=progress)
         if model.kind is Kind.ADAPTER:
             raise RecipeError(

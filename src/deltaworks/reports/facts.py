@@ -59,10 +59,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
     elements = 0
     for tensor in plan.tensors:
         operations[tensor.operation.kind] = operations.get(tensor.operation.kind, 0) + 1
-        count = 1
-        for n in tensor.shape:
-            count *= n
-        elements += count
+        elements += tensor.count
         for i, _ in tensor.inputs:
             read[i] += 1
     return {

@@ -1,0 +1,30 @@
+"""Amounts of data as people write and read them."""
+
+import re
+
+from deltaworks.errors import UserError
+
+_UNITS = {"": 1} | {u: 1000 ** (i + 1) for i, u in enumerate("kmgt")}
+_UNITS |= {f"{u}i": 1024 ** (i + 1) for i, u in enumerate("kmgt")}
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes, written like ``500MB``, ``2GiB`` or ``1000``.
+
+    Raises:
+        UserError: it is no amount, or less than one byte.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
+    count = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if count < 1:
+        raise UserError(f"{text!r} is not an amount of bytes; write it like 500MB or 2GiB")
+    return count
+
+
+def format_bytes(nbytes: float) -> str:
+    """An amount of data in decimal units, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"

@@ -1,0 +1,33 @@
+import pytest
+
+from deltaworks.errors import UserError
+from deltaworks.units import format_bytes, parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("1000", 1000),
+        ("5GB", 5 * 10**9),
+        ("2GiB", 2 << 30),
+        ("1.5 kB", 1500),
+        ("200k", 200_000),
+        ("3tib", 3 << 40),
+        ("7B", 7),
+    ],
+)
+def test_amounts(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "big", "-5GB", "0", "5XB", "GB", "1e9", "5 G i B"])
+def test_no_amounts(text: str) -> None:
+    with pytest.raises(UserError, match="write it like 500MB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (2.5e6, "2.5 MB"), (7.25e12, "7.25 TB")]
+)
+def test_for_people(count: float, text: str) -> None:
+    assert format_bytes(count) == text
