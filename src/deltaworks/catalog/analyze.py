@@ -64,7 +64,6 @@ class _Slot:
         self.scratch = np.empty((2, TILE), np.float32)
         self.histogram = np.zeros(BINS, np.uint32)
         self.values = np.empty(len(BLOCK_FIELDS), np.float64)
-        self.result: BlockStatistics | None = None
 
 
 def analyze(
@@ -165,12 +164,12 @@ class _Stages:
             slot.histogram,
             slot.values,
         )
-        slot.result = BlockStatistics(task.count, slot.values.copy(), sparse(slot.histogram))
 
     def write(self, task: _Block, slot: _Slot) -> None:
         """Take the result over, and hand on every tensor that is complete, in order."""
-        assert slot.result is not None
-        self._gathered.setdefault(task.tensor, {})[task.block] = slot.result
+        # Only this thread allocates: what many threads allocate and one frees ends up scattered.
+        result = BlockStatistics(task.count, slot.values.copy(), sparse(slot.histogram))
+        self._gathered.setdefault(task.tensor, {})[task.block] = result
         self._progress.advance(task.base.dtype.nbytes(task.count) + task.expert.dtype.nbytes(task.count))
         while self._next < len(self._pairs):
             found = self._gathered.get(self._next, {})

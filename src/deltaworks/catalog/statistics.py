@@ -30,6 +30,9 @@ delta squared; largest |delta|; sum of the base squared; inner product of base a
 
 _LANES = 16
 
+# Arrow's own allocator keeps what it once had, which adds up over the tensors of a large model.
+pa.set_memory_pool(pa.system_memory_pool())
+
 _SCHEMA = pa.schema(
     [
         ("tensor", pa.dictionary(pa.int32(), pa.string())),
@@ -205,7 +208,7 @@ class StatisticsWriter:
 
 
 _Row = tuple[str, int, int, NDArray[np.float64], Histogram]
-_ROWS = 4096
+_ROWS = 512
 
 
 def _batch(rows: list[_Row]) -> pa.RecordBatch:
