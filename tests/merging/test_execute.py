@@ -182,6 +182,22 @@ def test_quantized_weights_are_refused(catalog: Catalog, tmp_path: Path) -> None
         merge(catalog, recipe("ties", tmp_path, listed=("expert0",), parameters="weight: 1"), tmp_path / "out")
 
 
+def test_an_expert_of_another_base(catalog: Catalog, tmp_path: Path) -> None:
+    from deltaworks.catalog.register import register
+
+    write_family(tmp_path)
+    write_model(tmp_path / "other", random_tensors(5, shapes()))
+    register(catalog, "expert0", str(tmp_path / "expert0"), str(tmp_path / "other"))
+    text = recipe("task_arithmetic", tmp_path, listed=("expert0",), parameters="weight: 1")
+    with pytest.raises(RecipeError, match=r"expert0 is registered as an expert of other, and .* against base"):
+        merge(catalog, text, tmp_path / "out")
+    merge(catalog, text.replace(f"{tmp_path}/base", f"{tmp_path}/other"), tmp_path / "out")
+    # What only a recipe said binds nobody.
+    merge(catalog, recipe("ties", tmp_path, listed=("expert1",), parameters="weight: 1"), tmp_path / "out2")
+    merge(catalog, recipe("ties", tmp_path, listed=("expert1",), parameters="weight: 1").replace("/base", "/other"),
+          tmp_path / "out3")  # fmt: skip
+
+
 def test_models_that_do_not_fit(catalog: Catalog, tmp_path: Path) -> None:
     base = random_tensors(0, shapes())
     write_model(tmp_path / "base", base)

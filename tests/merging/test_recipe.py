@@ -97,6 +97,21 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_recipe(tmp_path / "bad.yml")
 
 
+def test_anchors_and_merge_keys() -> None:
+    text = """
+merge_method: ties
+base_model: base
+models:
+  - model: a
+    parameters: &usual {weight: 0.5, density: 0.4}
+  - model: b
+    parameters: {<<: *usual, weight: 0.9}
+"""
+    b = parse_recipe(text).slices[0].inputs[1].parameters
+    assert b["weight"].at("x", 0) == 0.9
+    assert b["density"].at("x", 0) == 0.4
+
+
 def test_what_has_no_effect_is_said() -> None:
     recipe = parse_recipe(GOOD.replace("int8_mask: true", "t: 0.5").replace("density: 0.4}", "normalize: true}"))
     assert recipe.warnings == (

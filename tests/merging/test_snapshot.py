@@ -111,6 +111,14 @@ def test_an_output_that_exists_is_kept(catalog: Catalog, tmp_path: Path, family:
     assert verify(tmp_path / "empty")["verified"]
 
 
+@pytest.mark.parametrize("place", ["expert1", "expert1/merged", "."])
+def test_an_input_is_never_replaced(catalog: Catalog, tmp_path: Path, family: Path, place: str) -> None:
+    before = {p: p.read_bytes() for p in family.rglob("*.safetensors")}
+    with pytest.raises(OutputError, match="overlap; choose another"):
+        merge(catalog, recipe("ties", family, parameters=TIES), family / place, force=True)
+    assert {p: p.read_bytes() for p in family.rglob("*.safetensors")} == before
+
+
 def test_plan_and_run_give_the_same_bytes(catalog: Catalog, tmp_path: Path, family: Path) -> None:
     text = recipe("dare_ties", family, parameters=TIES)
     merge(catalog, text, tmp_path / "one", MergeOptions(shard_bytes=9000, seed=7))

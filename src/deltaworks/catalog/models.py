@@ -24,6 +24,7 @@ class Model:
         kind: base model, expert (a full fine-tune of a base) or LoRA adapter.
         source: what the user gave: a path or a hub id.
         base: name of its base model; None for a base.
+        base_is_declared: whether the user said so, rather than a recipe that was merged.
         fingerprint: BLAKE3 over the names and contents of its weight files, in hex.
         checkpoint: its tensors and files as they were when it was registered.
     """
@@ -32,6 +33,7 @@ class Model:
     kind: Kind
     source: str
     base: str | None
+    base_is_declared: bool
     fingerprint: str
     checkpoint: Checkpoint
 

@@ -23,6 +23,7 @@ def register(
     source: str,
     base: str | None = None,
     *,
+    base_is_declared: bool = True,
     replace_existing: bool = False,
     relative_to: Path | None = None,
     progress: Progress | None = None,
@@ -37,6 +38,7 @@ def register(
         name: letters, digits, ``_ . @ + -``.
         source: a folder, or a hub id ``org/name[@revision]``.
         base: the base model, by name, path or hub id; registered too where it is not yet.
+        base_is_declared: the user named `base`; merges against another base are refused from then on.
         replace_existing: let `name` mean another folder from now on.
         relative_to: a second folder in which paths are looked up.
         progress: told of the bytes hashed.
@@ -61,7 +63,9 @@ def register(
     digests = hash_files([path / s.name for s in checkpoint.shards], ByteCounter(), progress)
     progress.finish()
     of = base_model.name if base_model else None
-    model = Model(name, kind, source, of, combine(checkpoint.shards, digests), checkpoint)
+    model = Model(
+        name, kind, source, of, base_is_declared and of is not None, combine(checkpoint.shards, digests), checkpoint
+    )
     catalog.save_model(model)
     return model
 
@@ -104,8 +108,9 @@ def ensure_registered(
             raise CheckpointError(f"{error}{hint}") from error
         model = catalog.find_path(path)
     if model is None:
+        name = _free_name(catalog, reference)
         return register(
-            catalog, _free_name(catalog, reference), reference, base, relative_to=relative_to, progress=progress
+            catalog, name, reference, base, base_is_declared=False, relative_to=relative_to, progress=progress
         )
     return check_unchanged(catalog, model, progress)
 

@@ -21,8 +21,8 @@ SCHEMA_VERSION = 1
 _SCHEMA = """
 CREATE TABLE models(
     name TEXT PRIMARY KEY, kind TEXT NOT NULL, source TEXT NOT NULL, path TEXT NOT NULL, base TEXT,
-    fingerprint TEXT NOT NULL, shards TEXT NOT NULL, tensors TEXT NOT NULL, config TEXT NOT NULL,
-    registered_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP
+    base_is_declared INTEGER NOT NULL, fingerprint TEXT NOT NULL, shards TEXT NOT NULL, tensors TEXT NOT NULL,
+    config TEXT NOT NULL, registered_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP
 ) STRICT;
 CREATE TABLE analyses(
     expert TEXT NOT NULL, base TEXT NOT NULL, block_size INTEGER NOT NULL, file TEXT NOT NULL, summary TEXT NOT NULL,
@@ -114,14 +114,14 @@ class Catalog:
         """Add or replace `model`."""
         checkpoint = model.checkpoint
         self._db.execute(
-            "REPLACE INTO models(name, kind, source, path, base, fingerprint, shards, tensors, config)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            f"REPLACE INTO models({_MODEL}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608  # a constant
             (
                 model.name,
                 model.kind,
                 model.source,
                 str(checkpoint.path),
                 model.base,
+                model.base_is_declared,
                 model.fingerprint,
                 json.dumps([asdict(s) for s in checkpoint.shards]),
                 json.dumps(
@@ -209,11 +209,11 @@ class Catalog:
         return [(Path(row[0]), row[1], row[2]) for row in rows]
 
 
-_MODEL = "name, kind, source, path, base, fingerprint, shards, tensors, config"
+_MODEL = "name, kind, source, path, base, base_is_declared, fingerprint, shards, tensors, config"
 
 
-def _model(row: tuple[str, ...]) -> Model:
-    name, kind, source, path, base, fingerprint, shards, tensors, config = row
+def _model(row: tuple[Any, ...]) -> Model:
+    name, kind, source, path, base, declared, fingerprint, shards, tensors, config = row
     checkpoint = Checkpoint(
         Path(path),
         tuple(ShardFile(**s) for s in json.loads(shards)),
@@ -221,4 +221,4 @@ def _model(row: tuple[str, ...]) -> Model:
         json.loads(config),
         kind == Kind.ADAPTER,
     )
-    return Model(name, Kind(kind), source, base, fingerprint, checkpoint)
+    return Model(name, Kind(kind), source, base, bool(declared), fingerprint, checkpoint)

@@ -59,6 +59,7 @@ def prepare_plan(
     for warning in recipe.warnings:
         progress.note(warning)
     models = _models(catalog, recipe, relative_to, progress)
+    _check_bases(catalog, recipe, models)
     cuts = _cuts(catalog, recipe, models, options, progress)
     plan = make_plan(
         recipe,
@@ -108,6 +109,22 @@ def _models(catalog: Catalog, recipe: Recipe, relative_to: Path | None, progress
             raise RecipeError(f"{reference!r} and {same!r} are the same model ({model.path}); name it once")
         models[reference] = model
     return models
+
+
+def _check_bases(catalog: Catalog, recipe: Recipe, models: Mapping[str, Model]) -> None:
+    """Refuse an expert that was registered as a fine-tune of another base than the recipe's."""
+    if not recipe.method.needs_base:
+        return
+    for part in recipe.slices:
+        base = models[part.base_model or recipe.base_model or ""]
+        for item in part.inputs:
+            model = models[item.model]
+            declared = catalog.find(model.base) if model.base and model.base_is_declared else None
+            if model is not base and declared is not None and declared.fingerprint != base.fingerprint:
+                raise RecipeError(
+                    f"{model.name} is registered as an expert of {declared.name}, and the recipe merges deltas against"
+                    f" {base.name}; correct base_model, or register it again with --base {base.name}"
+                )
 
 
 def _check_quantized(recipe: Recipe, model: Model) -> None:

@@ -125,12 +125,14 @@ class _Loader(yaml.SafeLoader):
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
     seen = set()
     for key, _ in node.value:
-        if key.value in seen:
+        name = (key.tag, str(key.value))
+        if name in seen:
             raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
-        seen.add(key.value)
+        seen.add(name)
+    # Only now: a key merged in by << may be set again, which is its use.
+    loader.flatten_mapping(node)
     return loader.construct_mapping(node, deep=True)
 
 

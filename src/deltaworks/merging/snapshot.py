@@ -80,6 +80,14 @@ def check_output(out: Path, *, force: bool) -> None:
         raise OutputError(f"{out} exists; choose another folder, or replace it with --force")
 
 
+def _check_apart(out: Path, models: Sequence[Model]) -> None:
+    """Refuse an output that would replace, or stand inside, a model it is made from."""
+    place = out.resolve()
+    for model in models:
+        if place == model.path or place in model.path.parents or model.path in place.parents:
+            raise OutputError(f"{out} and the input {model.path} overlap; choose another folder")
+
+
 def run_plan(
     catalog: Catalog,
     plan: Plan,
@@ -113,6 +121,7 @@ def run_plan(
     options, progress = options or MergeOptions(), progress or Silent()
     out = Path(os.path.abspath(out))  # noqa: PTH100  # resolve() would follow a link that is to be replaced
     check_output(out, force=force)
+    _check_apart(out, models)
     shards = output_shards(plan)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
