@@ -1,5 +1,6 @@
 """All or nothing: crashes, locks, resumption, verification."""
 
+import ctypes
 import errno
 import json
 import os
@@ -109,6 +110,17 @@ def test_an_output_that_exists_is_kept(catalog: Catalog, tmp_path: Path, family:
     (tmp_path / "empty").mkdir()
     merge(catalog, text, tmp_path / "empty")
     assert verify(tmp_path / "empty")["verified"]
+
+
+def test_replacing_without_an_atomic_exchange(
+    catalog: Catalog, tmp_path: Path, family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("")
+    merge(catalog, recipe("ties", family, parameters=TIES), tmp_path / "out", force=True)
+    assert verify(tmp_path / "out")["unknown"] == []
+    assert not list(tmp_path.glob(".out*"))
 
 
 @pytest.mark.parametrize("place", ["expert1", "expert1/merged", "."])

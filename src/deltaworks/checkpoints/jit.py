@@ -14,11 +14,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def kernel(function: F) -> F:
-    """Compile with Numba: without the GIL, cached on disk, IEEE arithmetic as written.
+    """Compile with Numba: without the GIL, cached on disk where there is a place, IEEE arithmetic as written.
 
     No `fastmath`: a result must not hang on how a loop was vectorised. Division by zero gives infinity as in NumPy.
     """
-    return cast("F", numba.njit(cache=True, nogil=True, error_model="numpy")(function))
+    try:
+        return cast("F", numba.njit(cache=True, nogil=True, error_model="numpy")(function))
+    except RuntimeError:  # neither the package's folder nor the user's cache can be written
+        return cast("F", numba.njit(nogil=True, error_model="numpy")(function))
 
 
 @intrinsic

@@ -122,11 +122,13 @@ class ShardWriter:
 
 def _allocate(fd: int, nbytes: int) -> None:
     try:
-        os.posix_fallocate(fd, 0, nbytes)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, nbytes)
+            return
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
-        os.ftruncate(fd, nbytes)
+    os.ftruncate(fd, nbytes)
 
 
 def fsync_folder(path: Path) -> None:

@@ -28,7 +28,7 @@ def demo(
     ] = None,
     windows: Annotated[
         int, typer.Option(min=1, metavar="N", help="Windows of 256 tokens to judge by, of each domain.")
-    ] = 24,
+    ] = 16,
     catalog: CatalogPath = None,
     quiet: Quiet = False,
     as_json: AsJson = False,

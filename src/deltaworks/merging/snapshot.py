@@ -254,12 +254,16 @@ def _remove(path: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> None:
-    """Swap two names in one step, so that at no instant there is neither."""
+    """Swap two names in one step, so that at no instant there is neither; in three where the system cannot."""
     at_cwd, exchange = -100, 2
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), exchange):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), str(second))
+    swap = getattr(libc, "renameat2", None)  # Linux alone has it, and not on every file system
+    if swap is not None and not swap(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), exchange):
+        return
+    aside = second.with_name(f".{second.name}.replaced")
+    second.rename(aside)
+    first.rename(second)
+    aside.rename(first)
 
 
 def _check_space(out: Path, needed: int) -> None:
