@@ -1,5 +1,6 @@
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,6 +124,40 @@ def test_touching_a_model_changes_nothing(catalog: Catalog, tmp_path: Path) -> N
     assert again.fingerprint == model.fingerprint
     assert again.checkpoint.shards != model.checkpoint.shards
     assert find_model(catalog, "b") == again
+
+
+def test_a_configuration_may_change(catalog: Catalog, tmp_path: Path) -> None:
+    write_family(tmp_path, 1)
+    model = register(catalog, "b", str(tmp_path / "base"))
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "llama", "rope_theta": 5}')
+    assert check_unchanged(catalog, model).checkpoint.config["rope_theta"] == 5
+    assert find_model(catalog, "b").checkpoint.config["rope_theta"] == 5
+
+
+def test_a_model_that_is_still_being_written(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deltaworks.catalog import register as registering
+    from deltaworks.catalog.fingerprint import hash_files
+
+    write_family(tmp_path, 1)
+
+    def meddle(*arguments: Any) -> list[str]:
+        digests = hash_files(*arguments)
+        os.utime(tmp_path / "base" / "model-00001-of-00002.safetensors")
+        return digests
+
+    monkeypatch.setattr(registering, "hash_files", meddle)
+    with pytest.raises(ChangedError, match="changed while it was being read"):
+        register(catalog, "b", str(tmp_path / "base"))
+    assert catalog.names() == []
+
+
+def test_a_name_that_is_also_a_folder(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_family(tmp_path, 1)
+    register(catalog, "expert0", str(tmp_path / "base"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CatalogError, match=r"is a registered name .* write ./expert0 if you mean the folder"):
+        ensure_registered(catalog, "expert0")
+    assert ensure_registered(catalog, "./expert0").path == tmp_path / "expert0"
 
 
 def test_an_expert_may_leave_a_tied_head_out(catalog: Catalog, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from deltaworks.catalog.fingerprint import combine, hash_files
 from deltaworks.catalog.models import Kind, Model
 from deltaworks.catalog.store import Catalog
-from deltaworks.checkpoints.checkpoint import HEAD, Checkpoint, ShardFile, open_checkpoint
+from deltaworks.checkpoints.checkpoint import EMBEDDINGS, HEAD, Checkpoint, ShardFile, open_checkpoint, read_config
 from deltaworks.checkpoints.hub import resolve_source
 from deltaworks.checkpoints.reader import ByteCounter
 from deltaworks.errors import CatalogError, ChangedError, CheckpointError
@@ -46,6 +46,7 @@ def register(
     Raises:
         CatalogError: the name is taken or malformed.
         CheckpointError: the folder is no readable model, or its tensors are not its base's.
+        ChangedError: a file was written meanwhile.
     """
     progress = progress or Silent()
     if not NAME.fullmatch(name):
@@ -66,6 +67,8 @@ def register(
     model = Model(
         name, kind, source, of, base_is_declared and of is not None, combine(checkpoint.shards, digests), checkpoint
     )
+    if not untouched(model):
+        raise ChangedError(f"{path} changed while it was being read; register {name} again when it is complete")
     catalog.save_model(model)
     return model
 
@@ -95,10 +98,17 @@ def ensure_registered(
     """The model that `reference` means: a registered name, a folder or a hub id, registered now if it was not.
 
     Raises:
-        CatalogError, CheckpointError: as `register`.
+        CatalogError, CheckpointError: as `register`; or a name and a folder of that name are two models.
         ChangedError: it is registered and its files have changed since.
     """
     model = catalog.find(reference)
+    if model is not None:
+        for root in (Path(), relative_to):
+            if root is not None and (folder := (root / reference).resolve()) != model.path and folder.is_dir():
+                raise CatalogError(
+                    f"{reference!r} is a registered name (of {model.path}) and a folder ({folder});"
+                    f" write ./{reference} if you mean the folder, or work elsewhere"
+                )
     if model is None:
         try:
             path = resolve_source(reference, relative_to)
@@ -125,7 +135,7 @@ def check_unchanged(catalog: Catalog, model: Model, progress: Progress | None = 
     """Make sure that a registered model's weight files are what they were.
 
     Untouched files cost one `stat` each. Files that were touched are hashed again; where they hold the same bytes,
-    the catalog learns their new times and the model is returned with them.
+    the catalog learns their new times and the model is returned with them. `config.json` may change; it is read anew.
 
     Raises:
         ChangedError: a file is gone or holds other bytes.
@@ -138,18 +148,20 @@ def check_unchanged(catalog: Catalog, model: Model, progress: Progress | None = 
         now = tuple(ShardFile.of(model.path / s.name) for s in model.checkpoint.shards)
     except CheckpointError as error:
         raise ChangedError(f"a file of {model.name!r} is gone: {error}{again}") from error
-    if now == model.checkpoint.shards:
+    config = read_config(model.path, is_adapter=model.checkpoint.is_adapter)
+    if now == model.checkpoint.shards and config == model.checkpoint.config:
         return model
     for old, new in zip(model.checkpoint.shards, now, strict=True):
         if old.size != new.size:
             raise ChangedError(f"{model.path / new.name} changed since {model.name!r} was registered{again}")
-    progress.start(f"fingerprint {model.name} (its files were touched)", model.checkpoint.nbytes)
-    digests = hash_files([model.path / s.name for s in now], ByteCounter(), progress)
-    progress.finish()
-    if combine(now, digests) != model.fingerprint:
-        touched = next(new for old, new in zip(model.checkpoint.shards, now, strict=True) if old != new)
-        raise ChangedError(f"{model.path / touched.name} changed since {model.name!r} was registered{again}")
-    model = replace(model, checkpoint=replace(model.checkpoint, shards=now))
+    if now != model.checkpoint.shards:
+        progress.start(f"fingerprint {model.name} (its files were touched)", model.checkpoint.nbytes)
+        digests = hash_files([model.path / s.name for s in now], ByteCounter(), progress)
+        progress.finish()
+        if combine(now, digests) != model.fingerprint:
+            touched = next(new for old, new in zip(model.checkpoint.shards, now, strict=True) if old != new)
+            raise ChangedError(f"{model.path / touched.name} changed since {model.name!r} was registered{again}")
+    model = replace(model, checkpoint=replace(model.checkpoint, shards=now, config=config))
     catalog.save_model(model)
     return model
 
@@ -177,6 +189,7 @@ def check_same_tensors(name: str, expert: Checkpoint, base: Model) -> None:
             raise CheckpointError(
                 f"{name} is no fine-tune of {base.name}: tensor {tensor.name!r} is {list(tensor.shape)} in the one and"
                 f" {list(other.shape)} in the other"
+                + (" (align their vocabularies first)" if tensor.name.endswith((*EMBEDDINGS, HEAD)) else "")
             )
     for one, missing_in, label in ((expert.tensors, theirs, base.name), (theirs, expert.tensors, name)):
         if lost := [n for n in one if n not in missing_in and not n.endswith(HEAD)]:

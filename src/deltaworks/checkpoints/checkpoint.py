@@ -108,8 +108,16 @@ def open_checkpoint(path: Path, counter: ByteCounter) -> Checkpoint:
         )
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors")
-    config = read_json(path / (ADAPTER_CONFIG if is_adapter else "config.json"), missing_ok=True)
-    return Checkpoint(path, shards, tensors, config, is_adapter)
+    return Checkpoint(path, shards, tensors, read_config(path, is_adapter=is_adapter), is_adapter)
+
+
+def read_config(path: Path, *, is_adapter: bool) -> dict[str, Any]:
+    """The configuration in a model folder; empty where there is none.
+
+    Raises:
+        CheckpointError: it is not a JSON object.
+    """
+    return read_json(path / (ADAPTER_CONFIG if is_adapter else "config.json"), missing_ok=True)
 
 
 def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:

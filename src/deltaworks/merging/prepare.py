@@ -97,7 +97,8 @@ def plan_inputs(catalog: Catalog, plan: Plan, progress: Progress | None = None) 
 def _models(catalog: Catalog, recipe: Recipe, relative_to: Path | None, progress: Progress) -> dict[str, Model]:
     models: dict[str, Model] = {}
     for reference in recipe.models():
-        base = recipe.base_model if reference != recipe.base_model else None
+        # Slices may stack models of different depth, of which none need be a fine-tune of another.
+        base = None if recipe.is_sliced or reference == recipe.base_model else recipe.base_model
         model = ensure_registered(catalog, reference, base, relative_to=relative_to, progress=progress)
         if model.kind is Kind.ADAPTER:
             raise RecipeError(
