@@ -1,6 +1,11 @@
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deltaworks.errors import RecipeError
 from deltaworks.merging.methods import METHODS
@@ -95,6 +100,44 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "bad.yml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match="not text in UTF-8"):
         load_recipe(tmp_path / "bad.yml")
+
+
+KEYS = [
+    "merge_method",
+    "models",
+    "slices",
+    "sources",
+    "model",
+    "layer_range",
+    "base_model",
+    "parameters",
+    "weight",
+    "density",
+    "t",
+    "filter",
+    "value",
+    "dtype",
+    "tokenizer",
+    "tokenizer_source",
+    "chat_template",
+    "path",
+    "odd",
+    "x-mine",
+]
+keys = st.sampled_from(KEYS)
+words = st.sampled_from(["ties", "linear", "a", "1e-3", ""])
+scalars = st.none() | st.booleans() | st.integers(-2, 5) | st.floats() | words
+trees = st.recursive(scalars, lambda s: st.lists(s, max_size=3) | st.dictionaries(keys, s, max_size=4), max_leaves=20)
+
+
+@given(st.dictionaries(keys, trees, max_size=5), st.sampled_from(["ties", "linear", "slerp", None]), trees)
+def test_nonsense_is_refused_in_words(content: dict[str, Any], method: str | None, models: Any) -> None:
+    """Whatever a recipe holds, it is read or refused with a RecipeError."""
+    if method is not None:
+        content |= {"merge_method": method, "base_model": "base", "models": [{"model": "a", "parameters": models}]}
+        content.pop("slices", None)
+    with contextlib.suppress(RecipeError):
+        parse_recipe(yaml.safe_dump(content))
 
 
 def test_anchors_and_merge_keys() -> None:

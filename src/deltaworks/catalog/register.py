@@ -166,6 +166,20 @@ def check_unchanged(catalog: Catalog, model: Model, progress: Progress | None = 
     return model
 
 
+def base_of(catalog: Catalog, model: Model, chosen: str | None = None, *, progress: Progress | None = None) -> Model:
+    """The base that `model` is taken against, unchanged: the `chosen` one, or the one it is registered with.
+
+    Raises:
+        CatalogError: it is a base or an adapter, and none is chosen.
+        ChangedError: the base's files have changed.
+    """
+    if model.kind is Kind.ADAPTER or (chosen is None and model.base is None):
+        raise CatalogError(f"{model.name} is no expert of a registered base; give the base with --base")
+    if chosen is not None:
+        return ensure_registered(catalog, chosen, progress=progress)
+    return check_unchanged(catalog, find_model(catalog, model.base or ""), progress)
+
+
 def untouched(model: Model) -> bool:
     """Whether a model's weight files are, by size, times and inode, the ones that were registered."""
     try:

@@ -72,7 +72,7 @@ def analyze(
     """
     from deltaworks.catalog import analyze as analyzing
     from deltaworks.catalog.models import Kind
-    from deltaworks.catalog.register import check_unchanged, ensure_registered, find_model
+    from deltaworks.catalog.register import base_of, check_unchanged, find_model
     from deltaworks.catalog.store import Catalog
     from deltaworks.cli.progress import make_progress
     from deltaworks.errors import UserError
@@ -88,23 +88,21 @@ def analyze(
                 "the catalog holds no experts; register one with: deltaworks register NAME PATH --base BASE"
             )
         for model in chosen:
-            against = base or model.base
-            if against is None or model.kind is Kind.ADAPTER:
-                raise UserError(f"{model.name} is no expert of a registered base; give the base with --base")
+            against = base_of(opened, model, base, progress=progress)
             summary = analyzing.analyze(
                 opened,
                 check_unchanged(opened, model, progress),
-                ensure_registered(opened, against, progress=progress),
+                against,
                 block_size=block_size,
                 threads=threads,
                 force=force,
                 progress=progress,
             )
-            results.append({"expert": model.name, "base": against, **summary})
+            results.append({"expert": model.name, "base": against.name, **summary})
             if not as_json:
                 wrong = f", NaN or infinity in {len(summary['nonfinite'])} tensors" if summary["nonfinite"] else ""
                 typer.echo(
-                    f"{model.name}: differs from {against} by {summary['relative_norm']:.2%} of its norm,"
+                    f"{model.name}: differs from {against.name} by {summary['relative_norm']:.2%} of its norm,"
                     f" {summary['zeros'] / max(1, summary['elements']):.1%} of elements untouched{wrong}"
                 )
     if as_json:

@@ -19,7 +19,6 @@ from deltaworks.checkpoints.reader import ByteCounter
 from deltaworks.checkpoints.source import Source
 from deltaworks.checkpoints.writer import OutputTensor, ShardLayout, ShardWriter, plan_shards
 from deltaworks.errors import CheckpointError, NonFiniteError
-from deltaworks.merging.methods.delta import DeltaSum
 from deltaworks.merging.methods.operation import Block, Operation, exact_sums
 from deltaworks.merging.plan import Plan, PlannedTensor
 from deltaworks.merging.prepare import MergeOptions
@@ -255,15 +254,9 @@ def _in_order(jobs: Sequence[_Job]) -> Iterator[_Task]:
 
 
 def _block_size(plan: Plan, options: MergeOptions) -> int:
-    """The block size asked for, or the larger one in which the statistics counted ties."""
-    aligns = [
-        cut.align
-        for t in plan.tensors
-        if isinstance(t.operation, DeltaSum)
-        for cut in t.operation.cuts
-        if cut is not None
-    ]
-    return max([check_block_size(options.block_size or DEFAULT_BLOCK_SIZE), *aligns])
+    """The block size asked for, or the larger one that an operation needs; both are powers of two."""
+    wanted = check_block_size(options.block_size or DEFAULT_BLOCK_SIZE)
+    return max([wanted, *(t.operation.alignment for t in plan.tensors)])
 
 
 def _nonfinite(job: _Job, block: Block, plan: Plan) -> NonFiniteError:

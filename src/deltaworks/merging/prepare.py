@@ -10,7 +10,7 @@ from deltaworks.catalog.analyze import analyze
 from deltaworks.catalog.cuts import find_cuts
 from deltaworks.catalog.histogram import Cut
 from deltaworks.catalog.models import Kind, Model
-from deltaworks.catalog.register import ensure_registered
+from deltaworks.catalog.register import check_unchanged, ensure_registered
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.sidecars import chat_template, vocabulary
 from deltaworks.errors import ChangedError, NonFiniteError, RecipeError
@@ -83,8 +83,10 @@ def plan_inputs(catalog: Catalog, plan: Plan, progress: Progress | None = None) 
     found = []
     for planned in plan.models:
         known = catalog.find(planned.name)
-        reference = planned.name if known and known.fingerprint == planned.fingerprint else planned.reference
-        model = ensure_registered(catalog, reference, progress=progress)
+        if known is not None and known.fingerprint == planned.fingerprint:
+            model = check_unchanged(catalog, known, progress)
+        else:
+            model = ensure_registered(catalog, planned.reference, progress=progress)
         if model.fingerprint != planned.fingerprint:
             raise ChangedError(
                 f"{model.path} changed since the plan was made (fingerprint {model.fingerprint[:12]},"

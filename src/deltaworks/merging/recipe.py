@@ -146,7 +146,7 @@ class _Reader:
         # Keys of other tools are theirs: mergekit skips what starts like this, and so do we.
         self._check_keys({k: v for k, v in content.items() if not str(k).startswith("x-")}, _TOP, "")
         name = content.get("merge_method")
-        if name not in METHODS:
+        if not isinstance(name, str) or name not in METHODS:
             hint = _suggest(str(name), METHODS)
             raise RecipeError(
                 f"merge_method: {'missing' if name is None else repr(name) + ' is not known'}{hint or _listed(METHODS)}"

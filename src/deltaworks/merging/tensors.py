@@ -137,12 +137,6 @@ def layer_count(tensors: list[TensorRecipe]) -> int:
     return max(_last_layers([t.name for t in tensors]).values(), default=-1) + 1
 
 
-def layer_of(name: str) -> int | None:
-    """The layer a tensor belongs to; None for embeddings, final norm and head."""
-    match = _LAYER.fullmatch(name)
-    return int(match["index"]) if match else None
-
-
 def _check(tensor: TensorRecipe, models: Mapping[str, Model]) -> None:
     shape, owner = None, ""
     for source, item in zip(tensor.sources, tensor.part.inputs, strict=True):

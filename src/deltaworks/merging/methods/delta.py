@@ -75,6 +75,11 @@ class DeltaSum(Operation):
         thins = self.sparsify is not Sparsify.NONE and any(0 < d < 1 for d in self.densities)
         return 2 * len(self.weights) if self.rescale and thins else 0
 
+    @property
+    def alignment(self) -> int:
+        """The block in which the statistics counted the ties of a cut must not be torn apart."""
+        return max((c.align for c in self.cuts if c is not None), default=1)
+
     def measure(self, block: Block) -> NDArray[np.float64]:
         """Partial sums of a block."""
         sums = np.empty((-(-block.count // TILE), 2 * len(self.weights)), np.float64)

@@ -53,6 +53,11 @@ class Operation(ABC):
         """How many tensor-wide sums `measure` takes; 0 where no first pass is needed."""
         return 0
 
+    @property
+    def alignment(self) -> int:
+        """Elements of which every block must be a multiple; the last block of a tensor may be shorter."""
+        return 1
+
     def measure(self, block: Block) -> NDArray[np.float64]:
         """Partial sums of a block: float64, [tiles, needs_sums]."""
         raise AssertionError(f"{self.kind} takes no sums of {block}")

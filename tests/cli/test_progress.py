@@ -1,0 +1,74 @@
+import io
+import sys
+import time
+
+import pytest
+
+from deltaworks.cli.progress import Bar, Lines, make_progress
+from deltaworks.progress import Silent
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+
+def test_logs_get_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock, lines = Clock(monkeypatch), Lines()
+    lines.start("merge", 10_000_000_000)
+    for _ in range(40):
+        clock.now += 0.25
+        lines.advance(250_000_000)
+    lines.finish()
+    assert capsys.readouterr().err.splitlines() == [
+        "merge: 2.0 GB of 10.0 GB, 1.0 GB/s, 8 s left",
+        "merge: 7.0 GB of 10.0 GB, 1.0 GB/s, 3 s left",
+    ]
+
+
+def test_short_work_is_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock, lines = Clock(monkeypatch), Lines()
+    lines.start("merge", 1000)
+    clock.now += 1.9
+    lines.advance(1000)
+    lines.finish()
+    assert capsys.readouterr().err == ""
+
+
+def test_no_time_left_is_guessed_from_the_first_bytes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock, lines = Clock(monkeypatch), Lines()
+    lines.start("merge", 1_000_000)
+    clock.now += 3
+    lines.advance(300)
+    assert capsys.readouterr().err == "merge: 300 B of 1.0 MB, 100 B/s\n"
+
+
+def test_notes_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    Lines().note("look")
+    Bar().note("look [here]")
+    assert capsys.readouterr().err == "note: look\nnote: look [here]\n"
+
+
+def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    shown = make_progress(quiet=False)
+    assert isinstance(shown, Bar)
+    shown.start("merge", 4_000_000)
+    shown.advance(1_000_000)
+    shown.finish()
+    shown.advance(1)
+    assert "merge" in terminal.getvalue()
+    assert "4.0 MB" in terminal.getvalue()
+
+
+def test_quiet_is_quiet() -> None:
+    assert isinstance(make_progress(quiet=True), Silent)
