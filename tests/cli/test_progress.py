@@ -36,14 +36,17 @@ def test_short_work_is_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert capsys.readouterr().err == ""
 
 
-def test_no_time_left_is_guessed_from_the_first_bytes(
+def test_nothing_is_guessed_from_the_first_bytes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock, lines = Clock(monkeypatch), Lines()
     lines.start("merge", 1_000_000)
     clock.now += 3
     lines.advance(300)
-    assert capsys.readouterr().err == "merge: 300 B of 1.0 MB, 100 B/s\n"
+    assert capsys.readouterr().err == ""
+    clock.now += 27
+    lines.advance(300)
+    assert capsys.readouterr().err == "merge: 600 B of 1.0 MB, 20 B/s, 49970 s left\n"
 
 
 def test_notes_are_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from deltaworks.units import format_bytes
 
 _FIRST_LINE_AFTER = 2.0
 _LINE_EVERY = 5.0
+_WARM_UP = 20.0
 
 
 def make_progress(*, quiet: bool) -> Reports:
@@ -91,14 +92,15 @@ class Lines:
         with self._lock:
             self._done += nbytes
             now = time.monotonic()
-            if now < self._next:
+            elapsed = now - self._started
+            # The first kernels compile while the first blocks wait; a rate taken then says nothing.
+            warming_up = self._done < self._total / 50 and elapsed < _WARM_UP
+            if now < self._next or warming_up:
                 return
             self._next = now + _LINE_EVERY
-            rate = self._done / (now - self._started)
+            rate = self._done / elapsed
             line = f"{self._label}: {format_bytes(self._done)} of {format_bytes(self._total)}, {format_bytes(rate)}/s"
-            # The first kernels compile while the first blocks wait; a rate taken then says nothing of what is left.
-            if self._done > self._total / 50:
-                line += f", {(self._total - self._done) / rate:.0f} s left"
+            line += f", {(self._total - self._done) / rate:.0f} s left"
         sys.stderr.write(f"{line}\n")
 
     def finish(self) -> None:
