@@ -42,38 +42,49 @@ def encode_reference(values: NDArray[np.float32], dtype: DType) -> NDArray[np.ui
 @kernel
 def decode(raw: NDArray[np.uint8], code: int, start: int, count: int, out: NDArray[np.float32]) -> None:
     """Write elements `start` to `start + count` of `raw` (uint8, a multiple of 8 bytes) to `out` as float32."""
-    bits = out.view(np.uint32)
+    # Slices first: inside a loop, an index with an offset would be checked for being negative, which stops SIMD.
+    bits = out.view(np.uint32)[:count]
+    values = out[:count]
     if code == _BF16:
-        bf16 = raw.view(np.uint16)
+        bf16 = raw.view(np.uint16)[start : start + count]
         for i in range(count):
-            bits[i] = np.uint32(bf16[start + i]) << np.uint32(16)
+            bits[i] = np.uint32(bf16[i]) << np.uint32(16)
     elif code == _F32:
-        f32 = raw.view(np.uint32)
+        f32 = raw.view(np.uint32)[start : start + count]
         for i in range(count):
-            bits[i] = f32[start + i]
+            bits[i] = f32[i]
     elif code == _F64:
-        f64 = raw.view(np.float64)
+        f64 = raw.view(np.float64)[start : start + count]
         for i in range(count):
-            out[i] = np.float32(f64[start + i])
+            values[i] = np.float32(f64[i])
     elif code == _E4M3:
+        bytes_ = raw[start : start + count]
         for i in range(count):
-            byte = np.uint32(raw[start + i])
+            byte = np.uint32(bytes_[i])
             sign = (byte & np.uint32(0x80)) << np.uint32(24)
             bits[i] = (byte & np.uint32(0x7F)) << np.uint32(20)
-            out[i] = out[i] * np.float32(2.0**120)
+            values[i] = values[i] * np.float32(2.0**120)
             if (byte & np.uint32(0x7F)) == np.uint32(0x7F):
                 bits[i] = np.uint32(0x7FC00000)
             bits[i] |= sign
-    else:  # F16, and F8_E5M2, which is its upper byte
-        halves = raw.view(np.uint16)
+    elif code == _F16:
+        f16 = raw.view(np.uint16)[start : start + count]
         for i in range(count):
-            half = np.uint32(halves[start + i]) if code == _F16 else np.uint32(raw[start + i]) << np.uint32(8)
-            sign = (half & np.uint32(0x8000)) << np.uint32(16)
-            bits[i] = (half & np.uint32(0x7FFF)) << np.uint32(13)
-            out[i] = out[i] * np.float32(2.0**112)
-            if (half & np.uint32(0x7C00)) == np.uint32(0x7C00):
-                bits[i] |= np.uint32(0x7F800000)
-            bits[i] |= sign
+            _widen_half(np.uint32(f16[i]), i, bits, values)
+    else:  # F8_E5M2 is the upper byte of F16
+        bytes_ = raw[start : start + count]
+        for i in range(count):
+            _widen_half(np.uint32(bytes_[i]) << np.uint32(8), i, bits, values)
+
+
+@kernel
+def _widen_half(half: np.uint32, i: int, bits: NDArray[np.uint32], values: NDArray[np.float32]) -> None:
+    """Write the F16 number with the bits `half` to place `i`, seen as bits and as values."""
+    bits[i] = (half & np.uint32(0x7FFF)) << np.uint32(13)
+    values[i] = values[i] * np.float32(2.0**112)
+    if (half & np.uint32(0x7C00)) == np.uint32(0x7C00):
+        bits[i] |= np.uint32(0x7F800000)
+    bits[i] |= (half & np.uint32(0x8000)) << np.uint32(16)
 
 
 @kernel
@@ -83,45 +94,48 @@ def encode(values: NDArray[np.float32], count: int, code: int, raw: NDArray[np.u
     Returns:
         How many of the written elements are NaN or infinite.
     """
-    bits = values.view(np.uint32)
-    wrong = 0
+    bits = values.view(np.uint32)[:count]
+    wrong = np.uint32(0)
+    one, zero = np.uint32(1), np.uint32(0)
     if code == _BF16:
-        bf16 = raw.view(np.uint16)
+        bf16 = raw.view(np.uint16)[start : start + count]
         for i in range(count):
             b = bits[i]
-            r = (b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            r = (b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & one)) >> np.uint32(16)
             nan = (b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
             r = ((b >> np.uint32(16)) | np.uint32(0x0040)) if nan else r
-            wrong += 1 if (r & np.uint32(0x7F80)) == np.uint32(0x7F80) else 0
-            bf16[start + i] = np.uint16(r)
+            wrong += one if (r & np.uint32(0x7F80)) == np.uint32(0x7F80) else zero
+            bf16[i] = np.uint16(r)
     elif code == _F32:
-        f32 = raw.view(np.uint32)
+        f32 = raw.view(np.uint32)[start : start + count]
         for i in range(count):
             b = bits[i]
-            wrong += 1 if (b & np.uint32(0x7F800000)) == np.uint32(0x7F800000) else 0
-            f32[start + i] = b
+            wrong += one if (b & np.uint32(0x7F800000)) == np.uint32(0x7F800000) else zero
+            f32[i] = b
     elif code == _F64:
-        f64 = raw.view(np.float64)
+        f64 = raw.view(np.float64)[start : start + count]
         for i in range(count):
-            wrong += 1 if (bits[i] & np.uint32(0x7F800000)) == np.uint32(0x7F800000) else 0
-            f64[start + i] = np.float64(values[i])
+            wrong += one if (bits[i] & np.uint32(0x7F800000)) == np.uint32(0x7F800000) else zero
+            f64[i] = np.float64(values[i])
     elif code == _E4M3:
+        bytes_ = raw[start : start + count]
         for i in range(count):
             small = _round_small(bits[i], 4, 3, np.uint32(0x7E), np.uint32(0x7F), np.uint32(0x7F))
-            wrong += 1 if small == np.uint32(0x7F) else 0
-            raw[start + i] = np.uint8(small | ((bits[i] >> np.uint32(24)) & np.uint32(0x80)))
+            wrong += one if small == np.uint32(0x7F) else zero
+            bytes_[i] = np.uint8(small | ((bits[i] >> np.uint32(24)) & np.uint32(0x80)))
     elif code == _E5M2:
+        bytes_ = raw[start : start + count]
         for i in range(count):
             small = _round_small(bits[i], 5, 2, np.uint32(0x7B), np.uint32(0x7C), np.uint32(0x7E))
-            wrong += 1 if small >= np.uint32(0x7C) else 0
-            raw[start + i] = np.uint8(small | ((bits[i] >> np.uint32(24)) & np.uint32(0x80)))
+            wrong += one if small >= np.uint32(0x7C) else zero
+            bytes_[i] = np.uint8(small | ((bits[i] >> np.uint32(24)) & np.uint32(0x80)))
     else:
-        f16 = raw.view(np.uint16)
+        f16 = raw.view(np.uint16)[start : start + count]
         for i in range(count):
             small = _round_small(bits[i], 5, 10, np.uint32(0x7BFF), np.uint32(0x7C00), np.uint32(0x7E00))
-            wrong += 1 if small >= np.uint32(0x7C00) else 0
-            f16[start + i] = np.uint16(small | ((bits[i] >> np.uint32(16)) & np.uint32(0x8000)))
-    return wrong
+            wrong += one if small >= np.uint32(0x7C00) else zero
+            f16[i] = np.uint16(small | ((bits[i] >> np.uint32(16)) & np.uint32(0x8000)))
+    return int(wrong)
 
 
 @kernel

@@ -24,6 +24,27 @@ def kernel(function: F) -> F:
         return cast("F", numba.njit(nogil=True, error_model="numpy")(function))
 
 
+def _forget_stale_kernels() -> None:
+    """Delete compiled kernels that are older than the source of any.
+
+    Numba inlines kernels into each other, and looks only at the file of the outer one to tell whether a compiled
+    kernel is still valid.
+    """
+    package = Path(__file__).parents[1]
+    try:
+        compiled = {path: path.stat().st_mtime for path in package.rglob("__pycache__/*.nb[ic]")}
+        sources = {path.parent.parent / f"{path.name.partition('.')[0]}.py" for path in compiled}
+        newest = max(path.stat().st_mtime for path in (*sources, Path(__file__)) if path.exists())
+        for path, written in compiled.items():
+            if written < newest:
+                path.unlink(missing_ok=True)
+    except OSError:  # another process was faster, or the folder cannot be written
+        pass
+
+
+_forget_stale_kernels()
+
+
 @intrinsic
 def _fma(context: Any, first: Any, second: Any, addend: Any) -> Any:
     """Numba's view of LLVM's fused multiply-add on float32."""

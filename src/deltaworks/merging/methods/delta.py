@@ -129,9 +129,12 @@ class DeltaSum(Operation):
             else:
                 cut = self.cuts[k]
                 assert cut is not None
-                modes[k], thresholds[k] = _TRIM, cut.threshold
-                inside = block.start <= cut.start < block.start + block.count
-                ties[k] = min(max(cut.start - block.start, 0), block.count), cut.quota if inside else 0
+                modes[k], thresholds[k], ties[k, 0] = _TRIM, cut.threshold, block.count
+                if cut.start < block.start:
+                    # Every equal that stays came earlier, so the threshold itself falls.
+                    thresholds[k] += 1
+                elif cut.start < block.start + block.count:
+                    ties[k] = cut.start - block.start, cut.quota
         return modes, thresholds, ties, streams
 
     def reference(self, inputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
@@ -360,9 +363,9 @@ def merge_deltas(
             for k in range(experts):
                 d, w = scratch[k], weights[k]
                 for i in range(n):
-                    agrees = (d[i] > zero) if total[i] >= zero else (d[i] < zero)
-                    mixed[i] += d[i] if agrees else zero
-                    divisor[i] += w if agrees else zero
+                    along = d[i] if total[i] >= zero else -d[i]
+                    mixed[i] += d[i] if along > zero else zero
+                    divisor[i] += w if along > zero else zero
             if normalize:
                 for i in range(n):
                     mixed[i] = mixed[i] / (divisor[i] if divisor[i] != zero else np.float32(1.0))
