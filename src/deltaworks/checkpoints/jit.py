@@ -24,17 +24,16 @@ def kernel(function: F) -> F:
         return cast("F", numba.njit(nogil=True, error_model="numpy")(function))
 
 
-def _forget_stale_kernels() -> None:
-    """Delete compiled kernels that are older than the source of any.
+def forget_stale_kernels(package: Path) -> None:
+    """Delete the compiled kernels in a package that are older than the source of any.
 
     Numba inlines kernels into each other, and looks only at the file of the outer one to tell whether a compiled
     kernel is still valid.
     """
-    package = Path(__file__).parents[1]
     try:
         compiled = {path: path.stat().st_mtime for path in package.rglob("__pycache__/*.nb[ic]")}
         sources = {path.parent.parent / f"{path.name.partition('.')[0]}.py" for path in compiled}
-        newest = max(path.stat().st_mtime for path in (*sources, Path(__file__)) if path.exists())
+        newest = max((path.stat().st_mtime for path in sources if path.exists()), default=0.0)
         for path, written in compiled.items():
             if written < newest:
                 path.unlink(missing_ok=True)
@@ -42,7 +41,7 @@ def _forget_stale_kernels() -> None:
         pass
 
 
-_forget_stale_kernels()
+forget_stale_kernels(Path(__file__).parents[1])
 
 
 @intrinsic

@@ -1,0 +1,41 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from deltaworks.checkpoints.jit import compiled_before, forget_stale_kernels
+
+
+def make(path: Path, time: float) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("")
+    os.utime(path, (time, time))
+    return path
+
+
+def test_kernels_older_than_any_kernel_source_are_forgotten(tmp_path: Path) -> None:
+    """One kernel's file changed after both were compiled; the other may have it inlined."""
+    make(tmp_path / "inner.py", 300)
+    make(tmp_path / "outer.py", 100)
+    names = [f"{n}.f-1.py311.{kind}" for n in ("inner", "outer") for kind in ("nbi", "nbc")]
+    old = [make(tmp_path / "__pycache__" / name, 200) for name in names]
+    new = make(tmp_path / "__pycache__" / "inner.g-9.py311.nbi", 400)
+    forget_stale_kernels(tmp_path)
+    assert not any(path.exists() for path in old)
+    assert new.exists()
+
+
+def test_other_files_do_not_matter(tmp_path: Path) -> None:
+    make(tmp_path / "cli.py", 900)
+    make(tmp_path / "kernels.py", 100)
+    kept = make(tmp_path / "__pycache__" / "kernels.f-1.py311.nbi", 200)
+    forget_stale_kernels(tmp_path)
+    forget_stale_kernels(tmp_path / "nothing")
+    assert kept.exists()
+
+
+def test_the_first_run_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    assert not compiled_before()
+    make(tmp_path / "somewhere" / "codec.decode-47.py311.1.nbi", 100)
+    assert compiled_before()
