@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.catalog.store import Catalog
+from deltaworks.checkpoints.checkpoint import open_checkpoint
 from deltaworks.checkpoints.codec import decode_reference, encode_reference
 from deltaworks.checkpoints.reader import ByteCounter
 from deltaworks.checkpoints.source import Source
@@ -20,6 +21,12 @@ def merge(catalog: Catalog, text: str, out: Path, options: MergeOptions | None =
     """Merge a recipe given by its text."""
     plan = prepare_plan(catalog, parse_recipe(text), options)
     return run_plan(catalog, plan, plan_inputs(catalog, plan), out, options, **more)
+
+
+def raw_tensors(path: Path) -> dict[str, bytes]:
+    """The bytes of every tensor in a model folder, 8-bit floats too, which safetensors cannot give to NumPy."""
+    checkpoint = open_checkpoint(path, ByteCounter())
+    return {t.name: (path / t.file).read_bytes()[t.offset : t.offset + t.nbytes] for t in checkpoint.tensors.values()}
 
 
 def whole_tensor_bytes(catalog: Catalog, plan: Plan) -> dict[str, NDArray[np.uint8]]:

@@ -27,13 +27,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 path, text = sys.argv[1:]
 model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(path)
-prompt = tokenizer("def main(", return_tensors="pt")
-out = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+start = tokenizer("def main(", return_tensors="pt")
+out = model.generate(**start, max_new_tokens=12, do_sample=False)
 windows = torch.from_numpy(np.load(text).astype(np.int64)).unfold(0, 256, 256)[:8]
 with torch.no_grad():
     logits = model(windows[:, :-1]).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
-print(json.dumps({"tokens": out.shape[1] - prompt["input_ids"].shape[1], "text": tokenizer.decode(out[0]),
+print(json.dumps({"tokens": out.shape[1] - start["input_ids"].shape[1], "text": tokenizer.decode(out[0]),
                   "loss": loss, "missing": list(info["missing_keys"]), "unexpected": list(info["unexpected_keys"])}))
 """
 
