@@ -67,17 +67,18 @@ def test_bytes_hang_on_nothing_but_the_inputs(tmp_path: Path, big_family: Path, 
     assert all(r == results[0] for r in results[1:])
 
 
-def test_shards_change_no_tensor(catalog: Catalog, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_shards_change_no_tensor(tmp_path: Path, method: str) -> None:
     models = write_family(tmp_path / "one", shards=1)
+    size = sum(t.nbytes for t in models["base"].values())
     expected: dict[str, bytes] = {}
     for shards in range(1, 10):
         root = tmp_path / str(shards)
         for name, tensors in models.items():
             write_model(root / name, tensors, shards)
+        options = MergeOptions(shard_bytes=-(-size // shards) + 500)
         with Catalog(root / "catalog") as own:
-            size = sum(t.nbytes for t in models["base"].values())
-            merge(own, recipe("ties", root, parameters="weight: 1, density: 0.3"), root / "out",
-                  MergeOptions(shard_bytes=-(-size // shards) + 500))  # fmt: skip
+            merge(own, recipe(method, root, **METHODS[method]), root / "out", options)
         merged = {name: t.tobytes() for name, t in read_model(root / "out").items()}
         expected = expected or merged
         assert merged == expected

@@ -146,11 +146,6 @@ class TensorStatistics:
         """Elements in the tensor."""
         return sum(b.elements for b in self.blocks)
 
-    def sum_of(self, field: str) -> float:
-        """The sum of one of `BLOCK_FIELDS` over all blocks."""
-        i = BLOCK_FIELDS.index(field)
-        return float(sum(b.values[i] for b in self.blocks))
-
 
 def sparse(dense: NDArray[np.uint32]) -> Histogram:
     """The non-empty bins of a dense histogram."""

@@ -131,7 +131,7 @@ class DeltaSum(Operation):
                 assert cut is not None
                 modes[k], thresholds[k], ties[k, 0] = _TRIM, cut.threshold, block.count
                 if cut.start < block.start:
-                    # Every equal that stays came earlier, so the threshold itself falls.
+                    # The equals that stay all stand in earlier blocks; here the threshold itself is trimmed.
                     thresholds[k] += 1
                 elif cut.start < block.start + block.count:
                     ties[k] = cut.start - block.start, cut.quota
