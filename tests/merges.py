@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deltaworks.catalog.histogram import BINS, Histogram, drain
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.checkpoint import open_checkpoint
 from deltaworks.checkpoints.codec import decode_reference, encode_reference
@@ -21,6 +22,17 @@ def merge(catalog: Catalog, text: str, out: Path, options: MergeOptions | None =
     """Merge a recipe given by its text."""
     plan = prepare_plan(catalog, parse_recipe(text), options)
     return run_plan(catalog, plan, plan_inputs(catalog, plan), out, options, **more)
+
+
+def drained(dense: NDArray[np.uint32]) -> Histogram:
+    """The non-empty bins of a dense histogram, which is emptied."""
+    bins, counts = np.empty(BINS, np.uint16), np.empty(BINS, np.int64)
+    expected = np.flatnonzero(dense), dense[dense > 0]
+    used = drain(dense, bins, counts)
+    np.testing.assert_array_equal(bins[:used], expected[0])
+    np.testing.assert_array_equal(counts[:used], expected[1])
+    assert not dense.any()
+    return Histogram(bins[:used].copy(), counts[:used].copy())
 
 
 def raw_tensors(path: Path) -> dict[str, bytes]:

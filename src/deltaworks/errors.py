@@ -8,6 +8,7 @@ DeltaworksError            a failure; the command line exits with 1
 │   ├── PlanError          a plan file that is malformed or of another version
 │   ├── ChangedError       a model that changed since it was registered
 │   └── OutputError        an output folder that exists, or that another process is writing
+├── BudgetError            a read that would exceed the I/O budget, stopped before it happened
 ├── NonFiniteError         a merge that would write NaN or infinity
 └── VerificationError      a snapshot whose files do not match its manifest
 """
@@ -43,6 +44,10 @@ class ChangedError(UserError):
 
 class OutputError(UserError):
     """The output folder exists already, or another process is writing it."""
+
+
+class BudgetError(DeltaworksError):
+    """A read would exceed the I/O budget; it was stopped before it happened."""
 
 
 class NonFiniteError(DeltaworksError):

@@ -7,15 +7,14 @@ from families import BF16, random_tensors, read_model, tuned, write_family, writ
 from numpy.typing import NDArray
 
 from deltaworks.catalog.analyze import analyze, delta_tensors
-from deltaworks.catalog.cuts import collect_lower_bits, find_cuts, lower_bits_reference
-from deltaworks.catalog.histogram import bins_reference
+from deltaworks.catalog.cuts import find_cuts
+from deltaworks.catalog.histogram import Interval, bins_reference
 from deltaworks.catalog.models import Model
 from deltaworks.catalog.register import register
 from deltaworks.catalog.statistics import TensorStatistics, measure_reference, read_statistics
 from deltaworks.catalog.store import Catalog
-from deltaworks.checkpoints.codec import TILE
-from deltaworks.checkpoints.dtypes import F32
 from deltaworks.errors import CatalogError, UserError
+from deltaworks.merging.methods.delta import close_cut, lower_bits_reference
 
 SHAPES = {
     "model.layers.0.w.weight": (97, 131),
@@ -59,7 +58,8 @@ def test_measures_what_numpy_measures(catalog: Catalog, tmp_path: Path, dtype: A
         first, second = (tensors[name].astype(np.float32).ravel() for tensors in (base_tensors, expert_tensors))
         for i, block in enumerate(tensor.blocks):
             part = slice(i * 4096, (i + 1) * 4096)
-            values, histogram = measure_reference(first[part], second[part])
+            values, histogram, sketch = measure_reference(first[part], second[part], i * 4096)
+            np.testing.assert_allclose(block.sketch, sketch, rtol=1e-4, atol=1e-6 * np.abs(delta[part]).sum())
             np.testing.assert_allclose(block.values, values, rtol=1e-12)
             np.testing.assert_array_equal(block.histogram.bins, histogram.bins)
             np.testing.assert_array_equal(block.histogram.counts, histogram.counts)
@@ -128,6 +128,12 @@ def test_cuts_are_exact_for_every_type(
     cuts = find_cuts(catalog, expert, base, wanted)
     for name, keep in wanted:
         delta, cut = deltas[name].ravel(), cuts[name, keep]
+        if isinstance(cut, Interval):
+            blocks = [delta[i : i + block_size] for i in range(0, delta.size, block_size)]
+            zeros = [np.zeros_like(b) for b in blocks]
+            cut = close_cut(
+                cut, [lower_bits_reference(z, b, cut.bin >> 1) for z, b in zip(zeros, blocks, strict=True)], block_size
+            )
         bits, index = np.abs(delta).view(np.uint32), np.arange(delta.size)
         tied = (bits == cut.threshold) & (index >= cut.start)
         kept = (
@@ -166,16 +172,3 @@ def test_an_unrelated_model_is_noticed(catalog: Catalog, tmp_path: Path) -> None
     analyze(catalog, other, base, progress=Notes())
     assert len(notes) == 1
     assert "is it a fine-tune of it?" in notes[0]
-
-
-def test_lower_bits_parity() -> None:
-    rng = np.random.default_rng(0)
-    base, expert = (rng.standard_normal(5000, np.float32) for _ in range(2))
-    upper = int(np.abs(expert - base).view(np.uint32)[17] >> 16)
-    wanted = lower_bits_reference(base, expert, upper)
-    found = np.empty(len(wanted), np.uint16)
-    scratch = np.empty((2, TILE), np.float32)
-    raws = [x.view(np.uint8) for x in (base, expert)]
-    collect_lower_bits(raws[0], F32.code, raws[1], F32.code, 5000, upper, scratch, found)
-    assert len(wanted)
-    np.testing.assert_array_equal(found, wanted)

@@ -1,9 +1,19 @@
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from merges import drained
 
-from deltaworks.catalog.histogram import BINS, Cut, Interval, bins_reference, count_magnitudes, place_cut
-from deltaworks.catalog.statistics import add_up, sparse
+from deltaworks.catalog.histogram import (
+    BINS,
+    Cut,
+    Interval,
+    bins_reference,
+    count_magnitudes,
+    kept_elements,
+    place_cuts,
+    surviving_energy,
+)
+from deltaworks.catalog.statistics import add_up
 
 BLOCK = 64
 
@@ -35,14 +45,14 @@ def test_a_cut_keeps_exactly_as_many_lowest_index_first(seed: int, size: int, ki
     for start in range(0, size, BLOCK):
         dense = np.zeros(BINS, np.uint32)
         count_magnitudes(delta[start : start + BLOCK].copy(), len(delta[start : start + BLOCK]), dense)
-        blocks.append(sparse(dense))
-    cut = place_cut(add_up(blocks), blocks, BLOCK, size, keep)
+        blocks.append(drained(dense))
+    (cut,) = place_cuts(add_up(blocks), blocks, BLOCK, size, [keep])
     bits = np.abs(delta).view(np.uint32)
     if isinstance(cut, Interval):
         assert kind == "float32"
         inside = np.sort(np.abs(delta)[bins_reference(delta) == cut.bin])[::-1]
         assert inside[cut.rank - 1] == np.sort(np.abs(delta))[::-1][keep - 1]
-        assert cut.rank < len(inside)
+        assert cut.rank < len(inside) == cut.total
         return
     expected = np.zeros(size, bool)
     expected[np.argsort(-np.abs(delta), kind="stable")[:keep]] = True
@@ -61,3 +71,21 @@ def applied(cut: Cut, bits: np.ndarray[tuple[int], np.dtype[np.uint32]]) -> np.n
             kept[i] = True
             left -= 1
     return kept
+
+
+@given(st.integers(0, 1000), st.integers(1, 500), st.sampled_from(["float32", "bfloat16", "ties"]))
+def test_the_energy_that_survives_is_that_of_the_largest(seed: int, size: int, kind: str) -> None:
+    delta = delta_of(seed, size, kind)
+    blocks = []
+    for start in range(0, size, BLOCK):
+        dense = np.zeros(BINS, np.uint32)
+        count_magnitudes(delta[start : start + BLOCK].copy(), len(delta[start : start + BLOCK]), dense)
+        blocks.append(drained(dense))
+    densities = (0.1, 0.5, 0.9)
+    found = surviving_energy(add_up(blocks), blocks, size, densities)
+    assert found.shape == (len(blocks), 3)
+    squares = np.sort(np.square(delta.astype(np.float64)))[::-1]
+    for i, density in enumerate(densities):
+        exact = squares[: kept_elements(density, size)].sum()
+        # A bin is at most 1/128 wide, relative to the magnitudes in it.
+        np.testing.assert_allclose(found[:, i].sum(), exact, rtol=0.02, atol=1e-12)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,15 @@ def test_a_day_of_work(shell: Shell, tmp_path: Path) -> None:
     planned = shell.json("plan", "ties.yml", "-o", "plan.json")
     merged = shell.json("run", "plan.json", "out")
     direct = shell.json("merge", "ties.yml", "out2")
-    before = {"plan_digest", "budget_bytes", "expert_bytes", "expert_bytes_planned", "predicted_error", "output"}
+    before = {
+        "plan_digest",
+        "budget_bytes",
+        "expert_bytes",
+        "expert_bytes_planned",
+        "predicted_error",
+        "error_bound",
+        "output",
+    }
     after = {"expert_bytes_read", "base_bytes_read", "output_bytes_written", "measured_error", "wall_s"}
     assert before < planned.keys()
     assert before | after == merged.keys() == direct.keys()
@@ -125,7 +134,8 @@ def test_an_interrupt_exits_with_130(shell: Shell) -> None:
     import time
 
     code = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it
 import deltaworks.catalog.store as store, deltaworks.cli.main as cli
 def wait(*_):
     print("ready", flush=True)
@@ -177,3 +187,102 @@ def test_help_teaches(shell: Shell) -> None:
         text = shell.run(command, "--help").stdout
         assert "--catalog" in text
         assert "--json" in text
+
+
+def test_a_merge_within_a_budget(shell: Shell, tmp_path: Path) -> None:
+    planned = shell.json("plan", "ties.yml", "-o", "plan.json", "--budget", "30%")
+    assert planned["budget_bytes"] == int(planned["expert_bytes"] * 0.3)
+    assert 0 < planned["expert_bytes_planned"] <= planned["budget_bytes"]
+    assert 0 < planned["predicted_error"] < 1
+    merged = shell.json("merge", "ties.yml", "out", "--budget", "30%", "--verify-error")
+    assert merged["plan_digest"] == planned["plan_digest"]
+    assert merged["expert_bytes_read"] == planned["expert_bytes_planned"]
+    assert 0 < merged["measured_error"] < 1
+    text = shell.run("run", "plan.json", "out2", "--verify-error").stdout
+    assert "predicted" in text
+    assert f"{merged['measured_error']:.4f} measured" in text
+    shown = shell.run("show", "plan.json").stdout
+    assert "weight is the share of the merge's change" in shown
+    assert [line.split()[0] for line in shown.splitlines()[-6:]] == ["embed_tokens", "0", "1", "2", "norm", "lm_head"]
+    assert "predicted, relative to the full merge's distance from the base" in shell.run("show", "out").stdout
+    assert "more than the experts hold" in shell.error("merge", "ties.yml", "out3", "--budget", "120%")
+    assert "no budget" in shell.error("plan", "ties.yml", "--budget", "some")
+
+
+def test_a_linear_budget_names_the_base(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "linear.yml").write_text(recipe("linear", tmp_path, base=False, parameters="weight: 1"))
+    assert "register the experts with --base" in shell.error("merge", "linear.yml", "out", "--budget", "30%")
+    merged = shell.json("merge", "linear.yml", "out", "--budget", "30%", "--base", "base", "--verify-error")
+    assert merged["measured_error"] <= merged["error_bound"]
+    assert merged["base_bytes_read"] > 0
+
+
+def test_two_plans_beside_each_other(shell: Shell, tmp_path: Path) -> None:
+    for name, budget in (("a", "20%"), ("b", "60%")):
+        shell.run("plan", "ties.yml", "-o", f"{name}.json", "--budget", budget)
+    found = shell.json("diff", "a.json", "b.json")
+    assert not found["same"]
+    assert {"budget_bytes", "predicted_error"} <= {s["name"] for s in found["settings"]}
+    assert found["tensors"] == {"only_a": [], "only_b": [], "operation": []}
+    assert sum(r["only_b"] for r in found["reads"]) > 0
+    assert "only b" in shell.run("diff", "a.json", "b.json").stdout
+    digest = json.loads((tmp_path / "a.json").read_text())["digest"]
+    assert shell.json("diff", "a.json", digest[:10])["same"]
+    shell.run("run", "a.json", "out")
+    assert "the same plan" in shell.run("diff", "out", "a.json").stdout
+    assert "no plan file" in shell.error("diff", "a.json", "c.json")
+
+
+def test_where_a_model_came_from_and_where_it_went(shell: Shell, tmp_path: Path) -> None:
+    merged = shell.json("merge", "ties.yml", "out", "--budget", "50%")
+    came = shell.json("lineage", "out")
+    assert came["plan_digest"] == merged["plan_digest"]
+    assert came["recipe"] == (tmp_path / "ties.yml").read_text()
+    assert [i["role"] for i in came["inputs"]] == ["base", "expert", "expert", "expert"]
+    experts = came["inputs"][1:]
+    assert sum(i["bytes_planned"] for i in experts) == merged["expert_bytes_read"]
+    assert all(0 < i["elements_read"] <= i["elements"] for i in experts)
+    assert all(0 < i["change_without"] < 1 for i in experts)
+    went = shell.json("lineage", "expert1")
+    (row,) = went["used_by"]
+    assert row["snapshot"] == str(tmp_path / "out")
+    assert row["change_without"] == experts[1]["change_without"]
+    assert row["present"]
+    assert row["is_current"]
+    assert "without it the merge would change by" in shell.run("lineage", "expert1").stdout
+    # A merge of a merge: both directions are known.
+    shell.run("register", "first", "out", "--base", "base")
+    (tmp_path / "second.yml").write_text(
+        recipe("task_arithmetic", tmp_path, parameters="weight: 0.5", listed=("out", "expert2"))
+    )
+    shell.run("merge", "second.yml", "out2")
+    again = shell.json("lineage", "out2")
+    assert {i["name"]: i["snapshot"] for i in again["inputs"]}["first"] == str(tmp_path / "out")
+    assert shell.json("lineage", "out")["used_by"] == [str(tmp_path / "out2")]
+    assert "itself a merge" in shell.run("lineage", "out2").stdout
+    assert "used by" in shell.run("lineage", "out").stdout
+    assert shell.json("lineage", "base")["experts"] == ["expert0", "expert1", "expert2", "first"]
+    assert "did you mean 'expert1'" in shell.error("lineage", "expert11")
+    shutil.rmtree(tmp_path / "out2")
+    assert "(deleted)" in shell.run("lineage", "expert2").stdout
+    assert shell.json("lineage", "out2")["plan_digest"] == again["plan_digest"]
+
+
+def test_a_sweep_plans_every_point_of_a_grid(shell: Shell, tmp_path: Path) -> None:
+    grid = ("sweep", "ties.yml", "--density", "0.2,0.6", "--set", "expert1:weight=0.5,2", "--budget", "20%,60%")
+    plans = shell.json(*grid, "-o", "plans")["plans"]
+    assert [p["settings"] for p in plans] == [
+        {"expert1:weight": w, "density": d, "budget": b} for w in (0.5, 2) for d in (0.2, 0.6) for b in ("20%", "60%")
+    ]
+    assert len({p["plan_digest"] for p in plans}) == 8
+    assert all(p["expert_bytes_planned"] <= 0.6 * p["expert_bytes"] for p in plans)
+    ran = shell.json("run", plans[3]["file"], "out")
+    assert ran["plan_digest"] == plans[3]["plan_digest"]
+    weights = {row["name"]: row for row in json.loads(Path(tmp_path / plans[4]["file"]).read_text())["tensors"]}
+    assert weights["model.norm.weight"]["weights"] == [1.0, 2.0, 1.0]
+    assert weights["model.norm.weight"]["densities"] == [0.2, 0.2, 0.2]
+    text = shell.run(*grid).stdout
+    assert len(text.splitlines()) == 9
+    assert "is no axis" in shell.error("sweep", "ties.yml", "--set", "density")
+    assert "no model 'expert9'" in shell.error("sweep", "ties.yml", "--set", "expert9:weight=1")
+    assert "unknown parameter 'densty'" in shell.error("sweep", "ties.yml", "--set", "densty=1")

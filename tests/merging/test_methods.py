@@ -7,17 +7,25 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from merges import drained
 from numpy.typing import NDArray
 
-from deltaworks.catalog.histogram import BINS, Cut, Interval, count_magnitudes, place_cut
-from deltaworks.catalog.statistics import add_up, sparse
+from deltaworks.catalog.histogram import BINS, Cut, Interval, count_magnitudes, kept_elements, place_cuts
+from deltaworks.catalog.statistics import add_up
 from deltaworks.checkpoints.codec import TILE, decode_reference, encode_reference
 from deltaworks.checkpoints.dtypes import BF16, F16, F32, FLOATS, DType
 from deltaworks.errors import CheckpointError
 from deltaworks.merging.methods import OPERATIONS
 from deltaworks.merging.methods.copying import Copy
-from deltaworks.merging.methods.delta import DeltaSum, Sparsify, kept_elements, random_key, random_reference
-from deltaworks.merging.methods.operation import Block, Operation, exact_sums
+from deltaworks.merging.methods.delta import (
+    DeltaSum,
+    Sparsify,
+    collect_lower_bits,
+    lower_bits_reference,
+    random_key,
+    random_reference,
+)
+from deltaworks.merging.methods.operation import Block, Operation
 from deltaworks.merging.methods.spherical import Slerp
 from deltaworks.merging.methods.weighted import WeightedSum
 
@@ -41,8 +49,9 @@ def stream(
             codes = np.array([d.code for d in dtypes])
             blocks.append(Block(rows, codes, start, count, scratch, np.zeros(block_size * 8, np.uint8), out.code))
         settled = operation
-        if operation.needs_sums:
-            settled = operation.settle(exact_sums([operation.measure(b) for b in blocks]))
+        for _ in range(operation.passes):
+            settled = settled.settle([settled.measure(b) for b in reversed(blocks)], block_size)
+        assert settled.passes == 0
         wrong = sum(settled.merge(b) for b in blocks)
         return np.concatenate([b.out[: out.nbytes(b.count)] for b in reversed(blocks)]), wrong
 
@@ -65,23 +74,16 @@ def expected(operation: Operation, raws: Sequence[NDArray[np.uint8]], dtypes: Se
     return encode_reference(operation.reference(values), out)
 
 
-def cut_for(base: NDArray[np.float32], expert: NDArray[np.float32], keep: int) -> Cut:
-    """A cut from histograms where they suffice; where not, from a sort."""
+def cut_for(base: NDArray[np.float32], expert: NDArray[np.float32], keep: int) -> Cut | Interval:
+    """A cut from histograms."""
     delta = expert - base
     blocks = []
     for start in range(0, len(delta), CUT_BLOCK):
         dense = np.zeros(BINS, np.uint32)
         part = delta[start : start + CUT_BLOCK].copy()
         count_magnitudes(part, len(part), dense)
-        blocks.append(sparse(dense))
-    cut = place_cut(add_up(blocks), blocks, CUT_BLOCK, len(delta), keep)
-    if isinstance(cut, Interval):
-        bits = np.abs(delta).view(np.uint32)
-        order = np.argsort(-np.abs(delta), kind="stable")
-        threshold, last = int(bits[order[keep - 1]]), int(order[keep - 1])
-        start = last - last % CUT_BLOCK
-        inside = bits[start : last + 1] == threshold
-        return Cut(threshold, start, int(np.count_nonzero(inside)), CUT_BLOCK)
+        blocks.append(drained(dense))
+    (cut,) = place_cuts(add_up(blocks), blocks, CUT_BLOCK, len(delta), [keep])
     return cut
 
 
@@ -215,3 +217,16 @@ def test_copies_must_agree() -> None:
     block.rows[1, 3] ^= 1
     with pytest.raises(CheckpointError, match="integers cannot be averaged"):
         Copy(8).merge(block)
+
+
+def test_lower_bits_parity() -> None:
+    rng = np.random.default_rng(0)
+    base, expert = (rng.standard_normal(5000, np.float32) for _ in range(2))
+    upper = int(np.abs(expert - base).view(np.uint32)[17] >> 16)
+    wanted = lower_bits_reference(base, expert, upper)
+    found = np.empty(5000, np.uint16)
+    scratch = np.empty((2, TILE), np.float32)
+    raws = [x.view(np.uint8) for x in (base, expert)]
+    count = collect_lower_bits(raws[0], F32.code, raws[1], F32.code, 5000, upper, scratch, found)
+    assert count == len(wanted) > 0
+    np.testing.assert_array_equal(found[:count], wanted)

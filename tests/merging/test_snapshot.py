@@ -55,7 +55,7 @@ def test_a_snapshot_is_a_complete_model(catalog: Catalog, tmp_path: Path, family
     assert index["weight_map"].keys() == tensors.keys()
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
     assert not list(tmp_path.glob(".*")), "no staging folder is left"
-    assert [path for path, _, _ in catalog.snapshots()] == [tmp_path / "out"]
+    assert [path for path, *_ in catalog.snapshots()] == [tmp_path / "out"]
 
 
 def test_the_manifest_names_every_input_and_file(catalog: Catalog, tmp_path: Path, family: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_plan_for_files_that_changed_is_refused(catalog: Catalog, tmp_path: Pa
     ("change", "message"),
     [
         (lambda c: c.replace('"seed": 0', '"seed": 1'), "was edited"),
-        (lambda c: c.replace('"deltaworks_plan": 1', '"deltaworks_plan": 99'), "schema 99"),
+        (lambda c: c.replace('"deltaworks_plan": 2', '"deltaworks_plan": 99'), "schema 99"),
         (lambda c: c.replace('"deltaworks_plan"', '"plan"'), "not a deltaworks plan"),
         (lambda c: c.replace('"operation": "weighted"', '"operation": "magic"', 1), "malformed"),
         (lambda c: c[:-30], "not valid JSON"),

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from deltaworks.catalog.histogram import BINS
+from deltaworks.catalog.histogram import BINS, Histogram, drain
 from deltaworks.catalog.models import Model
+from deltaworks.catalog.sketch import BUCKETS, SAMPLES, sample_places, signs
 from deltaworks.catalog.statistics import (
     BLOCK_FIELDS,
     DEFAULT_BLOCK_SIZE,
@@ -18,8 +19,8 @@ from deltaworks.catalog.statistics import (
     TensorStatistics,
     add_up,
     measure_block,
-    sparse,
 )
+from deltaworks.catalog.storage import measure_read_cost
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.header import TensorInfo
@@ -31,6 +32,7 @@ from deltaworks.errors import UserError
 from deltaworks.progress import Progress, Silent
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 1 << 12, 1 << 22
+_BLOCKS_A_MODEL = 512
 FAR_FROM_BASE = 1.0
 """Relative norm of a delta from which on an expert is no plausible fine-tune: two unrelated models differ by 1.4."""
 
@@ -48,6 +50,15 @@ def check_block_size(block_size: int) -> int:
     return block_size
 
 
+def default_block_size(base: Model) -> int:
+    """256 Ki elements; smaller for a model so small that it would have fewer than 512 blocks.
+
+    All experts of a base get the same, so that their blocks can be weighed against each other.
+    """
+    small = base.checkpoint.count // _BLOCKS_A_MODEL
+    return min(DEFAULT_BLOCK_SIZE, max(SMALLEST_BLOCK, 1 << max(0, small).bit_length() - 1 if small else 0))
+
+
 @dataclass(frozen=True, slots=True)
 class _Block:
     tensor: int
@@ -61,8 +72,13 @@ class _Slot:
     def __init__(self, nbytes: int) -> None:
         self.base = np.empty(nbytes, np.uint8)
         self.expert = np.empty(nbytes, np.uint8)
-        self.scratch = np.empty((2, TILE), np.float32)
+        self.scratch = np.empty((3, TILE), np.float32)
         self.histogram = np.zeros(BINS, np.uint32)
+        self.bins = np.empty(BINS, np.uint16)
+        self.counts = np.empty(BINS, np.int64)
+        self.used = 0
+        self.sketch = np.empty(BUCKETS, np.float32)
+        self.sample = np.empty(SAMPLES, np.float32)
         self.values = np.empty(len(BLOCK_FIELDS), np.float64)
 
 
@@ -82,7 +98,7 @@ def analyze(
         catalog: where the statistics go, under both fingerprints.
         expert: the fine-tuned model; its files must be unchanged.
         base: the model it was tuned from; likewise.
-        block_size: elements a block; by default what an earlier analysis used, or 256 Ki.
+        block_size: elements a block; by default what an earlier analysis used, or `default_block_size`.
         threads: compute threads; all cores by default.
         force: measure again.
         progress: told of the bytes read.
@@ -98,15 +114,19 @@ def analyze(
     known = catalog.find_analysis(expert.fingerprint, base.fingerprint)
     if known is not None and not force and block_size in (None, known[0]):
         return known[2]
-    block_size = check_block_size(block_size or (known[0] if known else DEFAULT_BLOCK_SIZE))
+    block_size = check_block_size(block_size or (known[0] if known else default_block_size(base)))
     threads = threads or os.cpu_count() or 1
     pairs = delta_tensors(expert, base)
     counter = ByteCounter()
     path = catalog.statistics_file(expert.fingerprint, base.fingerprint)
     widest = max((t.dtype.bits for pair in pairs for t in pair), default=8) // 8
     slots = [_Slot(block_size * widest) for _ in range(threads + 3)]
+    measure_read_cost(catalog, expert)
     progress.start(f"analyze {expert.name}", sum(b.nbytes + e.nbytes for b, e in pairs))
-    with Source(base, counter) as base_source, Source(expert, counter) as expert_source:
+    with (
+        Source(base, counter, sequential=True) as base_source,
+        Source(expert, counter, sequential=True) as expert_source,
+    ):
         writer = StatisticsWriter(path, block_size)
         stages = _Stages(base_source, expert_source, pairs, block_size, writer, progress)
         try:
@@ -143,6 +163,7 @@ class _Stages:
         self._writer, self._progress = writer, progress
         self._gathered: dict[int, dict[int, BlockStatistics]] = {}
         self._next = 0
+        self._signs = signs()
         self.summary = _Summary()
 
     def read(self, task: _Block, slot: _Slot) -> None:
@@ -153,22 +174,28 @@ class _Stages:
 
     def compute(self, task: _Block, slot: _Slot) -> None:
         """Measure the block in the slot."""
-        slot.histogram[:] = 0
         measure_block(
             slot.base,
             task.base.dtype.code,
             slot.expert,
             task.expert.dtype.code,
+            task.block * self._block_size,
             task.count,
+            self._signs,
             slot.scratch,
             slot.histogram,
+            slot.sketch,
+            sample_places(task.block, task.count),
+            slot.sample,
             slot.values,
         )
+        slot.used = drain(slot.histogram, slot.bins, slot.counts)
 
     def write(self, task: _Block, slot: _Slot) -> None:
         """Take the result over, and hand on every tensor that is complete, in order."""
         # Only this thread allocates: what many threads allocate and one frees ends up scattered.
-        result = BlockStatistics(task.count, slot.values.copy(), sparse(slot.histogram))
+        histogram = Histogram(slot.bins[: slot.used].copy(), slot.counts[: slot.used].copy())
+        result = BlockStatistics(task.count, slot.values.copy(), slot.sketch.copy(), slot.sample.copy(), histogram)
         self._gathered.setdefault(task.tensor, {})[task.block] = result
         self._progress.advance(task.base.dtype.nbytes(task.count) + task.expert.dtype.nbytes(task.count))
         while self._next < len(self._pairs):

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from blake3 import blake3
 
-from deltaworks.checkpoints.checkpoint import ShardFile
 from deltaworks.checkpoints.reader import ByteCounter, RangeReader
 from deltaworks.progress import Progress
 
@@ -34,9 +33,9 @@ def hash_files(paths: Iterable[Path], counter: ByteCounter, progress: Progress) 
         return list(pool.map(lambda path: hash_file(path, counter, progress), paths))
 
 
-def combine(shards: Iterable[ShardFile], digests: Iterable[str]) -> str:
-    """The fingerprint of a model whose weight files have these digests."""
+def combine(names: Iterable[str], digests: Iterable[str]) -> str:
+    """The fingerprint of a model whose weight files have these names and digests."""
     hasher = blake3()
-    for shard, digest in zip(shards, digests, strict=True):
-        hasher.update(f"{shard.name}\0{digest}\n".encode())
+    for name, digest in zip(names, digests, strict=True):
+        hasher.update(f"{name}\0{digest}\n".encode())
     return hasher.hexdigest()

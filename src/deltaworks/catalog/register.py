@@ -65,7 +65,13 @@ def register(
     progress.finish()
     of = base_model.name if base_model else None
     model = Model(
-        name, kind, source, of, base_is_declared and of is not None, combine(checkpoint.shards, digests), checkpoint
+        name,
+        kind,
+        source,
+        of,
+        base_is_declared and of is not None,
+        combine([s.name for s in checkpoint.shards], digests),
+        checkpoint,
     )
     if not untouched(model):
         raise ChangedError(f"{path} changed while it was being read; register {name} again when it is complete")
@@ -158,7 +164,7 @@ def check_unchanged(catalog: Catalog, model: Model, progress: Progress | None = 
         progress.start(f"fingerprint {model.name} (its files were touched)", model.checkpoint.nbytes)
         digests = hash_files([model.path / s.name for s in now], ByteCounter(), progress)
         progress.finish()
-        if combine(now, digests) != model.fingerprint:
+        if combine([s.name for s in now], digests) != model.fingerprint:
             touched = next(new for old, new in zip(model.checkpoint.shards, now, strict=True) if old != new)
             raise ChangedError(f"{model.path / touched.name} changed since {model.name!r} was registered{again}")
     model = replace(model, checkpoint=replace(model.checkpoint, shards=now, config=config))

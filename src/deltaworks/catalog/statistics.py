@@ -1,46 +1,71 @@
 """Block statistics of one delta: measured in one streaming pass, kept in one Parquet file.
 
-The file holds one row a block, in order, with the columns of `BLOCK_FIELDS` and the histogram of the magnitudes of the
-block's delta; and in its last row group one row a tensor, with the same of the whole tensor.
+The file holds one row a block, in order, with the columns of `BLOCK_FIELDS`, the energy that survives trims, the sketch
+and the histogram of the magnitudes of the block's delta; and in its last row group one row a tensor, with the same of
+the whole tensor and with the places of its trim cuts.
 """
 
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from deltaworks.catalog.histogram import BINS, Histogram, bins_reference, count_magnitudes
+from deltaworks.catalog.histogram import (
+    BINS,
+    Histogram,
+    bins_reference,
+    count_magnitudes,
+    kept_elements,
+    pack_cut,
+    place_cuts,
+    surviving_energy,
+)
+from deltaworks.catalog.sketch import BUCKETS, SAMPLES, add_to_sketch, sketch_reference
 from deltaworks.checkpoints.codec import TILE, decode
 from deltaworks.checkpoints.jit import kernel
 from deltaworks.errors import CatalogError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DEFAULT_BLOCK_SIZE = 1 << 18
 
-BLOCK_FIELDS = ("zeros", "nonfinite", "delta_abs", "delta_square", "delta_max", "base_square", "base_delta")
-"""What is measured of a block: elements whose delta is zero; elements not finite in the delta; sum of |delta|; sum of
-delta squared; largest |delta|; sum of the base squared; inner product of base and delta. Sums in float64."""
+BLOCK_FIELDS = ("zeros", "changed", "nonfinite", "delta_square", "base_square", "base_delta")
+"""What is measured of a block: elements whose delta is zero; elements whose float32 bits differ from the base's (a
+change of the sign of zero counts); elements not finite in the delta; sum of delta squared; sum of the base squared;
+inner product of base and delta. Sums in float64."""
+
+DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Trims for which the energy that survives is kept of every block."""
+
+CUT_DENSITIES = tuple(i / 100 for i in range(1, 100))
+"""Trims whose cuts are kept of every tensor."""
 
 _LANES = 16
 
 # Arrow's own allocator keeps what it once had, which adds up over the tensors of a large model.
 pa.set_memory_pool(pa.system_memory_pool())
 
-_SCHEMA = pa.schema(
+SCHEMA = pa.schema(
     [
         ("tensor", pa.dictionary(pa.int32(), pa.string())),
         ("block", pa.int32()),
         ("elements", pa.int64()),
         *((f, pa.float64()) for f in BLOCK_FIELDS),
+        # Numbers as bytes: lists of them take four times as long to read, and are most of what planning reads.
+        ("survives", pa.binary(4 * len(DENSITIES))),
+        ("sketch", pa.binary(4 * BUCKETS)),
+        ("sample", pa.binary(4 * SAMPLES)),
         ("bins", pa.list_(pa.uint16())),
         ("counts", pa.list_(pa.int64())),
+        ("cuts", pa.list_(pa.int64())),
     ]
 )
 
@@ -51,9 +76,14 @@ def measure_block(
     base_code: int,
     expert: NDArray[np.uint8],
     expert_code: int,
+    first: int,
     count: int,
+    table: NDArray[np.float32],
     scratch: NDArray[np.float32],
     histogram: NDArray[np.uint32],
+    sketch: NDArray[np.float32],
+    places: NDArray[np.int64],
+    sample: NDArray[np.float32],
     out: NDArray[np.float64],
 ) -> None:
     """Measure one block of the delta `expert` minus `base`.
@@ -63,72 +93,105 @@ def measure_block(
         base_code: their type's code.
         expert: raw elements of the expert, uint8.
         expert_code: their type's code.
+        first: flat index of the block's first element, a multiple of TILE.
         count: elements in the block.
-        scratch: float32, [2, TILE].
+        table: of `signs`.
+        scratch: float32, [3, TILE].
         histogram: uint32, [BINS]; counts are added.
+        sketch: float32, [BUCKETS]; set.
+        places: int64, [SAMPLES]; the elements to sample, ascending.
+        sample: float32, [SAMPLES]; set.
         out: float64, [len(BLOCK_FIELDS)]; set.
     """
-    sums = np.zeros((4, _LANES), np.float64)
     out[:] = 0.0
-    b, d = scratch[0], scratch[1]
-    bits = d.view(np.uint32)
+    sketch[:] = np.float32(0.0)
+    sample[:] = np.float32(0.0)
+    sampled = 0
+    b, x, d = scratch[0], scratch[1], scratch[2]
     for start in range(0, count, TILE):
         n = min(TILE, count - start)
         decode(base, base_code, start, n, b)
-        decode(expert, expert_code, start, n, d)
+        decode(expert, expert_code, start, n, x)
         for i in range(n):
-            d[i] = d[i] - b[i]
+            d[i] = x[i] - b[i]
         count_magnitudes(d, n, histogram)
-        zeros, wrong, largest = 0, 0, np.uint32(0)
-        for i in range(n):
-            magnitude = bits[i] & np.uint32(0x7FFFFFFF)
-            zeros += 1 if magnitude == np.uint32(0) else 0
-            wrong += 1 if magnitude >= np.uint32(0x7F800000) else 0
-            largest = max(largest, magnitude)
-        out[0] += zeros
-        out[1] += wrong
-        for i in range(n, -(-n // _LANES) * _LANES):
+        count_differences(b, x, d, n, out)
+        while sampled < len(places) and places[sampled] < start + n:
+            sample[sampled] = d[places[sampled] - start]
+            sampled += 1
+        for i in range(n, -(-n // BUCKETS) * BUCKETS):
             b[i] = np.float32(0.0)
             d[i] = np.float32(0.0)
-        for i in range(0, n, _LANES):
-            for lane in range(_LANES):
-                x, y = np.float64(d[i + lane]), np.float64(b[i + lane])
-                sums[0, lane] += abs(x)
-                sums[1, lane] += x * x
-                sums[2, lane] += y * y
-                sums[3, lane] += x * y
-        bits[0] = largest
-        out[4] = max(out[4], np.float64(d[0]))
-    out[2] = sums[0].sum()
-    out[3] = sums[1].sum()
-    out[5] = sums[2].sum()
-    out[6] = sums[3].sum()
+        add_squares(b, d, n, out)
+        add_to_sketch(d, n, (first + start) // TILE, table, sketch)
 
 
-def measure_reference(base: NDArray[np.float32], expert: NDArray[np.float32]) -> tuple[NDArray[np.float64], Histogram]:
+@kernel
+def count_differences(
+    base: NDArray[np.float32],
+    expert: NDArray[np.float32],
+    delta: NDArray[np.float32],
+    count: int,
+    out: NDArray[np.float64],
+) -> None:
+    """Add to the first three of `out` what the first `count` elements of a tile (float32 each) make of them."""
+    zeros, changed, wrong = np.uint32(0), np.uint32(0), np.uint32(0)
+    base_bits, expert_bits, bits = base.view(np.uint32), expert.view(np.uint32), delta.view(np.uint32)
+    for i in range(count):
+        magnitude = bits[i] & np.uint32(0x7FFFFFFF)
+        zeros += np.uint32(1) if magnitude == np.uint32(0) else np.uint32(0)
+        wrong += np.uint32(1) if magnitude >= np.uint32(0x7F800000) else np.uint32(0)
+        changed += np.uint32(1) if base_bits[i] != expert_bits[i] else np.uint32(0)
+    out[0] += zeros
+    out[1] += changed
+    out[2] += wrong
+
+
+@kernel
+def add_squares(base: NDArray[np.float32], delta: NDArray[np.float32], count: int, out: NDArray[np.float64]) -> None:
+    """Add to the last three of `out` the sums over a tile; elements up to a multiple of _LANES must be zero."""
+    lanes = np.zeros((3, _LANES), np.float64)
+    squares, bases, products = lanes[0], lanes[1], lanes[2]
+    for start in range(0, count, _LANES):
+        d, b = delta[start : start + _LANES], base[start : start + _LANES]
+        for lane in range(_LANES):
+            x, y = np.float64(d[lane]), np.float64(b[lane])
+            squares[lane] += x * x
+            bases[lane] += y * y
+            products[lane] += x * y
+    for lane in range(_LANES):
+        out[3] += squares[lane]
+        out[4] += bases[lane]
+        out[5] += products[lane]
+
+
+def measure_reference(
+    base: NDArray[np.float32], expert: NDArray[np.float32], first: int
+) -> tuple[NDArray[np.float64], Histogram, NDArray[np.float64]]:
     """What `measure_block` measures of a block (both flat), with NumPy; sums may differ in their last bits."""
     delta = expert - base
     b, d = base.astype(np.float64), delta.astype(np.float64)
-    magnitudes = np.abs(d)
     values = [
         np.count_nonzero(delta == 0),
+        np.count_nonzero(expert.view(np.uint32) != base.view(np.uint32)),
         np.count_nonzero(~np.isfinite(delta)),
-        magnitudes.sum(),
         np.square(d).sum(),
-        magnitudes.max(initial=0.0),
         np.square(b).sum(),
         (b * d).sum(),
     ]
     bins, counts = np.unique(bins_reference(delta), return_counts=True)
-    return np.array(values, np.float64), Histogram(bins.astype(np.uint16), counts)
+    histogram = Histogram(bins.astype(np.uint16), counts)
+    return np.array(values, np.float64), histogram, sketch_reference(delta, first)
 
 
 @dataclass(frozen=True, slots=True)
 class BlockStatistics:
-    """What was measured of one block: `values` in the order of `BLOCK_FIELDS`, and its histogram."""
+    """What was measured of one block: `values` in the order of `BLOCK_FIELDS`, sketch, sample and histogram."""
 
     elements: int
     values: NDArray[np.float64]
+    sketch: NDArray[np.float32]
+    sample: NDArray[np.float32]
     histogram: Histogram
 
 
@@ -147,19 +210,39 @@ class TensorStatistics:
         return sum(b.elements for b in self.blocks)
 
 
-def sparse(dense: NDArray[np.uint32]) -> Histogram:
-    """The non-empty bins of a dense histogram."""
-    bins = np.flatnonzero(dense)
-    return Histogram(bins.astype(np.uint16), dense[bins].astype(np.int64))
-
-
 def add_up(parts: list[Histogram]) -> Histogram:
     """The histogram of everything the parts hold."""
+    if len(parts) == 1:
+        return parts[0]
     dense = np.zeros(BINS, np.int64)
     for part in parts:
         dense[part.bins] += part.counts
     bins = np.flatnonzero(dense)
     return Histogram(bins.astype(np.uint16), dense[bins])
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaTable:
+    """What planning needs of one delta: a row a block, tensor after tensor; see `BLOCK_FIELDS` for the columns.
+
+    Attributes:
+        block_size: elements a block.
+        rows: the rows of each tensor.
+        changed, delta_square, base_square, base_delta: float64, [blocks].
+        survives: float32, [blocks, DENSITIES]; sum of squares of what a trim leaves.
+        sketch: float32, [blocks, BUCKETS].
+        sample: float32, [blocks, SAMPLES]; the delta at `sample_places`.
+    """
+
+    block_size: int
+    rows: dict[str, slice]
+    changed: NDArray[np.float64]
+    delta_square: NDArray[np.float64]
+    base_square: NDArray[np.float64]
+    base_delta: NDArray[np.float64]
+    survives: NDArray[np.float32]
+    sketch: NDArray[np.float32]
+    sample: NDArray[np.float32]
 
 
 class StatisticsWriter:
@@ -169,16 +252,39 @@ class StatisticsWriter:
         self._path = path
         self._partial = path.with_name(f".{path.name}.{os.getpid()}")
         metadata = {b"deltaworks": json.dumps({"version": FORMAT_VERSION, "block_size": block_size}).encode()}
-        schema = _SCHEMA.with_metadata(metadata)
-        self._file = pq.ParquetWriter(self._partial, schema, compression="zstd", use_dictionary=["tensor"])
+        # Sketches do not compress, and are what planning reads most of.
+        leaves = [f"{f.name}.list.element" if pa.types.is_nested(f.type) else f.name for f in SCHEMA]
+        packed = {leaf: "none" if leaf in _BULKY else "zstd" for leaf in leaves}
+        self._file = pq.ParquetWriter(
+            self._partial, SCHEMA.with_metadata(metadata), compression=packed, use_dictionary=["tensor"]
+        )
         self._blocks: list[_Row] = []
         self._totals: list[_Row] = []
 
     def add(self, tensor: TensorStatistics) -> None:
         """Add a tensor that is complete."""
+        histograms, size = [b.histogram for b in tensor.blocks], tensor.elements
+        survives = surviving_energy(tensor.total, histograms, size, DENSITIES)
+        keeps = sorted({kept_elements(d, size) for d in CUT_DENSITIES}) if size else []
+        cuts = place_cuts(tensor.total, histograms, tensor.block_size, size, keeps)
         values = np.sum([b.values for b in tensor.blocks], axis=0)
-        self._totals.append((tensor.name, -1, tensor.elements, values, tensor.total))
-        self._blocks += [(tensor.name, i, b.elements, b.values, b.histogram) for i, b in enumerate(tensor.blocks)]
+        sketch = np.sum([b.sketch for b in tensor.blocks], axis=0)
+        nothing = np.zeros(SAMPLES, np.float32)
+        self._totals.append(
+            (
+                (tensor.name, -1, size),
+                values,
+                survives.sum(axis=0),
+                sketch,
+                nothing,
+                tensor.total,
+                [v for keep, cut in zip(keeps, cuts, strict=True) for v in (keep, *pack_cut(cut))],
+            )
+        )
+        self._blocks += [
+            ((tensor.name, i, b.elements), b.values, survives[i], b.sketch, b.sample, b.histogram, [])
+            for i, b in enumerate(tensor.blocks)
+        ]
         if len(self._blocks) >= _ROWS:
             self._flush(self._blocks)
             self._blocks = []
@@ -199,27 +305,39 @@ class StatisticsWriter:
 
     def _flush(self, rows: list["_Row"]) -> None:
         if rows:
-            self._file.write_table(pa.Table.from_batches([_batch(rows)], _SCHEMA), row_group_size=1 << 30)
+            self._file.write_table(pa.Table.from_batches([_batch(rows)], SCHEMA), row_group_size=1 << 30)
 
 
-_Row = tuple[str, int, int, NDArray[np.float64], Histogram]
+_Floats = NDArray[np.float32]
+_Row = tuple[tuple[str, int, int], NDArray[np.float64], NDArray[np.float64], _Floats, _Floats, Histogram, list[int]]
 _ROWS = 512
+_BULKY = ("survives", "sketch", "sample")
 
 
 def _batch(rows: list[_Row]) -> pa.RecordBatch:
-    values = np.array([r[3] for r in rows], np.float64).reshape(len(rows), len(BLOCK_FIELDS))
-    offsets = np.concatenate([[0], np.cumsum([len(r[4].bins) for r in rows])]).astype(np.int32)
+    values = np.array([r[1] for r in rows], np.float64).reshape(len(rows), len(BLOCK_FIELDS))
+    bins = _offsets([len(r[5].bins) for r in rows])
     return pa.RecordBatch.from_arrays(
         [
-            pa.array([r[0] for r in rows]).dictionary_encode(),
-            pa.array([r[1] for r in rows], pa.int32()),
-            pa.array([r[2] for r in rows], pa.int64()),
+            pa.array([r[0][0] for r in rows]).dictionary_encode(),
+            pa.array([r[0][1] for r in rows], pa.int32()),
+            pa.array([r[0][2] for r in rows], pa.int64()),
             *(pa.array(values[:, i]) for i in range(len(BLOCK_FIELDS))),
-            pa.ListArray.from_arrays(offsets, np.concatenate([r[4].bins for r in rows])),
-            pa.ListArray.from_arrays(offsets, np.concatenate([r[4].counts for r in rows])),
+            pack_floats(np.stack([r[2] for r in rows])),
+            pack_floats(np.stack([r[3] for r in rows])),
+            pack_floats(np.stack([r[4] for r in rows])),
+            pa.ListArray.from_arrays(bins, np.concatenate([r[5].bins for r in rows])),
+            pa.ListArray.from_arrays(bins, np.concatenate([r[5].counts for r in rows])),
+            pa.ListArray.from_arrays(
+                _offsets([len(r[6]) for r in rows]), np.array([v for r in rows for v in r[6]], np.int64)
+            ),
         ],
-        schema=_SCHEMA,
+        schema=SCHEMA,
     )
+
+
+def _offsets(lengths: list[int]) -> NDArray[np.int32]:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
 
 def read_statistics(path: Path) -> Iterator[TensorStatistics]:
@@ -228,22 +346,85 @@ def read_statistics(path: Path) -> Iterator[TensorStatistics]:
     Raises:
         CatalogError: the file is damaged or of another version.
     """
+    with _open(path) as (file, block_size):
+        yield from _tensors(file, block_size)
+
+
+def read_table(path: Path) -> DeltaTable:
+    """What planning needs of a statistics file.
+
+    Raises:
+        CatalogError: as `read_statistics`.
+    """
+    with _open(path) as (file, block_size):
+        last = file.num_row_groups - 1
+        sizes = file.read_row_group(last, ["tensor", "elements"]) if last >= 0 else SCHEMA.empty_table()
+        rows, end = {}, 0
+        for name, size in zip(sizes["tensor"].to_pylist(), sizes["elements"].to_pylist(), strict=True):
+            start, end = end, end + max(1, -(-size // block_size))
+            rows[name] = slice(start, end)
+        columns = ["changed", "delta_square", "base_square", "base_delta"]
+        table = file.read_row_groups(range(max(0, last)), [*columns, "survives", "sketch", "sample"])
+        return DeltaTable(
+            block_size,
+            rows,
+            table["changed"].to_numpy(),
+            table["delta_square"].to_numpy(),
+            table["base_square"].to_numpy(),
+            table["base_delta"].to_numpy(),
+            _matrix(table["survives"], len(DENSITIES)),
+            _matrix(table["sketch"], BUCKETS),
+            _matrix(table["sample"], SAMPLES),
+        )
+
+
+def read_cuts(path: Path) -> dict[str, NDArray[np.int64]]:
+    """The cuts that a statistics file holds of each tensor: [cuts, 5], the kept elements and the packed cut.
+
+    Raises:
+        CatalogError: as `read_statistics`.
+    """
+    with _open(path) as (file, _):
+        if not file.num_row_groups:
+            return {}
+        table = file.read_row_group(file.num_row_groups - 1, ["tensor", "cuts"])
+        cuts = table["cuts"].combine_chunks()
+        offsets, flat = cuts.offsets.to_numpy(), cuts.values.to_numpy()
+        names = table["tensor"].to_pylist()
+        return {name: flat[a:b].reshape(-1, 5) for name, (a, b) in zip(names, pairwise(offsets), strict=True)}
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[tuple[pq.ParquetFile, int]]:
     try:
         with pq.ParquetFile(path) as file:
-            yield from _tensors(file, path)
+            about = json.loads((file.schema_arrow.metadata or {})[b"deltaworks"])
+            if about["version"] != FORMAT_VERSION:
+                raise CatalogError(
+                    f"{path} has statistics of version {about['version']}; analyze the expert again with --force"
+                )
+            yield file, int(about["block_size"])
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise CatalogError(
             f"cannot read the statistics in {path}: {error}; analyze the expert again with --force"
         ) from error
 
 
-def _tensors(file: pq.ParquetFile, path: Path) -> Iterator[TensorStatistics]:
-    about = json.loads((file.schema_arrow.metadata or {})[b"deltaworks"])
-    if about["version"] != FORMAT_VERSION:
-        raise CatalogError(
-            f"{path} has statistics of version {about['version']}; analyze the expert again with --force"
-        )
-    block_size = int(about["block_size"])
+def pack_floats(rows: NDArray[Any]) -> pa.FixedSizeBinaryArray:
+    """Rows of numbers as a column of float32 bytes, little-endian."""
+    data = np.ascontiguousarray(rows, "<f4")
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(4 * data.shape[1]), len(data), [None, pa.py_buffer(data)])
+
+
+def _matrix(column: pa.ChunkedArray, width: int) -> NDArray[np.float32]:
+    parts = [
+        np.frombuffer(c.buffers()[1], "<f4", len(c) * width, c.offset * width * 4).reshape(-1, width)
+        for c in column.chunks
+    ]
+    return np.concatenate(parts) if parts else np.empty((0, width), np.float32)
+
+
+def _tensors(file: pq.ParquetFile, block_size: int) -> Iterator[TensorStatistics]:
     last = file.num_row_groups - 1
     if last < 0:
         return
@@ -255,12 +436,16 @@ def _tensors(file: pq.ParquetFile, path: Path) -> Iterator[TensorStatistics]:
         histograms = _histograms(table)
         elements = table.column("elements").to_numpy()
         values = np.stack([table.column(f).to_numpy() for f in BLOCK_FIELDS], axis=1)
+        sketches = _matrix(table.column("sketch"), BUCKETS)
+        samples = _matrix(table.column("sample"), SAMPLES)
         row = 0
         while row < table.num_rows:
             name, size, total = next(tensors)
             rows = range(row, row + max(1, -(-size // block_size)))
             row = rows.stop
-            blocks = [BlockStatistics(int(elements[r]), values[r], histograms[r]) for r in rows]
+            blocks = [
+                BlockStatistics(int(elements[r]), values[r], sketches[r], samples[r], histograms[r]) for r in rows
+            ]
             yield TensorStatistics(name, block_size, total, blocks)
 
 

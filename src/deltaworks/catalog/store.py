@@ -3,7 +3,7 @@
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,7 @@ from deltaworks.checkpoints.dtypes import DTYPES
 from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.errors import CatalogError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE models(
@@ -30,8 +30,11 @@ CREATE TABLE analyses(
 ) STRICT;
 CREATE TABLE cuts(
     expert TEXT NOT NULL, base TEXT NOT NULL, tensor TEXT NOT NULL, keep INTEGER NOT NULL,
-    threshold INTEGER NOT NULL, start INTEGER NOT NULL, quota INTEGER NOT NULL, align INTEGER NOT NULL,
-    PRIMARY KEY (expert, base, tensor, keep)
+    cut TEXT NOT NULL, PRIMARY KEY (expert, base, tensor, keep)
+) STRICT;
+CREATE TABLE storages(
+    device TEXT PRIMARY KEY, request_s REAL NOT NULL, bytes_per_s REAL NOT NULL,
+    measured_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP
 ) STRICT;
 CREATE TABLE plans(
     digest TEXT PRIMARY KEY, content TEXT NOT NULL, made_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP
@@ -174,21 +177,33 @@ class Catalog:
             return None
         return int(row[0]), file, json.loads(row[2])
 
-    def save_cuts(self, expert: str, base: str, cuts: Mapping[tuple[str, int], tuple[int, int, int, int]]) -> None:
-        """Remember trim cuts, each under its tensor and number of kept elements."""
+    def save_cuts(self, expert: str, base: str, cuts: Mapping[tuple[str, int], Sequence[int]]) -> None:
+        """Remember packed trim cuts, each under its tensor and number of kept elements."""
         with self.transaction():
             self._db.executemany(
-                "REPLACE INTO cuts VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                [(expert, base, tensor, keep, *cut) for (tensor, keep), cut in cuts.items()],
+                "REPLACE INTO cuts(expert, base, tensor, keep, cut) VALUES (?, ?, ?, ?, ?)",
+                [(expert, base, tensor, keep, json.dumps(cut)) for (tensor, keep), cut in cuts.items()],
             )
 
-    def find_cuts(self, expert: str, base: str) -> dict[tuple[str, int], tuple[int, int, int, int]]:
-        """Every remembered cut of a delta, by tensor and number of kept elements."""
-        rows = self._db.execute(
-            "SELECT tensor, keep, threshold, start, quota, align FROM cuts WHERE expert = ? AND base = ?",
-            (expert, base),
+    def find_cuts(self, expert: str, base: str) -> dict[tuple[str, int], list[int]]:
+        """Every remembered cut of a delta, packed, by tensor and number of kept elements."""
+        rows = self._db.execute("SELECT tensor, keep, cut FROM cuts WHERE expert = ? AND base = ?", (expert, base))
+        return {(row[0], row[1]): json.loads(row[2]) for row in rows}
+
+    # Storages
+
+    def save_storage(self, device: str, request_s: float, bytes_per_s: float) -> None:
+        """Remember what reading costs on a storage."""
+        self._db.execute(
+            "REPLACE INTO storages(device, request_s, bytes_per_s) VALUES (?, ?, ?)", (device, request_s, bytes_per_s)
         )
-        return {(row[0], row[1]): (row[2], row[3], row[4], row[5]) for row in rows}
+
+    def find_storage(self, device: str) -> tuple[float, float] | None:
+        """Seconds a request and bytes a second of a storage; None where it was not measured."""
+        row: tuple[float, float] | None = self._db.execute(
+            "SELECT request_s, bytes_per_s FROM storages WHERE device = ?", (device,)
+        ).fetchone()
+        return row
 
     # Plans and snapshots
 
@@ -203,10 +218,17 @@ class Catalog:
             (str(path), plan_digest, json.dumps(manifest)),
         )
 
-    def snapshots(self) -> list[tuple[Path, str, str]]:
-        """Path, plan digest and time of every committed snapshot, newest last."""
-        rows = self._db.execute("SELECT path, plan_digest, committed_at FROM snapshots ORDER BY committed_at, rowid")
-        return [(Path(row[0]), row[1], row[2]) for row in rows]
+    def find_plans(self, prefix: str) -> list[str]:
+        """The text of every plan whose digest begins with `prefix`."""
+        rows = self._db.execute("SELECT content FROM plans WHERE substr(digest, 1, ?) = ?", (len(prefix), prefix))
+        return [row[0] for row in rows]
+
+    def snapshots(self) -> list[tuple[Path, str, dict[str, Any], str]]:
+        """Path, plan digest, manifest and time of every committed snapshot, newest last."""
+        rows = self._db.execute(
+            "SELECT path, plan_digest, manifest, committed_at FROM snapshots ORDER BY committed_at, rowid"
+        )
+        return [(Path(row[0]), row[1], json.loads(row[2]), row[3]) for row in rows]
 
 
 _MODEL = "name, kind, source, path, base, base_is_declared, fingerprint, shards, tensors, config"

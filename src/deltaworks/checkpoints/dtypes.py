@@ -40,6 +40,9 @@ F8_E5M2 = DType("F8_E5M2", 8, 5, "float8_e5m2")
 
 FLOATS = (BF16, F16, F32, F64, F8_E4M3, F8_E5M2)
 
+BY_CODE = {d.code: d for d in FLOATS}
+"""Float types by their code."""
+
 DTYPES = {
     d.name: d
     for d in (

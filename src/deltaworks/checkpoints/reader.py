@@ -9,15 +9,34 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaworks.errors import CheckpointError
+from deltaworks.errors import BudgetError, CheckpointError
 
 
 class ByteCounter:
-    """A sum of bytes that many threads may add to."""
+    """A sum of bytes that many threads may add to.
 
-    def __init__(self) -> None:
+    Args:
+        limit: the most that may be read; None for no limit.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
         self._lock = threading.Lock()
-        self._value = 0
+        self._limit = limit
+        self._value = self._reserved = 0
+
+    def reserve(self, count: int) -> None:
+        """Announce a read of `count` bytes.
+
+        Raises:
+            BudgetError: it would go beyond the limit; nothing must be read.
+        """
+        with self._lock:
+            if self._limit is not None and self._reserved + count > self._limit:
+                raise BudgetError(
+                    f"a read of {count:,} bytes would exceed the budget of {self._limit:,} bytes, of which"
+                    f" {self._reserved:,} are spent; nothing was committed: please report this plan"
+                )
+            self._reserved += count
 
     def add(self, count: int) -> None:
         """Add `count` bytes."""
@@ -34,15 +53,22 @@ class RangeReader:
     """Positioned reads of one file; safe to share between threads.
 
     Every byte that the operating system returned is added to `counter`, whoever asked for it.
+
+    Args:
+        path: the file.
+        counter: see above.
+        sequential: the file will be read from end to end, so that the system may read ahead.
     """
 
-    def __init__(self, path: Path, counter: ByteCounter) -> None:
+    def __init__(self, path: Path, counter: ByteCounter, *, sequential: bool = False) -> None:
         self.path = path
         self._counter = counter
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise CheckpointError(f"cannot open {path}: {error.strerror}") from error
+        if sequential and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     @property
     def size(self) -> int:
@@ -57,6 +83,7 @@ class RangeReader:
         """
         view = buffer.data
         done = 0
+        self._counter.reserve(len(view))
         while done < len(view):
             try:
                 got = os.preadv(self._fd, [view[done:]], offset + done)

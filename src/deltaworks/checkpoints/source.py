@@ -22,11 +22,14 @@ class Source:
     Args:
         model: anything with a checkpoint.
         counter: every byte read is added to it.
+        sequential: all of the model will be read, in order.
     """
 
-    def __init__(self, model: _HasCheckpoint, counter: ByteCounter) -> None:
+    def __init__(self, model: _HasCheckpoint, counter: ByteCounter, *, sequential: bool = False) -> None:
         path = model.checkpoint.path
-        self._files = {s.name: RangeReader(path / s.name, counter) for s in model.checkpoint.shards}
+        self._files = {
+            s.name: RangeReader(path / s.name, counter, sequential=sequential) for s in model.checkpoint.shards
+        }
 
     def read(self, tensor: TensorInfo, start: int, count: int, out: NDArray[np.uint8]) -> None:
         """Read elements `start` to `start + count` of `tensor` into the front of `out` (uint8)."""

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from deltaworks.cli import demo, merges, models, show
+from deltaworks.cli import demo, lineage, merges, models, plans, show
 from deltaworks.errors import DeltaworksError, UserError
 
 app = typer.Typer(
@@ -15,7 +15,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
-for group in (merges, models, show, demo):
+for group in (merges, plans, models, show, lineage, demo):
     group.attach(app)
 
 

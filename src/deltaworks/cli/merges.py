@@ -1,12 +1,16 @@
 """merge, plan, run, verify: many experts to one model."""
 
+import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deltaworks.cli.options import AsJson, BlockSize, CatalogPath, Quiet, Threads, print_json
 from deltaworks.units import format_bytes
+
+if TYPE_CHECKING:
+    from deltaworks.merging.budget import Budget
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A mergekit YAML file.")]
 Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to appear; it must not exist.")]
@@ -14,6 +18,46 @@ Force = Annotated[bool, typer.Option("--force", help="Replace OUT, in one step, 
 ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest output file, like 5GB or 500MiB.")]
 Seed = Annotated[int, typer.Option(metavar="N", help="What DARE's random masks start from; same seed, same bytes.")]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Write NaN and infinity instead of failing.")]
+
+
+BudgetText = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="SHARE|BYTES",
+        help="Most that may be read from experts: a share of all they hold, like 25%, or bytes, like 2GiB. What is"
+        " not read is taken from the base. [default: the recipe's x-deltaworks.budget, else everything]",
+        show_default=False,
+    ),
+]
+StandIn = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="BASE",
+        help="With a budget: the base model of the experts, where the recipe has no base_model.",
+        show_default=False,
+    ),
+]
+Fair = Annotated[
+    bool | None,
+    typer.Option(
+        "--fair/--no-fair",
+        help="With a budget: weigh all experts alike, so that those with small deltas are not starved.",
+        show_default=False,
+    ),
+]
+Balanced = Annotated[
+    bool | None,
+    typer.Option(
+        "--balanced/--no-balanced",
+        help="With a budget: weigh all tensors alike, rather than for the least error over all of them.",
+        show_default=False,
+    ),
+]
+VerifyError = Annotated[
+    bool, typer.Option("--verify-error", help="Measure what the budget cost; reads every expert in full.")
+]
 
 
 def attach(app: typer.Typer) -> None:
@@ -27,6 +71,11 @@ def attach(app: typer.Typer) -> None:
 def merge(
     recipe: RecipeFile,
     out: Output,
+    budget: BudgetText = None,
+    base: StandIn = None,
+    fair: Fair = None,
+    balanced: Balanced = None,
+    verify_error: VerifyError = False,
     shard_size: ShardSize = "5GB",
     seed: Seed = 0,
     force: Force = False,
@@ -51,13 +100,15 @@ def merge(
     from deltaworks.units import parse_bytes
 
     progress = make_progress(quiet=quiet)
-    options = MergeOptions(parse_bytes(shard_size), seed, block_size, threads, allow_nonfinite)
+    options = MergeOptions(
+        parse_bytes(shard_size), seed, block_size, threads, allow_nonfinite, _budget(budget), base, fair, balanced
+    )
     loaded = load_recipe(recipe)
     check_output(out, force=force)
     with Catalog(catalog) as opened:
         made = prepare_plan(opened, loaded, options, relative_to=recipe.parent, progress=progress)
         models = plan_inputs(opened, made, progress)
-        result = run_plan(opened, made, models, out, options, force=force, progress=progress)
+        result = run_plan(opened, made, models, out, options, force=force, verify_error=verify_error, progress=progress)
     _print_result(result.to_json(), as_json=as_json)
 
 
@@ -66,6 +117,10 @@ def plan(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where the plan goes.")] = Path(
         "plan.json"
     ),
+    budget: BudgetText = None,
+    base: StandIn = None,
+    fair: Fair = None,
+    balanced: Balanced = None,
     shard_size: ShardSize = "5GB",
     seed: Seed = 0,
     block_size: BlockSize = None,
@@ -86,24 +141,43 @@ def plan(
     from deltaworks.reports.facts import plan_facts
     from deltaworks.units import parse_bytes
 
-    options = MergeOptions(parse_bytes(shard_size), seed, block_size, threads)
+    options = MergeOptions(
+        parse_bytes(shard_size),
+        seed,
+        block_size,
+        threads,
+        budget=_budget(budget),
+        base=base,
+        fair=fair,
+        balanced=balanced,
+    )
+    started = time.monotonic()
     loaded = load_recipe(recipe)
     with Catalog(catalog) as opened:
         made = prepare_plan(opened, loaded, options, relative_to=recipe.parent, progress=make_progress(quiet=quiet))
     save_plan(made, output)
-    facts = plan_facts(made) | {"output": str(output)}
+    facts = plan_facts(made) | {
+        "base_bytes_read": 0,
+        "expert_bytes_read": 0,
+        "output_bytes_written": 0,
+        "measured_error": None,
+        "wall_s": round(time.monotonic() - started, 3),
+        "output": str(output),
+    }
     if as_json:
         print_json(facts)
     else:
         typer.echo(
             f"planned {made.method}: {facts['tensors']} tensors, {format_bytes(made.expert_bytes_planned)} of"
-            f" {format_bytes(made.expert_bytes)} to read from experts; written to {output} (digest {made.digest[:12]})"
+            f" {format_bytes(made.expert_bytes)} to read from experts{_error(facts)};"
+            f" written to {output} (digest {made.digest[:12]})"
         )
 
 
 def run(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A file that `deltaworks plan` wrote.")],
     out: Output,
+    verify_error: VerifyError = False,
     force: Force = False,
     allow_nonfinite: AllowNonfinite = False,
     block_size: BlockSize = None,
@@ -125,7 +199,9 @@ def run(
     check_output(out, force=force)
     with Catalog(catalog) as opened:
         models = plan_inputs(opened, loaded, progress)
-        result = run_plan(opened, loaded, models, out, options, force=force, progress=progress)
+        result = run_plan(
+            opened, loaded, models, out, options, force=force, verify_error=verify_error, progress=progress
+        )
     _print_result(result.to_json(), as_json=as_json)
 
 
@@ -150,6 +226,12 @@ def verify(
         )
 
 
+def _budget(text: str | None) -> "Budget | None":
+    from deltaworks.merging.budget import parse_budget
+
+    return None if text is None else parse_budget(text)
+
+
 def _print_result(result: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(result)
@@ -158,4 +240,15 @@ def _print_result(result: dict[str, Any], *, as_json: bool) -> None:
             format_bytes(result[which]) for which in ("expert_bytes_read", "base_bytes_read", "output_bytes_written")
         )
         where = f"merged into {result['output']} in {result['wall_s']:.1f} s"
-        typer.echo(f"{where}: read {experts} from experts and {base} from the base, wrote {written}")
+        typer.echo(f"{where}: read {experts} from experts and {base} from the base, wrote {written}{_error(result)}")
+
+
+def _error(result: dict[str, Any]) -> str:
+    """What a budget cost, where there is one."""
+    if result["budget_bytes"] is None:
+        return ""
+    measured = result["measured_error"]
+    bound = f", at most {result['error_bound']:.4f}" if result["error_bound"] else ""
+    return f"; error {result['predicted_error']:.4f} predicted{bound}" + (
+        "" if measured is None else f", {measured:.4f} measured"
+    )

@@ -76,28 +76,82 @@ def _model(facts: dict[str, Any]) -> None:
 
 
 def _inputs(models: list[dict[str, Any]]) -> None:
+    number = 0
     for m in models:
-        size = format_bytes(m["nbytes"])
-        typer.echo(f"  {m['role']:<7} {m['name']:<24} {size:>10}  {m['fingerprint'][:12]}  {m['reference']}")
+        number += m["role"] != "base"
+        label = str(number) if m["role"] != "base" else ""
+        read = f"{format_bytes(m['bytes_planned'])} read" if m["role"] != "base" else ""
+        typer.echo(
+            f"{label:>3} {m['role']:<7}{m['name']:<24}{format_bytes(m['nbytes']):>10} {read:>14}"
+            f"  {m['fingerprint'][:12]}  {m['reference']}"
+        )
 
 
 def _plan(facts: dict[str, Any]) -> None:
-    budget = "none" if facts["budget_bytes"] is None else format_bytes(facts["budget_bytes"])
-    _lines(
-        [
-            ("plan", facts["plan_digest"]),
-            ("method", f"{facts['method']} (seed {facts['seed']})"),
-            ("output", f"{facts['parameters']:,} parameters in {facts['tensors']} tensors"),
-            ("operations", ", ".join(f"{n} {kind}" for kind, n in facts["operations"].items())),
-            (
-                "experts",
-                f"{format_bytes(facts['expert_bytes_planned'])} of {format_bytes(facts['expert_bytes'])} to read",
-            ),
-            ("budget", budget),
-            ("error", f"{facts['predicted_error']:.4f} predicted, relative to the full merge"),
-        ]
-    )
+    share = facts["expert_bytes_planned"] / max(1, facts["expert_bytes"])
+    rows = [
+        ("plan", facts["plan_digest"]),
+        ("method", f"{facts['method']} (seed {facts['seed']})"),
+        ("output", f"{facts['parameters']:,} parameters in {facts['tensors']} tensors"),
+        ("operations", ", ".join(f"{n} {kind}" for kind, n in facts["operations"].items())),
+    ]
+    budget = facts["budget_bytes"]
+    goals = "".join(f", {goal}" for goal in ("fair", "balanced") if facts[goal])
+    rows.append(("budget", "none" if budget is None else format_bytes(budget) + goals))
+    experts = format_bytes(facts["expert_bytes"])
+    rows.append(("reads", f"{format_bytes(facts['expert_bytes_planned'])} of {experts} from experts ({share:.1%})"))
+    if facts["read_cost"]:
+        cost = facts["read_cost"]
+        price = f"{cost['request_s'] * 1000:.2g} ms a request and {format_bytes(cost['bytes_per_s'])}/s"
+        rows.append(("reading", f"{facts['predicted_read_s']:.3g} s, base included, at {price}"))
+    rows.append(("error", error_text(facts)))
+    _lines(rows)
+    typer.echo("")
     _inputs(facts["models"])
+    if budget is not None:
+        _layers(facts)
+
+
+def error_text(facts: dict[str, Any]) -> str:
+    """What a plan says of its error."""
+    if facts["budget_bytes"] is None or facts["expert_bytes_planned"] == 0 == facts["expert_bytes"]:
+        return "none: everything is read"
+    text = f"{facts['predicted_error']:.4f} predicted, relative to the full merge's distance from the base"
+    return text + (f"; at most {facts['error_bound']:.4f}" if facts["error_bound"] else "")
+
+
+_BANDS = 20
+
+
+def _layers(facts: dict[str, Any]) -> None:
+    """A table of what is read: a row a layer, or a few layers; a column an expert."""
+    experts = [m for m in facts["models"] if m["role"] != "base"]
+    numbers = "".join(f"{i:>6}" for i in range(1, len(experts) + 1))
+    typer.echo("\nRead of each expert, %; weight is the share of the merge's change that is there\n")
+    typer.echo(f"{'layer':<18}weight  error{numbers}")
+    for band in _bands(facts["layers"]):
+        label = band[0]["layer"] if len(band) == 1 else f"{band[0]['layer']} to {band[-1]['layer']}"
+        weights = [r["weight"] or 0.0 for r in band]
+        lost = sum(w * (r["error"] or 0.0) ** 2 for w, r in zip(weights, band, strict=True))
+        error = (lost / sum(weights)) ** 0.5 if sum(weights) else 0.0
+        cells = []
+        for e in range(len(experts)):
+            read = [r["read"][e] for r in band if r["read"][e] is not None]
+            cells.append(f"{sum(read) / len(read):>6.0%}" if read else "     -")
+        typer.echo(f"{label[:17]:<18}{sum(weights):>6.1%}  {error:>5.2f}{''.join(cells)}")
+
+
+def _bands(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows of a table that fits a screen: layers of a deep model go together, two or more at a time."""
+    size = -(-len(rows) // _BANDS)
+    bands: list[list[dict[str, Any]]] = []
+    for row in rows:
+        numbered = row["layer"].isdigit()
+        if bands and numbered and bands[-1][-1]["layer"].isdigit() and len(bands[-1]) < size:
+            bands[-1].append(row)
+        else:
+            bands.append([row])
+    return bands
 
 
 def _snapshot(facts: dict[str, Any]) -> None:
@@ -109,6 +163,7 @@ def _snapshot(facts: dict[str, Any]) -> None:
             ("weights", f"{format_bytes(total)} in {len(facts['shards'])} files"),
             ("read from experts", format_bytes(facts["expert_bytes_read"])),
             ("read from the base", format_bytes(facts["base_bytes_read"])),
+            ("error", error_text(facts)),
             ("made with", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())),
         ]
     )

@@ -20,7 +20,7 @@ def model_card(plan: Plan, name: str) -> str:
 ---
 # {name}
 
-A merge of {len(plan.models)} models by `{plan.method}`, made with deltaworks.
+A merge of {len(plan.models)} models by `{plan.method}`, made with deltaworks{_budget(plan)}.
 
 | model | role | fingerprint |
 |---|---|---|
@@ -33,3 +33,10 @@ A merge of {len(plan.models)} models by `{plan.method}`, made with deltaworks.
 {plan.recipe.strip()}
 ```
 """
+
+
+def _budget(plan: Plan) -> str:
+    if plan.budget_bytes is None:
+        return ""
+    share = plan.expert_bytes_planned / max(1, plan.expert_bytes)
+    return f" from {share:.1%} of the experts' bytes (predicted relative error {plan.predicted_error:.3f})"

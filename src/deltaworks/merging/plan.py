@@ -12,18 +12,25 @@ from deltaworks.checkpoints.dtypes import DTYPES, DType
 from deltaworks.errors import PlanError
 from deltaworks.merging.methods import OPERATIONS
 from deltaworks.merging.methods.operation import Operation
+from deltaworks.merging.summary import by_layer
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class PlannedModel(NamedTuple):
-    """An input of a plan: what the recipe calls it, its name in the catalog, its role, its identity, its size."""
+    """An input of a plan: what the recipe calls it, its name in the catalog, its role, its identity, its size.
+
+    `base` is the place of the model whose blocks stand in for omitted blocks of this expert; None for a base, and
+    where no base is known. `bytes_planned` is what is read of it; 0 for a base, whose bytes no budget counts.
+    """
 
     reference: str
     name: str
     role: str
     fingerprint: str
     nbytes: int
+    base: int | None = None
+    bytes_planned: int = 0
 
 
 class InputTensor(NamedTuple):
@@ -33,15 +40,33 @@ class InputTensor(NamedTuple):
     tensor: str
 
 
+Ranges = tuple[tuple[int, int], ...]
+"""Runs of blocks, each as its first and the one after its last."""
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """One output tensor: its name, type and shape, what it is made from, and how."""
+    """One output tensor: its name, type and shape, what it is made from, and how.
+
+    Attributes:
+        name, dtype, shape: of the output.
+        inputs: what the operation takes.
+        operation: how they combine.
+        reads: for each input, the blocks that are read; None for all. Empty where all inputs are read in full.
+        stand_in: what omitted blocks are replaced with.
+        error: predicted relative L2 error of this tensor's merged delta; None where nothing is known of it.
+        norm: predicted L2 norm of this tensor's merged delta; None likewise.
+    """
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
     inputs: tuple[InputTensor, ...]
     operation: Operation
+    reads: tuple[Ranges | None, ...] = ()
+    stand_in: InputTensor | None = None
+    error: float | None = 0.0
+    norm: float | None = None
 
     @property
     def count(self) -> int:
@@ -66,7 +91,14 @@ class Plan:
         expert_bytes: what all the experts hold, headers included.
         expert_bytes_planned: what execution will read of them to produce the output once.
         budget_bytes: the most that may be read from experts; None for no budget.
-        predicted_error: expected relative L2 error of the merged delta against the full merge.
+        block_size: elements a block of `reads`.
+        predicted_error: expected L2 distance of the merge from the full merge, relative to the full merge's distance
+            from the base, before rounding to the output's type.
+        error_bound: what that error cannot exceed, for methods with fixed coefficients; None for others.
+        fair: whether experts with small deltas were given the same weight as others.
+        balanced: whether tensors with small deltas were given the same weight as others.
+        read_cost: seconds a request and bytes a second of the storage that was planned for.
+        predicted_read_s: seconds that reading will take one reader there.
     """
 
     method: str
@@ -81,7 +113,13 @@ class Plan:
     expert_bytes: int
     expert_bytes_planned: int
     budget_bytes: int | None = None
+    block_size: int = 1
     predicted_error: float = 0.0
+    error_bound: float | None = 0.0
+    fair: bool = False
+    balanced: bool = False
+    read_cost: tuple[float, float] | None = field(default=None, compare=False)
+    predicted_read_s: float | None = field(default=None, compare=False)
     _digest: list[str] = field(default_factory=list, init=False, compare=False, repr=False)
 
     @property
@@ -93,7 +131,15 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as a file holds it."""
-        return {"deltaworks_plan": SCHEMA_VERSION, "digest": self.digest, **self._content()}
+        return {
+            "deltaworks_plan": SCHEMA_VERSION,
+            "digest": self.digest,
+            # What a clock measured is told, and is no part of what the plan says.
+            "read_cost": self.read_cost and list(self.read_cost),
+            "predicted_read_s": self.predicted_read_s,
+            "layers": by_layer(self),
+            **self._content(),
+        }
 
     def _content(self) -> dict[str, Any]:
         return {
@@ -102,7 +148,11 @@ class Plan:
             "budget_bytes": self.budget_bytes,
             "expert_bytes": self.expert_bytes,
             "expert_bytes_planned": self.expert_bytes_planned,
+            "block_size": self.block_size,
             "predicted_error": self.predicted_error,
+            "error_bound": self.error_bound,
+            "fair": self.fair,
+            "balanced": self.balanced,
             "models": [m._asdict() for m in self.models],
             "tokenizer": self.tokenizer,
             "chat_template": self.chat_template,
@@ -117,6 +167,7 @@ class Plan:
                     "inputs": [list(i) for i in t.inputs],
                     "operation": t.operation.kind,
                     **t.operation.to_json(),
+                    **_reads_to_json(t),
                 }
                 for t in self.tensors
             ],
@@ -147,6 +198,10 @@ class Plan:
                         tuple(t["shape"]),
                         tuple(InputTensor(*i) for i in t["inputs"]),
                         OPERATIONS[t["operation"]].from_json(t),
+                        tuple(r if r is None else tuple((a, b) for a, b in r) for r in t.get("reads", ())),
+                        InputTensor(*t["stand_in"]) if "stand_in" in t else None,
+                        t.get("error", 0.0),
+                        t.get("norm"),
                     )
                     for t in content["tensors"]
                 ),
@@ -162,9 +217,15 @@ class Plan:
                         "expert_bytes",
                         "expert_bytes_planned",
                         "budget_bytes",
+                        "block_size",
                         "predicted_error",
+                        "error_bound",
+                        "fair",
+                        "balanced",
+                        "predicted_read_s",
                     )
                 },
+                read_cost=content["read_cost"] and tuple(content["read_cost"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"the plan is malformed ({type(error).__name__}: {error}); make it again") from error
@@ -173,6 +234,19 @@ class Plan:
                 "the plan was edited: its digest does not match its content; make it again with `deltaworks plan`"
             )
         return plan
+
+
+def _reads_to_json(tensor: PlannedTensor) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    if tensor.reads:
+        content["reads"] = [r and [list(run) for run in r] for r in tensor.reads]
+    if tensor.stand_in is not None:
+        content["stand_in"] = list(tensor.stand_in)
+    if tensor.error != 0:
+        content["error"] = tensor.error
+    if tensor.norm is not None:
+        content["norm"] = tensor.norm
+    return content
 
 
 def _canonical(content: dict[str, Any]) -> bytes:
@@ -197,9 +271,11 @@ def load_plan(path: Path) -> Plan:
 
 
 def save_plan(plan: Plan, path: Path) -> None:
-    """Write `plan` to a file: one line a tensor, so that plans can be compared line by line."""
+    """Write `plan` to a file: one line a layer and a tensor, so that plans can be compared line by line."""
     content = plan.to_json()
-    tensors = content.pop("tensors")
-    head = json.dumps(content, indent=1, ensure_ascii=False)[:-2]
-    lines = ",\n  ".join(json.dumps(t, ensure_ascii=False) for t in tensors)
-    path.write_text(f'{head},\n "tensors": [\n  {lines}\n ]\n}}\n', encoding="utf-8")
+    tables = {name: content.pop(name) for name in ("layers", "tensors")}
+    text = json.dumps(content, indent=1, ensure_ascii=False)[:-2]
+    for name, rows in tables.items():
+        lines = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        text += f',\n "{name}": [\n  {lines}\n ]'
+    path.write_text(f"{text}\n}}\n", encoding="utf-8")

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
-from deltaworks.catalog.histogram import KEEP_ALL, Cut
+from deltaworks.catalog.histogram import KEEP_ALL, Cut, Interval, kept_elements
 from deltaworks.catalog.models import Model
 from deltaworks.checkpoints.checkpoint import HEAD
 from deltaworks.checkpoints.dtypes import DTYPES, DType, promote
@@ -12,7 +12,7 @@ from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.checkpoints.sidecars import output_config
 from deltaworks.errors import RecipeError, UserError
 from deltaworks.merging.methods.copying import Copy
-from deltaworks.merging.methods.delta import DeltaSum, Sparsify, kept_elements, random_key
+from deltaworks.merging.methods.delta import DeltaSum, Sparsify, random_key
 from deltaworks.merging.methods.operation import Operation
 from deltaworks.merging.methods.spherical import Slerp
 from deltaworks.merging.methods.weighted import WeightedSum
@@ -39,19 +39,22 @@ class Trim:
 def make_plan(
     recipe: Recipe,
     models: Mapping[str, Model],
-    cuts: Mapping[Trim, Cut],
+    cuts: Mapping[Trim, Cut | Interval],
     *,
+    bases: Mapping[str, str] | None = None,
     tokenizer: str | None = None,
     chat_template: str | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     seed: int = 0,
 ) -> Plan:
-    """Plan a merge that reads every expert in full.
+    """Plan a merge that reads every expert in full; `Weighed` makes it read less.
 
     Args:
         recipe: what to merge, and how.
         models: the registered model behind every reference in the recipe.
         cuts: where each trim that `required_trims` names falls.
+        bases: the reference of the base that each expert was tuned from, as far as known; models that the recipe does
+            not name may be among them.
         tokenizer: the reference of the model whose tokenizer the output gets; the base, or the first, where None.
         chat_template: a template to install.
         shard_bytes: largest amount of data in one output file.
@@ -60,21 +63,28 @@ def make_plan(
     Raises:
         RecipeError, CheckpointError: the recipe does not fit the models.
     """
-    references = recipe.models()
+    bases = bases or {}
+    references = list(dict.fromkeys([*recipe.models(), *bases.values()]))
     place = {reference: i for i, reference in enumerate(references)}
     outputs = output_tensors(recipe, models)
     tensors = tuple(_plan_tensor(recipe, t, models, place, cuts, seed) for t in outputs)
-    bases = {b for part in recipe.slices if (b := part.base_model or recipe.base_model) is not None}
+    named = {b for part in recipe.slices if (b := part.base_model or recipe.base_model) is not None}
+    unread = (named - bases.keys()) | set(bases.values())
     planned = tuple(
         PlannedModel(
             r,
             models[r].name,
-            "base" if r in bases else "expert",
+            "base" if r in unread else "expert",
             models[r].fingerprint,
             models[r].checkpoint.nbytes,
+            place[bases[r]] if r in bases and r not in unread else None,
         )
         for r in references
     )
+    read = [0] * len(references)
+    for tensor in tensors:
+        for i, source in _infos(tensor, references, models):
+            read[i] += source.nbytes if planned[i].role != "base" else 0
     donor = tokenizer or recipe.base_model or references[0]
     written = _written_dtype(recipe, tensors)
     leader = models[recipe.base_model or references[0]].checkpoint
@@ -84,7 +94,7 @@ def make_plan(
     layers = layer_count(outputs) if recipe.is_sliced else None
     return Plan(
         method=recipe.method.name,
-        models=planned,
+        models=tuple(m._replace(bytes_planned=n) for m, n in zip(planned, read, strict=True)),
         tensors=tensors,
         config=output_config(leader.config, written, layers, untie=untie) if leader.config else {},
         tokenizer=place[donor],
@@ -93,9 +103,7 @@ def make_plan(
         seed=seed,
         recipe=recipe.text,
         expert_bytes=sum(m.nbytes for m in planned if m.role != "base"),
-        expert_bytes_planned=sum(
-            source.nbytes for t in tensors for i, source in _infos(t, references, models) if planned[i].role != "base"
-        ),
+        expert_bytes_planned=sum(read),
     )
 
 
@@ -152,7 +160,8 @@ def _number(recipe: Recipe, tensor: TensorRecipe, name: str, model: int | None =
 def _trims(recipe: Recipe, tensor: TensorRecipe, models: Mapping[str, Model]) -> list[Trim | None]:
     """The cut of each expert of a tensor; None where nothing or everything is trimmed."""
     base, experts = _experts(recipe, tensor)
-    size = _sources(tensor, models)[0].count
+    sources = _sources(tensor, models)
+    size = sources[0].count
     trims: list[Trim | None] = []
     for k in experts:
         density = _number(recipe, tensor, "density", k)
@@ -163,7 +172,7 @@ def _trims(recipe: Recipe, tensor: TensorRecipe, models: Mapping[str, Model]) ->
                     f" {tensor.sources[base]!r}: give the base model the same layer_range"
                 )
             names = (tensor.part.inputs[k].model, tensor.part.inputs[base].model)
-            found = {_sources(tensor, models)[i].name for i in (k, base)}
+            found = {sources[k].name, sources[base].name}
             # Where both leave a tied head out, its delta is that of the embeddings.
             name = found.pop() if len(found) == 1 else tensor.sources[k]
             trims.append(Trim(*names, name, kept_elements(density, size)))
@@ -177,7 +186,7 @@ def _plan_tensor(
     tensor: TensorRecipe,
     models: Mapping[str, Model],
     place: Mapping[str, int],
-    cuts: Mapping[Trim, Cut],
+    cuts: Mapping[Trim, Cut | Interval],
     seed: int,
 ) -> PlannedTensor:
     sources = _sources(tensor, models)
@@ -218,7 +227,7 @@ def _delta_sum(
     tensor: TensorRecipe,
     models: Mapping[str, Model],
     experts: list[int],
-    cuts: Mapping[Trim, Cut],
+    cuts: Mapping[Trim, Cut | Interval],
     seed: int,
 ) -> DeltaSum:
     method = recipe.method.name

@@ -8,15 +8,20 @@ from pathlib import Path
 
 from deltaworks.catalog.analyze import analyze
 from deltaworks.catalog.cuts import find_cuts
-from deltaworks.catalog.histogram import Cut
+from deltaworks.catalog.histogram import Cut, Interval
 from deltaworks.catalog.models import Kind, Model
-from deltaworks.catalog.register import check_unchanged, ensure_registered
+from deltaworks.catalog.register import check_same_tensors, check_unchanged, ensure_registered
+from deltaworks.catalog.statistics import DeltaTable, read_table
+from deltaworks.catalog.storage import read_cost
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.sidecars import chat_template, vocabulary
 from deltaworks.errors import ChangedError, NonFiniteError, RecipeError
+from deltaworks.merging.budget import Budget, parse_budget
+from deltaworks.merging.contributions import Overlaps
 from deltaworks.merging.plan import Plan
 from deltaworks.merging.planner import DEFAULT_SHARD_BYTES, Trim, make_plan, required_trims
 from deltaworks.merging.recipe import Recipe
+from deltaworks.merging.weighing import Knowledge, Weighed
 from deltaworks.progress import Progress, Silent
 
 
@@ -30,6 +35,11 @@ class MergeOptions:
         block_size: elements streamed at once, a power of two from 4 Ki to 4 Mi; None for 256 Ki.
         threads: compute threads; None for all cores.
         allow_nonfinite: write NaN and infinity instead of failing.
+        budget: the most that may be read from experts; None for what the recipe says, or no budget.
+        base: reference of the model that blocks which are not read are taken from, where the recipe names no base
+            model; None for what the recipe says, or the base that the experts are registered with.
+        fair: weigh all experts alike, however small their deltas; None for what the recipe says.
+        balanced: weigh all tensors alike, however small their deltas; None for what the recipe says.
     """
 
     shard_bytes: int = DEFAULT_SHARD_BYTES
@@ -37,6 +47,10 @@ class MergeOptions:
     block_size: int | None = None
     threads: int | None = None
     allow_nonfinite: bool = False
+    budget: Budget | None = None
+    base: str | None = None
+    fair: bool | None = None
+    balanced: bool | None = None
 
 
 def prepare_plan(
@@ -53,25 +67,123 @@ def prepare_plan(
 
     Raises:
         RecipeError, CheckpointError, CatalogError, ChangedError: something does not fit.
-        NonFiniteError: an expert to be trimmed holds NaN or infinity.
+        NonFiniteError: an expert whose changes are to be weighed holds NaN or infinity.
     """
-    options, progress = options or MergeOptions(), progress or Silent()
-    for warning in recipe.warnings:
-        progress.note(warning)
-    models = _models(catalog, recipe, relative_to, progress)
-    _check_bases(catalog, recipe, models)
-    cuts = _cuts(catalog, recipe, models, options, progress)
-    plan = make_plan(
-        recipe,
-        models,
-        cuts,
-        tokenizer=_tokenizer(recipe, models),
-        chat_template=_template(recipe, models),
-        shard_bytes=options.shard_bytes,
-        seed=options.seed,
-    )
+    options = options or MergeOptions()
+    budget = options.budget or (parse_budget(recipe.budget) if recipe.budget is not None else None)
+    prepared = Prepared(catalog, recipe, options, relative_to=relative_to, progress=progress, weighs=budget is not None)
+    plan = prepared.plan(recipe, budget)
     catalog.save_plan(plan.digest, json.dumps(plan.to_json()))
     return plan
+
+
+class Prepared:
+    """The models of a recipe, registered, unchanged and analyzed; plans for it and its variations cost milliseconds.
+
+    Args:
+        catalog: what is known, and where what is learned goes.
+        recipe: names the models.
+        options: how to merge.
+        relative_to: a second folder in which paths are looked up.
+        progress: told of the work.
+        weighs: whether plans will have a budget, so that every expert must be analyzed.
+
+    Raises:
+        As `prepare_plan`.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        recipe: Recipe,
+        options: MergeOptions,
+        *,
+        relative_to: Path | None = None,
+        progress: Progress | None = None,
+        weighs: bool,
+    ) -> None:
+        self._catalog, self._options, self._progress = catalog, options, progress or Silent()
+        for warning in recipe.warnings:
+            self._progress.note(warning)
+        stand_in = options.base or recipe.stand_in
+        self.models, stand_in = _models(catalog, recipe, stand_in, relative_to, self._progress)
+        _check_bases(catalog, recipe, self.models)
+        self._bases = _bases(catalog, recipe, self.models, stand_in, self._progress, weighs=weighs)
+        self._fair = recipe.fair if options.fair is None else options.fair
+        self._balanced = recipe.balanced if options.balanced is None else options.balanced
+        self._tables: dict[tuple[str, str], DeltaTable] = {}
+        self._overlaps = Overlaps()
+        self._weighed: tuple[Plan, Weighed] | None = None
+        if weighs:
+            for pair in self._bases.items():
+                self._analyze(*pair)
+                self._tables[pair] = read_table(self._statistics(*pair))
+
+    def plan(self, recipe: Recipe, budget: Budget | None) -> Plan:
+        """The plan of `recipe`, which names the same models, within a budget or without."""
+        cuts = self._cuts(recipe)
+        options = self._options
+        named = {reference: self.models[reference] for reference in recipe.models()}
+        full = make_plan(
+            recipe,
+            self.models,
+            cuts,
+            bases=self._bases,
+            tokenizer=_tokenizer(recipe, named),
+            chat_template=_template(recipe, named),
+            shard_bytes=options.shard_bytes,
+            seed=options.seed,
+        )
+        return full if budget is None else self.within(full, budget)
+
+    def within(self, full: Plan, budget: Budget) -> Plan:
+        """A plan of this recipe, made to keep within a budget."""
+        if self._weighed is None or self._weighed[0] is not full:
+            self._weighed = (full, Weighed(full, self.knowledge(full), fair=self._fair, balanced=self._balanced))
+        return self._weighed[1].within(budget.of(full.expert_bytes))
+
+    def knowledge(self, plan: Plan) -> Knowledge:
+        """What the catalog knows of a plan's inputs."""
+        place = {m.reference: i for i, m in enumerate(plan.models)}
+        models = [self.models[m.reference] for m in plan.models]
+        deltas = {(place[e], place[b]): table for (e, b), table in self._tables.items()}
+        expert = next((m for m, p in zip(models, plan.models, strict=True) if p.role != "base"), models[0])
+        return Knowledge(models, deltas, read_cost(self._catalog, expert), self._overlaps)
+
+    def _analyze(self, expert: str, base: str) -> None:
+        known = self._catalog.find_analysis(self.models[expert].fingerprint, self.models[base].fingerprint)
+        summary = analyze(
+            self._catalog,
+            self.models[expert],
+            self.models[base],
+            block_size=None if known else self._options.block_size,
+            threads=self._options.threads,
+            progress=self._progress,
+        )
+        if summary["nonfinite"]:
+            raise NonFiniteError(
+                f"{self.models[expert].name} has NaN or infinity in {len(summary['nonfinite'])} tensors"
+                f" (first: {summary['nonfinite'][0]!r}), so its largest changes cannot be told;"
+                " mend or leave out this expert"
+            )
+
+    def _statistics(self, expert: str, base: str) -> Path:
+        found = self._catalog.find_analysis(self.models[expert].fingerprint, self.models[base].fingerprint)
+        assert found is not None
+        return found[1]
+
+    def _cuts(self, recipe: Recipe) -> dict[Trim, Cut | Interval]:
+        by_delta: dict[tuple[str, str], list[Trim]] = {}
+        for trim in required_trims(recipe, self.models):
+            by_delta.setdefault((trim.expert, trim.base), []).append(trim)
+        cuts: dict[Trim, Cut | Interval] = {}
+        for (expert, base), trims in by_delta.items():
+            if (expert, base) not in self._tables:
+                self._analyze(expert, base)
+            wanted = [(t.tensor, t.keep) for t in trims]
+            found = find_cuts(self._catalog, self.models[expert], self.models[base], wanted)
+            cuts |= {t: found[t.tensor, t.keep] for t in trims}
+        return cuts
 
 
 def plan_inputs(catalog: Catalog, plan: Plan, progress: Progress | None = None) -> list[Model]:
@@ -96,11 +208,15 @@ def plan_inputs(catalog: Catalog, plan: Plan, progress: Progress | None = None) 
     return found
 
 
-def _models(catalog: Catalog, recipe: Recipe, relative_to: Path | None, progress: Progress) -> dict[str, Model]:
+def _models(
+    catalog: Catalog, recipe: Recipe, stand_in: str | None, relative_to: Path | None, progress: Progress
+) -> tuple[dict[str, Model], str | None]:
+    """The model behind every reference; the stand-in's, which may be another reference to one of them."""
     models: dict[str, Model] = {}
-    for reference in recipe.models():
+    for reference in dict.fromkeys([*recipe.models(), *([stand_in] if stand_in else [])]):
         # Slices may stack models of different depth, of which none need be a fine-tune of another.
-        base = None if recipe.is_sliced or reference == recipe.base_model else recipe.base_model
+        base = None if recipe.is_sliced else recipe.base_model or stand_in
+        base = None if base == reference else base
         model = ensure_registered(catalog, reference, base, relative_to=relative_to, progress=progress)
         if model.kind is Kind.ADAPTER:
             raise RecipeError(
@@ -108,16 +224,18 @@ def _models(catalog: Catalog, recipe: Recipe, relative_to: Path | None, progress
             )
         _check_quantized(recipe, model)
         same = next((r for r, m in models.items() if m.name == model.name), None)
+        if same is not None and reference == stand_in and reference not in recipe.models():
+            return models, same
         if same is not None:
             raise RecipeError(f"{reference!r} and {same!r} are the same model ({model.path}); name it once")
         models[reference] = model
-    return models
+    return models, stand_in
 
 
 def _check_bases(catalog: Catalog, recipe: Recipe, models: Mapping[str, Model]) -> None:
     """Refuse an expert that was registered as a fine-tune of another base than the recipe's."""
-    if not recipe.method.needs_base:
-        return
+    if not recipe.method.needs_base or recipe.method.name == "slerp":
+        return  # slerp takes no deltas: its base model is just the first of two
     for part in recipe.slices:
         base = models[part.base_model or recipe.base_model or ""]
         for item in part.inputs:
@@ -141,31 +259,56 @@ def _check_quantized(recipe: Recipe, model: Model) -> None:
         )
 
 
-def _cuts(
-    catalog: Catalog, recipe: Recipe, models: Mapping[str, Model], options: MergeOptions, progress: Progress
-) -> dict[Trim, Cut]:
-    by_delta: dict[tuple[str, str], list[Trim]] = {}
-    for trim in required_trims(recipe, models):
-        by_delta.setdefault((trim.expert, trim.base), []).append(trim)
-    cuts: dict[Trim, Cut] = {}
-    for (expert, base), trims in by_delta.items():
-        summary = analyze(
-            catalog,
-            models[expert],
-            models[base],
-            block_size=options.block_size,
-            threads=options.threads,
-            progress=progress,
-        )
-        if summary["nonfinite"]:
-            raise NonFiniteError(
-                f"{models[expert].name} has NaN or infinity in {len(summary['nonfinite'])} tensors"
-                f" (first: {summary['nonfinite'][0]!r}), so its largest changes cannot be told;"
-                " mend or leave out this expert"
-            )
-        found = find_cuts(catalog, models[expert], models[base], [(t.tensor, t.keep) for t in trims], progress)
-        cuts |= {t: found[t.tensor, t.keep] for t in trims}
-    return cuts
+def _bases(
+    catalog: Catalog,
+    recipe: Recipe,
+    models: dict[str, Model],
+    stand_in: str | None,
+    progress: Progress,
+    *,
+    weighs: bool,
+) -> dict[str, str]:
+    """The reference of the base of each expert, as far as known; bases that only a budget needs join `models`."""
+    bases: dict[str, str] = {}
+    for part in recipe.slices:
+        named = part.base_model or recipe.base_model
+        for item in part.inputs:
+            base = stand_in or named
+            if recipe.method.name == "slerp" and named is not None and base == named:
+                # Interpolating between two experts, of which the recipe has to call one the base.
+                base = _registered_base(catalog, models, named, progress, add=weighs) or named
+            elif base is None:
+                base = _registered_base(catalog, models, item.model, progress, add=weighs)
+            if base is None or item.model == base:
+                continue
+            if bases.setdefault(item.model, base) != base:
+                if weighs:
+                    raise RecipeError(
+                        f"{item.model} is merged against {bases[item.model]} in one slice and {base} in another;"
+                        " a budget needs one base of each expert"
+                    )
+                del bases[item.model]
+    if weighs:
+        for expert, base in bases.items():
+            check_same_tensors(models[expert].name, models[expert].checkpoint, models[base])
+    return bases
+
+
+def _registered_base(
+    catalog: Catalog, models: dict[str, Model], reference: str, progress: Progress, *, add: bool
+) -> str | None:
+    """The reference of the base that a model is registered with; it joins `models` where `add` is set."""
+    model = models[reference]
+    base = catalog.find(model.base) if model.base else None
+    if base is None:
+        return None
+    for known, other in models.items():
+        if other.fingerprint == base.fingerprint:
+            return known
+    if not add:
+        return None
+    models[base.name] = check_unchanged(catalog, base, progress)
+    return base.name
 
 
 def _tokenizer(recipe: Recipe, models: Mapping[str, Model]) -> str | None:

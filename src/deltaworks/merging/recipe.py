@@ -27,6 +27,9 @@ _TOP = (
     "tokenizer",
     "chat_template",
 )
+EXTENSION = "x-deltaworks"
+"""The key for what mergekit has no word for; mergekit skips it."""
+
 _EVERY_PARAMETER = {p.name for m in METHODS.values() for p in m.parameters}
 
 
@@ -63,6 +66,10 @@ class Recipe:
         chat_template: a Jinja template, ``auto``, or None to keep the tokenizer's.
         text: the recipe as it was written.
         warnings: what was read but has no effect.
+        budget: most that may be read from experts, as written under `x-deltaworks`.
+        stand_in: the model that blocks which are not read are taken from, where `base_model` does not say.
+        fair: whether a budget weighs all experts alike, however small their deltas.
+        balanced: whether a budget weighs all tensors alike.
     """
 
     method: Method
@@ -75,6 +82,10 @@ class Recipe:
     chat_template: str | None
     text: str
     warnings: tuple[str, ...]
+    budget: str | None = None
+    stand_in: str | None = None
+    fair: bool = False
+    balanced: bool = False
 
     @property
     def is_sliced(self) -> bool:
@@ -182,7 +193,27 @@ class _Reader:
             self._text_or_none("chat_template"),
             self._text,
             tuple(self._warnings),
+            **self._extension(),
         )
+
+    def _extension(self) -> dict[str, Any]:
+        raw = self._content.get(EXTENSION)
+        if raw is None:
+            return {}
+        self._check_mapping(raw, EXTENSION)
+        self._check_keys(raw, ("budget", "base", "fair", "balanced"), f"{EXTENSION}.")
+        budget, base = raw.get("budget"), raw.get("base")
+        switches = {name: raw.get(name, False) for name in ("fair", "balanced")}
+        if isinstance(budget, bool) or not isinstance(budget, int | str | None):
+            raise RecipeError(f"{EXTENSION}.budget: write a share like 25%, or an amount like 2GiB, not {budget!r}")
+        for name, value in switches.items():
+            if not isinstance(value, bool):
+                raise RecipeError(f"{EXTENSION}.{name}: expected true or false, not {value!r}")
+        return {
+            "budget": None if budget is None else str(budget),
+            "stand_in": None if base is None else self._reference(base, f"{EXTENSION}.base"),
+            **switches,
+        }
 
     def _slice(self, raw: Any, where: str) -> Slice:
         self._check_mapping(raw, where)

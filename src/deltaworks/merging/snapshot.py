@@ -14,7 +14,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from deltaworks.catalog.fingerprint import hash_file
+from deltaworks.catalog.fingerprint import combine, hash_file
 from deltaworks.catalog.models import Model
 from deltaworks.catalog.register import untouched
 from deltaworks.catalog.store import Catalog
@@ -25,6 +25,7 @@ from deltaworks.checkpoints.writer import ShardLayout, fsync_folder, storage_err
 from deltaworks.errors import ChangedError, DeltaworksError, OutputError, VerificationError
 from deltaworks.merging.card import model_card
 from deltaworks.merging.execute import Reads, execute, output_shards
+from deltaworks.merging.measured_error import measure_error
 from deltaworks.merging.plan import Plan, save_plan
 from deltaworks.merging.prepare import MergeOptions
 from deltaworks.progress import Progress, Silent
@@ -46,9 +47,10 @@ class MergeResult:
         budget_bytes: the most that might be read from experts; None for no budget.
         expert_bytes: what all the experts hold.
         expert_bytes_planned: what the plan said would be read of them for one pass.
-        expert_bytes_read, base_bytes_read: what was read, all passes together, earlier interrupted runs included.
+        expert_bytes_read: what was read of experts for the files of the output, by an interrupted run too.
+        base_bytes_read: what this run read of base models, all passes together.
         output_bytes_written: size of the weight files.
-        predicted_error: the plan's.
+        predicted_error, error_bound: the plan's.
         measured_error: the real one, where it was measured.
         wall_s: seconds this run took.
     """
@@ -62,6 +64,7 @@ class MergeResult:
     base_bytes_read: int
     output_bytes_written: int
     predicted_error: float
+    error_bound: float | None
     measured_error: float | None
     wall_s: float
 
@@ -96,6 +99,7 @@ def run_plan(
     options: MergeOptions | None = None,
     *,
     force: bool = False,
+    verify_error: bool = False,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Execute `plan` and commit the result as the folder `out`.
@@ -110,6 +114,7 @@ def run_plan(
         out: the folder to appear.
         options: how to execute; `shard_bytes` and `seed` are the plan's own.
         force: replace what is at `out`.
+        verify_error: measure what the budget really cost; this reads every expert in full, uncounted.
         progress: told of the bytes read.
 
     Raises:
@@ -129,11 +134,11 @@ def run_plan(
     except OSError as error:
         raise storage_error(out, error) from error
     with staging:
-        todo = [s for s in shards if not staging.has(s, progress)]
+        todo = [s for s in shards if not staging.take_over(s, progress)]
         _check_space(out, sum(s.nbytes for s in todo))
 
-        def finished(shard: ShardLayout) -> None:
-            staging.record(shard, hash_file(staging.folder / shard.name, ByteCounter(), Silent()))
+        def finished(shard: ShardLayout, expert_bytes: int) -> None:
+            staging.record(shard, hash_file(staging.folder / shard.name, ByteCounter(), Silent()), expert_bytes)
 
         execute(plan, models, todo, staging.folder, options, staging.reads, finished, progress)
         if changed := next((m for m in models if not untouched(m)), None):
@@ -144,7 +149,9 @@ def run_plan(
             staging.publish(force=force)
         except OSError as error:
             raise storage_error(out, error) from error
+    catalog.save_plan(plan.digest, json.dumps(plan.to_json()))
     catalog.save_snapshot(out, plan.digest, manifest)
+    measured = measure_error(plan, models, options, progress).relative if verify_error else None
     return MergeResult(
         output=str(out),
         plan_digest=plan.digest,
@@ -155,7 +162,8 @@ def run_plan(
         base_bytes_read=staging.reads.base.value,
         output_bytes_written=sum(s.nbytes for s in shards),
         predicted_error=plan.predicted_error,
-        measured_error=None,
+        error_bound=plan.error_bound,
+        measured_error=measured,
         wall_s=round(time.monotonic() - started, 3),
     )
 
@@ -173,20 +181,19 @@ class _Staging:
             os.close(self._lock)
             raise OutputError(f"another process is writing {out}; wait for it, or choose another folder") from error
         self._plan = plan.digest
-        self.reads = Reads(ByteCounter(), ByteCounter())
-        self.done = self._resume()
+        self.reads = Reads(ByteCounter(plan.budget_bytes), ByteCounter())
+        self.done, self._spent = self._resume()
 
-    def _resume(self) -> dict[str, str]:
+    def _resume(self) -> tuple[dict[str, str], dict[str, int]]:
+        """Hashes of the files an earlier run finished, and the bytes of experts that went into each."""
         try:
             journal = json.loads((self.folder / _JOURNAL).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             journal = {}
         if journal.get("plan") == self._plan:
-            self.reads.expert.add(journal["expert_bytes_read"])
-            self.reads.base.add(journal["base_bytes_read"])
-            return dict(journal["shards"])
+            return dict(journal["shards"]), dict(journal["expert_bytes"])
         self._empty()
-        return {}
+        return {}, {}
 
     def _empty(self) -> None:
         for path in self.folder.iterdir():
@@ -194,33 +201,32 @@ class _Staging:
 
     def forget(self) -> None:
         """Drop everything written so far."""
-        self.done = {}
+        self.done, self._spent = {}, {}
         self._empty()
 
-    def has(self, shard: ShardLayout, progress: Progress) -> bool:
-        """Whether an earlier run finished `shard`, and its file is still what was written."""
+    def take_over(self, shard: ShardLayout, progress: Progress) -> bool:
+        """Whether an earlier run finished `shard`, and its file is still what was written.
+
+        What went into it counts as read. What a run that was killed read for files it did not finish is lost: it is
+        read again, and does not count against the budget of the run that finishes them.
+        """
         path = self.folder / shard.name
         if shard.name not in self.done or not path.is_file() or path.stat().st_size != shard.nbytes:
             return False
         progress.start(f"check {shard.name} of an earlier run", shard.nbytes)
         intact = hash_file(path, ByteCounter(), progress) == self.done[shard.name]
         progress.finish()
+        if intact:
+            self.reads.expert.reserve(self._spent[shard.name])
+            self.reads.expert.add(self._spent[shard.name])
         return intact
 
-    def record(self, shard: ShardLayout, digest: str) -> None:
+    def record(self, shard: ShardLayout, digest: str, expert_bytes: int) -> None:
         """Note in the journal that `shard` is complete and flushed."""
-        self.done[shard.name] = digest
+        self.done[shard.name], self._spent[shard.name] = digest, expert_bytes
         partial = self.folder / f"{_JOURNAL}.new"
         with partial.open("w", encoding="utf-8") as f:
-            json.dump(
-                {
-                    "plan": self._plan,
-                    "shards": self.done,
-                    "expert_bytes_read": self.reads.expert.value,
-                    "base_bytes_read": self.reads.base.value,
-                },
-                f,
-            )
+            json.dump({"plan": self._plan, "shards": self.done, "expert_bytes": self._spent}, f)
             f.flush()
             os.fsync(f.fileno())
         partial.replace(self.folder / _JOURNAL)
@@ -299,10 +305,14 @@ def _write_companions(
         "method": plan.method,
         "seed": plan.seed,
         "inputs": [m._asdict() for m in plan.models],
+        "fingerprint": combine([s.name for s in shards], [staging.done[s.name] for s in shards]),
         "shards": [{"file": s.name, "bytes": s.nbytes, "blake3": staging.done[s.name]} for s in shards],
         "files": {name: blake3((folder / name).read_bytes()).hexdigest() for name in others},
         "budget_bytes": plan.budget_bytes,
+        "expert_bytes": plan.expert_bytes,
+        "expert_bytes_planned": plan.expert_bytes_planned,
         "predicted_error": plan.predicted_error,
+        "error_bound": plan.error_bound,
         "expert_bytes_read": staging.reads.expert.value,
         "base_bytes_read": staging.reads.base.value,
         "versions": {name: version(name) for name in ("deltaworks", "numpy", "numba")},

@@ -5,6 +5,7 @@ from typing import Any
 from deltaworks.catalog.models import Model
 from deltaworks.catalog.store import Catalog
 from deltaworks.merging.plan import Plan
+from deltaworks.merging.summary import by_layer
 
 
 def model_facts(model: Model) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def catalog_facts(catalog: Catalog) -> dict[str, Any]:
         ],
         "snapshots": [
             {"path": str(path), "plan_digest": digest, "committed_at": when}
-            for path, digest, when in catalog.snapshots()
+            for path, digest, _, when in catalog.snapshots()
         ],
     }
 
@@ -53,25 +54,26 @@ def analysis_facts(catalog: Catalog, model: Model) -> dict[str, Any] | None:
 
 
 def plan_facts(plan: Plan) -> dict[str, Any]:
-    """A plan in a screenful: what is read from whom, and how much."""
-    read = [0] * len(plan.models)
+    """A plan in a screenful: what is read from whom, how much, and what that loses."""
     operations: dict[str, int] = {}
-    elements = 0
     for tensor in plan.tensors:
         operations[tensor.operation.kind] = operations.get(tensor.operation.kind, 0) + 1
-        elements += tensor.count
-        for i, _ in tensor.inputs:
-            read[i] += 1
     return {
         "plan_digest": plan.digest,
         "method": plan.method,
         "seed": plan.seed,
         "budget_bytes": plan.budget_bytes,
+        "fair": plan.fair,
+        "balanced": plan.balanced,
         "expert_bytes": plan.expert_bytes,
         "expert_bytes_planned": plan.expert_bytes_planned,
         "predicted_error": plan.predicted_error,
-        "parameters": elements,
+        "error_bound": plan.error_bound,
+        "read_cost": plan.read_cost and {"request_s": plan.read_cost[0], "bytes_per_s": plan.read_cost[1]},
+        "predicted_read_s": plan.predicted_read_s,
+        "parameters": sum(t.count for t in plan.tensors),
         "tensors": len(plan.tensors),
         "operations": operations,
-        "models": [m._asdict() | {"tensors_read": n} for m, n in zip(plan.models, read, strict=True)],
+        "models": [m._asdict() for m in plan.models],
+        "layers": by_layer(plan),
     }

@@ -14,10 +14,10 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from deltaworks.catalog.histogram import Cut
+from deltaworks.catalog.histogram import Cut, Interval, kept_elements, pack_cut, place_ties, unpack_cut
 from deltaworks.checkpoints.codec import TILE, decode, encode
 from deltaworks.checkpoints.jit import kernel
-from deltaworks.merging.methods.operation import Block, Operation, lane_sum, tile_sum_reference
+from deltaworks.merging.methods.operation import Block, Operation, exact_sums, lane_sum, tile_sum_reference
 
 _KEEP, _TRIM, _DROP, _NOTHING = range(4)
 SMALLEST_MASS = 1e-7
@@ -29,11 +29,6 @@ class Sparsify(StrEnum):
     NONE = "none"
     MAGNITUDE = "magnitude"
     RANDOM = "random"
-
-
-def kept_elements(density: float, size: int) -> int:
-    """How many of `size` elements a density in (0, 1) keeps: ``int(density * size)``, and at least one."""
-    return max(1, int(density * size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,29 +60,55 @@ class DeltaSum(Operation):
     consensus: bool
     normalize: bool
     scale: float
-    cuts: tuple[Cut | None, ...] = ()
+    cuts: tuple[Cut | Interval | None, ...] = ()
     keys: tuple[int, ...] = ()
     scales: tuple[float, ...] | None = None
 
     @property
-    def needs_sums(self) -> int:
-        """Sum of magnitudes before and after thinning, for each expert."""
+    def passes(self) -> int:
+        """One for cuts that are known as intervals only, one for the sums that `rescale` needs."""
+        return int(self._has_open_cuts) + int(self._needs_masses)
+
+    @property
+    def _has_open_cuts(self) -> bool:
+        return any(isinstance(c, Interval) for c in self.cuts)
+
+    @property
+    def _needs_masses(self) -> bool:
         thins = self.sparsify is not Sparsify.NONE and any(0 < d < 1 for d in self.densities)
-        return 2 * len(self.weights) if self.rescale and thins else 0
+        return self.rescale and thins and self.scales is None
 
     @property
     def alignment(self) -> int:
         """The block in which the statistics counted the ties of a cut must not be torn apart."""
-        return max((c.align for c in self.cuts if c is not None), default=1)
+        return max((c.align for c in self.cuts if isinstance(c, Cut)), default=1)
 
-    def measure(self, block: Block) -> NDArray[np.float64]:
-        """Partial sums of a block."""
+    def measure(self, block: Block) -> list[NDArray[np.uint16]] | NDArray[np.float64]:
+        """The magnitudes of a block inside each open cut; then its partial sums, [tiles, 2 * experts]."""
+        if self._has_open_cuts:
+            return [self._inside(block, k) for k in range(len(self.weights))]
         sums = np.empty((-(-block.count // TILE), 2 * len(self.weights)), np.float64)
         delta_masses(block.rows, block.codes, block.start, block.count, *self._thinning(block), block.scratch, sums)
         return sums
 
-    def settle(self, sums: Sequence[float]) -> Self:
-        """This operation with the factors that restore each delta's sum of magnitudes."""
+    def _inside(self, block: Block, k: int) -> NDArray[np.uint16]:
+        cut = self.cuts[k]
+        if not isinstance(cut, Interval):
+            return np.empty(0, np.uint16)
+        found = np.empty(block.count, np.uint16)
+        base, expert = ((block.rows[r], int(block.codes[r])) for r in (0, k + 1))
+        count = collect_lower_bits(*base, *expert, block.count, cut.bin >> 1, block.scratch, found)
+        return found[:count].copy()
+
+    def settle(self, parts: Sequence[Any], block_size: int) -> Self:
+        """This operation with its open cuts placed; or with the factors that restore each delta's sum of magnitudes."""
+        if self._has_open_cuts:
+            cuts = [
+                close_cut(c, [part[k] for part in parts], block_size) if isinstance(c, Interval) else c
+                for k, c in enumerate(self.cuts)
+            ]
+            return replace(self, cuts=tuple(cuts))
+        sums = exact_sums(parts)
         pairs = zip(sums[::2], sums[1::2], strict=True)
         return replace(self, scales=tuple(b / a if min(a, b) >= SMALLEST_MASS else 1.0 for b, a in pairs))
 
@@ -112,11 +133,11 @@ class DeltaSum(Operation):
     def _thinning(
         self, block: Block
     ) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.int64], NDArray[np.uint64]]:
-        """Per expert, for the kernels: mode; threshold; [start in block, quota] of ties; [key, limit] of randomness."""
+        """Per expert, for the kernels: mode; threshold; [start, quota, end] of ties; [key, limit] of randomness."""
         n = len(self.weights)
         modes = np.full(n, _KEEP, np.int64)
         thresholds = np.zeros(n, np.uint32)
-        ties = np.zeros((n, 2), np.int64)
+        ties = np.zeros((n, 3), np.int64)
         streams = np.zeros((n, 2), np.uint64)
         for k, density in enumerate(self.densities):
             if self.sparsify is Sparsify.NONE or density >= 1:
@@ -128,13 +149,15 @@ class DeltaSum(Operation):
                 streams[k] = self.keys[k], int(density * 2.0**64)
             else:
                 cut = self.cuts[k]
-                assert cut is not None
+                assert isinstance(cut, Cut)
                 modes[k], thresholds[k], ties[k, 0] = _TRIM, cut.threshold, block.count
                 if cut.start < block.start:
                     # The equals that stay all stand in earlier blocks; here the threshold itself is trimmed.
                     thresholds[k] += 1
                 elif cut.start < block.start + block.count:
-                    ties[k] = cut.start - block.start, cut.quota
+                    # Where the block of the last equals was omitted, none of a later block takes their place.
+                    start = cut.start - block.start
+                    ties[k] = start, cut.quota, start + cut.align
         return modes, thresholds, ties, streams
 
     def reference(self, inputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
@@ -192,7 +215,7 @@ class DeltaSum(Operation):
         if self.sparsify is not Sparsify.NONE:
             content |= {"sparsify": self.sparsify.value, "densities": list(self.densities), "rescale": self.rescale}
         if self.sparsify is Sparsify.MAGNITUDE:
-            content["cuts"] = [c and list(c) for c in self.cuts]
+            content["cuts"] = [c and list(pack_cut(c)) for c in self.cuts]
         if self.sparsify is Sparsify.RANDOM:
             content["keys"] = [f"{k:016x}" for k in self.keys]
         return content
@@ -209,9 +232,63 @@ class DeltaSum(Operation):
             content["consensus"],
             content["normalize"],
             content["lambda"],
-            tuple(None if c is None else Cut(*c) for c in content.get("cuts", [])),
+            tuple(None if c is None else unpack_cut(c) for c in content.get("cuts", [])),
             tuple(int(k, 16) for k in content.get("keys", [])),
         )
+
+
+def close_cut(cut: Interval, inside: Sequence[NDArray[np.uint16]], block_size: int) -> Cut:
+    """The exact place of a cut, from the lower bits of every magnitude inside its interval, block by block.
+
+    Where blocks were omitted, fewer magnitudes are there than the statistics counted; the cut then falls at the same
+    share of those that are.
+    """
+    descending = np.sort(np.concatenate(inside))[::-1]
+    if not len(descending):
+        return Cut((cut.bin >> 1 << 16) + 1, 0, 0, 1)
+    rank = cut.rank if len(descending) == cut.total else max(1, cut.rank * len(descending) // cut.total)
+    lower = int(descending[rank - 1])
+    above = int(np.searchsorted(-descending.astype(np.int32), -lower))
+    equals = [int(np.count_nonzero(part == lower)) for part in inside]
+    return place_ties((cut.bin >> 1 << 16) | lower, equals, block_size, rank - above)
+
+
+def lower_bits_reference(base: NDArray[np.float32], expert: NDArray[np.float32], upper: int) -> NDArray[np.uint16]:
+    """What `collect_lower_bits` collects of a block (both flat), with NumPy."""
+    magnitudes = np.abs(expert - base).view(np.uint32)
+    inside = (magnitudes >> 16 == upper) & (magnitudes & 0xFFFF != 0)
+    lower: NDArray[np.uint16] = (magnitudes[inside] & 0xFFFF).astype(np.uint16)
+    return lower
+
+
+@kernel
+def collect_lower_bits(
+    base: NDArray[np.uint8],
+    base_code: int,
+    expert: NDArray[np.uint8],
+    expert_code: int,
+    count: int,
+    upper: int,
+    scratch: NDArray[np.float32],
+    out: NDArray[np.uint16],
+) -> int:
+    """Write the lower 16 bits, not zero, of every magnitude whose upper 16 bits are `upper`; returns how many."""
+    b, d = scratch[0], scratch[1]
+    bits = d.view(np.uint32)
+    found = 0
+    for start in range(0, count, TILE):
+        n = min(TILE, count - start)
+        decode(base, base_code, start, n, b)
+        decode(expert, expert_code, start, n, d)
+        for i in range(n):
+            d[i] = d[i] - b[i]
+        for i in range(n):
+            magnitude = bits[i] & np.uint32(0x7FFFFFFF)
+            lower = magnitude & np.uint32(0xFFFF)
+            if (magnitude >> np.uint32(16)) == np.uint32(upper) and lower != np.uint32(0):
+                out[found] = np.uint16(lower)
+                found += 1
+    return found
 
 
 def random_key(seed: int, expert: int, tensor: str) -> int:
@@ -220,9 +297,14 @@ def random_key(seed: int, expert: int, tensor: str) -> int:
 
 
 def random_reference(key: int, size: int) -> NDArray[np.uint64]:
-    """Elements 0 to `size` of the random stream `key`, with NumPy: SplitMix64 (Steele et al., OOPSLA 2014)."""
+    """Elements 0 to `size` of the random stream `key`, with NumPy."""
+    return random_stream(key, np.arange(size))
+
+
+def random_stream(key: int, places: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Some elements of the random stream `key`, with NumPy: SplitMix64 (Steele et al., OOPSLA 2014)."""
     with np.errstate(over="ignore"):
-        z = np.uint64(key) + np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        z = np.uint64(key) + (places.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))
@@ -238,6 +320,7 @@ def _thin(
     threshold: int,
     tie_start: int,
     tie_quota: int,
+    tie_end: int,
     key: int,
     limit: int,
 ) -> int:
@@ -253,7 +336,7 @@ def _thin(
         if start + n > tie_start:
             for i in range(max(0, tie_start - start), n):
                 if (bits[i] & np.uint32(0x7FFFFFFF)) == np.uint32(threshold):
-                    if tie_quota > 0:
+                    if tie_quota > 0 and start + i < tie_end:
                         tie_quota -= 1
                     else:
                         d[i] = np.float32(0.0)
@@ -296,7 +379,17 @@ def delta_masses(
                 magnitudes[i] = abs(np.float64(d[i]))
             sums[start // TILE, 2 * k] = lane_sum(magnitudes, n)
             quotas[k] = _thin(
-                d, n, start, first, modes[k], thresholds[k], ties[k, 0], quotas[k], streams[k, 0], streams[k, 1]
+                d,
+                n,
+                start,
+                first,
+                modes[k],
+                thresholds[k],
+                ties[k, 0],
+                quotas[k],
+                ties[k, 2],
+                streams[k, 0],
+                streams[k, 1],
             )
             for i in range(n):
                 magnitudes[i] = abs(np.float64(d[i]))
@@ -347,7 +440,17 @@ def merge_deltas(
             # Thinning or the vote could drop a NaN, which would then go unnoticed.
             wrong += 1 if largest >= np.uint32(0x7F800000) else 0
             quotas[k] = _thin(
-                d, n, start, first, modes[k], thresholds[k], ties[k, 0], quotas[k], streams[k, 0], streams[k, 1]
+                d,
+                n,
+                start,
+                first,
+                modes[k],
+                thresholds[k],
+                ties[k, 0],
+                quotas[k],
+                ties[k, 2],
+                streams[k, 0],
+                streams[k, 1],
             )
             w, s = weights[k], scales[k]
             if s != np.float32(1.0):

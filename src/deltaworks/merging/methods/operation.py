@@ -42,15 +42,15 @@ class Operation(ABC):
     """How the inputs of one tensor become one output.
 
     Law: `merge`, block by block, in any order and with any block size, writes exactly the bytes of `reference` on
-    whole tensors, rounded once. Operations that need a quantity of the whole tensor say so with `needs_sums`: the
-    executor then streams the tensor through `measure` first and goes on with what `settle` returns.
+    whole tensors, rounded once. Operations that need a quantity of the whole tensor have `passes`: in each, `measure`
+    sees every block, and the next pass goes on with what `settle` makes of it.
     """
 
     kind: ClassVar[str]
 
     @property
-    def needs_sums(self) -> int:
-        """How many tensor-wide sums `measure` takes; 0 where no first pass is needed."""
+    def passes(self) -> int:
+        """How many times the tensor must stream by before it can be merged."""
         return 0
 
     @property
@@ -58,13 +58,13 @@ class Operation(ABC):
         """Elements of which every block must be a multiple; the last block of a tensor may be shorter."""
         return 1
 
-    def measure(self, block: Block) -> NDArray[np.float64]:
-        """Partial sums of a block: float64, [tiles, needs_sums]."""
-        raise AssertionError(f"{self.kind} takes no sums of {block}")
+    def measure(self, block: Block) -> Any:
+        """What this pass takes from a block."""
+        raise AssertionError(f"{self.kind} takes nothing from {block}")
 
-    def settle(self, sums: Sequence[float]) -> Self:
-        """This operation with its tensor-wide quantities filled in."""
-        raise AssertionError(f"{self.kind} takes no sums like {sums}")
+    def settle(self, parts: Sequence[Any], block_size: int) -> Self:
+        """This operation with what a pass was for filled in, from the parts of all blocks in order."""
+        raise AssertionError(f"{self.kind} has no use for {len(parts)} parts of {block_size} elements")
 
     @abstractmethod
     def merge(self, block: Block) -> int:

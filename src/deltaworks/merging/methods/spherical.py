@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from deltaworks.checkpoints.codec import TILE, decode, encode
 from deltaworks.checkpoints.jit import kernel
-from deltaworks.merging.methods.operation import Block, Operation, lane_sum, tile_sum_reference
+from deltaworks.merging.methods.operation import Block, Operation, exact_sums, lane_sum, tile_sum_reference
 
 NEARLY_PARALLEL = 0.9995
 SMALLEST_NORM = 1e-8
@@ -35,30 +35,21 @@ class Slerp(Operation):
     coefficients: tuple[float, float] | None = None
 
     @property
-    def needs_sums(self) -> int:
-        """First squared, second squared, inner product."""
-        return 3
+    def passes(self) -> int:
+        """One, for the norms and the inner product."""
+        return 1 if self.coefficients is None else 0
 
     def measure(self, block: Block) -> NDArray[np.float64]:
-        """Partial sums of a block."""
+        """Partial sums of a block: first squared, second squared, inner product; [tiles, 3]."""
         sums = np.empty((-(-block.count // TILE), 3), np.float64)
         inner_products(block.rows, block.codes, block.count, block.scratch, sums)
         return sums
 
-    def settle(self, sums: Sequence[float]) -> Self:
+    def settle(self, parts: Sequence[NDArray[np.float64]], block_size: int) -> Self:
         """This operation with its coefficients."""
-        first, second = (n if n > SMALLEST_NORM else 1.0 for n in (math.sqrt(sums[0]), math.sqrt(sums[1])))
-        cosine = min(1.0, max(-1.0, sums[2] / (first * second)))
-        if abs(cosine) > NEARLY_PARALLEL:
-            return replace(self, coefficients=(1.0 - self.t, self.t))
-        angle = math.acos(cosine)
-        return replace(
-            self,
-            coefficients=(
-                math.sin((1.0 - self.t) * angle) / math.sin(angle),
-                math.sin(self.t * angle) / math.sin(angle),
-            ),
-        )
+        del block_size
+        first, second, product = exact_sums(parts)
+        return replace(self, coefficients=slerp_coefficients(self.t, first, second, product))
 
     def merge(self, block: Block) -> int:
         """Fill `block.out`."""
@@ -68,9 +59,9 @@ class Slerp(Operation):
     def reference(self, inputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         """The same with NumPy."""
         a, b = (x.astype(np.float64) for x in inputs)
-        settled = self.settle([tile_sum_reference(a * a), tile_sum_reference(b * b), tile_sum_reference(a * b)])
-        assert settled.coefficients is not None
-        blended: NDArray[np.float32] = (settled.coefficients[0] * a + settled.coefficients[1] * b).astype(np.float32)
+        sums = (tile_sum_reference(a * a), tile_sum_reference(b * b), tile_sum_reference(a * b))
+        first, second = slerp_coefficients(self.t, *sums)
+        blended: NDArray[np.float32] = (first * a + second * b).astype(np.float32)
         return blended
 
     def to_json(self) -> dict[str, Any]:
@@ -81,6 +72,16 @@ class Slerp(Operation):
     def from_json(cls, content: dict[str, Any]) -> Self:
         """The inverse of `to_json`."""
         return cls(content["t"])
+
+
+def slerp_coefficients(t: float, first: float, second: float, product: float) -> tuple[float, float]:
+    """What each input is multiplied by, from both squared norms and the inner product."""
+    norms = (n if n > SMALLEST_NORM else 1.0 for n in (math.sqrt(first), math.sqrt(second)))
+    cosine = min(1.0, max(-1.0, product / math.prod(norms)))
+    if abs(cosine) > NEARLY_PARALLEL:
+        return 1.0 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
 @kernel

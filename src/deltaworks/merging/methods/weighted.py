@@ -29,7 +29,7 @@ class WeightedSum(Operation):
         """Fill `block.out`."""
         weights = np.array(self.weights, np.float32)
         return weighted_sum(
-            block.rows, block.codes, block.count, weights, self._divisor(), block.scratch, block.out, block.out_code
+            block.rows, block.codes, block.count, weights, self.divisor, block.scratch, block.out, block.out_code
         )
 
     def reference(self, inputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
@@ -37,10 +37,12 @@ class WeightedSum(Operation):
         total = np.zeros_like(inputs[0])
         for weight, values in zip(self.weights, inputs, strict=True):
             total = fma_reference(np.float32(weight), values, total)
-        divisor = self._divisor()
+        divisor = self.divisor
         return total if divisor == 1 else total / divisor
 
-    def _divisor(self) -> np.float32:
+    @property
+    def divisor(self) -> np.float32:
+        """The sum of the weights where they are normalized, else one."""
         total = np.float32(0.0)
         for weight in self.weights:
             total += np.float32(weight)

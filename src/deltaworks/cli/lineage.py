@@ -1,0 +1,85 @@
+"""lineage: where a merged model came from, and what was made from a model."""
+
+from typing import Annotated, Any
+
+import typer
+
+from deltaworks.cli.options import AsJson, CatalogPath, print_json
+from deltaworks.units import format_bytes
+
+
+def attach(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(rich_help_panel="Catalog")(lineage)
+
+
+def lineage(
+    what: Annotated[str, typer.Argument(metavar="NAME|OUT", help="A catalog name, or a merged model's folder.")],
+    catalog: CatalogPath = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a merged model was made from, or what was made from a model.
+
+    For a merged model: its recipe, plan and budget, every expert with the blocks it gave, and what was made from it in
+    turn. For a model of the catalog: every merged model that it is part of, and how much each would change without it.
+    """
+    from deltaworks.catalog.register import find_model
+    from deltaworks.catalog.store import Catalog
+    from deltaworks.merging.lineage import model_lineage, snapshot_lineage
+    from deltaworks.merging.stored import find_snapshot
+
+    with Catalog(catalog) as opened:
+        found = find_snapshot(opened, what) if opened.find(what) is None else None
+        if found is not None:
+            facts, show = snapshot_lineage(opened, *found), _snapshot
+        else:
+            facts, show = model_lineage(opened, find_model(opened, what)), _model
+    if as_json:
+        print_json(facts)
+    else:
+        show(facts)
+
+
+def _snapshot(facts: dict[str, Any]) -> None:
+    when = f" on {facts['committed_at']} UTC" if facts["committed_at"] else ""
+    budget = "no budget" if facts["budget_bytes"] is None else f"a budget of {format_bytes(facts['budget_bytes'])}"
+    typer.echo(f"{facts['snapshot']}, made{when} by {facts['method']} with {budget}")
+    typer.echo(f"plan {facts['plan_digest']}, predicted error {facts['predicted_error']:.4f}\n")
+    for row in facts["inputs"]:
+        origin = f", itself a merge: {row['snapshot']}" if row["snapshot"] else ""
+        if row["role"] == "base":
+            typer.echo(f"  base    {row['name']} ({row['fingerprint'][:12]}){origin}")
+        else:
+            typer.echo(f"  expert  {row['name']} ({row['fingerprint'][:12]}){origin}: {_taken(row)}")
+    if facts["used_by"]:
+        typer.echo(f"\nused by {', '.join(facts['used_by'])}")
+    if facts["recipe"]:
+        typer.echo("\nrecipe:\n" + "\n".join(f"  {line}" for line in facts["recipe"].rstrip().splitlines()))
+
+
+def _model(facts: dict[str, Any]) -> None:
+    of = f" of {facts['base']}" if facts["base"] else ""
+    origin = f", a merge: {facts['snapshot']}" if facts["snapshot"] else ""
+    typer.echo(f"{facts['name']}, {facts['kind']}{of} ({facts['fingerprint'][:12]}){origin}")
+    if facts["experts"]:
+        typer.echo(f"experts: {', '.join(facts['experts'])}")
+    if not facts["used_by"]:
+        typer.echo("nothing was made from it")
+        return
+    typer.echo("\nmade from it; removing it would leave these without a source:")
+    for row in facts["used_by"]:
+        notes = "" if row["present"] else " (deleted)"
+        notes += "" if row["is_current"] else f" (from what {facts['name']} held before)"
+        part = "as the base" if row["role"] == "base" else _taken(row)
+        typer.echo(f"  {row['snapshot']}{notes}, {row['method']}, {part}")
+
+
+def _taken(row: dict[str, Any]) -> str:
+    """What a merge took of an expert, and what that makes up."""
+    if "elements" not in row:
+        return "its plan is gone"
+    share = row["elements_read"] / max(1, row["elements"])
+    text = f"{format_bytes(row['bytes_planned'] or 0)} read, {share:.1%} of it, in {row['tensors']} tensors"
+    if row["change_without"] is not None:
+        text += f"; without it the merge would change by {row['change_without']:.1%}"
+    return text

@@ -1,0 +1,157 @@
+"""diff, sweep: plans beside each other."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deltaworks.cli.merges import Balanced, Fair, RecipeFile, Seed, ShardSize, StandIn
+from deltaworks.cli.options import AsJson, BlockSize, CatalogPath, Quiet, Threads, print_json
+from deltaworks.units import format_bytes
+
+_PLAN = "A plan file, a merged model's folder, or the first characters of a plan's digest."
+
+
+def attach(app: typer.Typer) -> None:
+    """Add the commands of this group."""
+    app.command(rich_help_panel="Merge")(sweep)
+    app.command(rich_help_panel="Merge")(diff)
+
+
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help=_PLAN)],
+    b: Annotated[str, typer.Argument(metavar="B", help=_PLAN)],
+    catalog: CatalogPath = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what differs between two plans: settings, models, tensors, and the blocks that only one of them reads."""
+    from deltaworks.catalog.store import Catalog
+    from deltaworks.merging.difference import difference
+    from deltaworks.merging.stored import find_plan
+
+    with Catalog(catalog) as opened:
+        found = difference(find_plan(opened, a), find_plan(opened, b))
+    if as_json:
+        print_json(found)
+    else:
+        _difference(found)
+
+
+def _difference(found: dict[str, Any]) -> None:
+    if found["same"]:
+        typer.echo(f"the same plan, {found['a']}")
+        return
+    typer.echo(f"a {found['a']}\nb {found['b']}\n")
+    for row in found["settings"]:
+        if row["name"] == "recipe":
+            typer.echo("recipe: differs")
+        else:
+            typer.echo(f"{row['name']}: {row['a']} -> {row['b']}")
+    for what in ("models", "tensors"):
+        for how, names in found[what].items():
+            if names:
+                listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+                label = {"only_a": "only in a", "only_b": "only in b", "operation": "made another way"}.get(how, how)
+                typer.echo(f"{what} {label}: {listed}")
+    changed = [r for r in found["reads"] if r["only_a"] or r["only_b"]]
+    if changed:
+        typer.echo(f"\n{'elements read of':<26}{'both':>14}{'only a':>14}{'only b':>14}  layers that differ")
+    for row in changed:
+        layers = ", ".join(row["layers"][:6]) + (
+            f" and {len(row['layers']) - 6} more" if len(row["layers"]) > 6 else ""
+        )
+        typer.echo(f"  {row['name']:<24}{row['both']:>14,}{row['only_a']:>14,}{row['only_b']:>14,}  {layers}")
+
+
+def sweep(
+    recipe: RecipeFile,
+    axes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=V,V",
+            help="A parameter and its values, like density=0.1,0.2; for one model, expert:weight=0.5,1. Repeat for a"
+            " grid.",
+            show_default=False,
+        ),
+    ] = None,
+    weight: Annotated[str | None, typer.Option(metavar="V,V", help="Short for --set weight=V,V.")] = None,
+    density: Annotated[str | None, typer.Option(metavar="V,V", help="Short for --set density=V,V.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="B,B", help="Budgets, like 5%,25%,2GiB. [default: the recipe's, or none]")
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Write every plan to this folder.", show_default=False),
+    ] = None,
+    base: StandIn = None,
+    fair: Fair = None,
+    balanced: Balanced = None,
+    shard_size: ShardSize = "5GB",
+    seed: Seed = 0,
+    block_size: BlockSize = None,
+    threads: Threads = None,
+    catalog: CatalogPath = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Plan a grid of variations of RECIPE: parameters by budgets, all over the same statistics.
+
+    Every plan is kept in the catalog and, with -o, in a file that `deltaworks run` executes.
+    """
+    from deltaworks.catalog.store import Catalog
+    from deltaworks.cli.progress import make_progress
+    from deltaworks.merging.plan import save_plan
+    from deltaworks.merging.prepare import MergeOptions
+    from deltaworks.merging.recipe import load_recipe
+    from deltaworks.merging.sweep import parse_axis, sweep
+    from deltaworks.units import parse_bytes
+
+    texts = [*(axes or ()), *(f"{n}={v}" for n, v in (("weight", weight), ("density", density)) if v is not None)]
+    budgets = [b.strip() for b in (budget or "").split(",") if b.strip()]
+    options = MergeOptions(parse_bytes(shard_size), seed, block_size, threads, base=base, fair=fair, balanced=balanced)
+    rows: list[dict[str, Any]] = []
+    with Catalog(catalog) as opened:
+        variations = sweep(
+            opened,
+            load_recipe(recipe).text,
+            [parse_axis(t) for t in texts],
+            budgets,
+            options,
+            relative_to=recipe.parent,
+            progress=make_progress(quiet=quiet),
+        )
+        for number, found in enumerate(variations, 1):
+            file = None
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                file = folder / f"plan-{number:03}.json"
+                save_plan(found.plan, file)
+            rows.append(
+                {
+                    "settings": found.settings,
+                    "plan_digest": found.plan.digest,
+                    "expert_bytes": found.plan.expert_bytes,
+                    "expert_bytes_planned": found.plan.expert_bytes_planned,
+                    "predicted_error": found.plan.predicted_error,
+                    "error_bound": found.plan.error_bound,
+                    "predicted_read_s": found.plan.predicted_read_s,
+                    "plan_s": round(found.plan_s, 6),
+                    "file": file and str(file),
+                }
+            )
+            if not as_json:
+                _row(rows, folder)
+    if as_json:
+        print_json({"plans": rows})
+
+
+def _row(rows: list[dict[str, Any]], folder: Path | None) -> None:
+    row = rows[-1]
+    names = list(row["settings"])
+    if len(rows) == 1:
+        typer.echo("".join(f"{n:>16}" for n in names) + f"{'reads':>12}{'error':>9}{'planned in':>12}  plan")
+    cells = "".join(f"{v!s:>16}" for v in row["settings"].values())
+    reads, took = format_bytes(row["expert_bytes_planned"]), f"{row['plan_s'] * 1000:.0f} ms"
+    plan = row["file"] if folder else row["plan_digest"][:12]
+    typer.echo(f"{cells}{reads:>12}{row['predicted_error']:>9.4f}{took:>12}  {plan}")

@@ -1,0 +1,363 @@
+"""What each block of each expert adds to a merge, from statistics alone."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltaworks.catalog.histogram import Interval
+from deltaworks.catalog.sketch import BUCKETS, SAMPLES, sample_places
+from deltaworks.catalog.statistics import DENSITIES, DeltaTable
+from deltaworks.merging.methods.delta import DeltaSum, Sparsify, random_stream
+from deltaworks.merging.methods.operation import Operation
+from deltaworks.merging.methods.spherical import Slerp, slerp_coefficients
+from deltaworks.merging.methods.weighted import WeightedSum
+from deltaworks.merging.selection import (
+    Ranking,
+    elected_loss,
+    elected_path,
+    overlapping_loss,
+    rank_in_order,
+    rank_overlapping,
+)
+
+_STRETCH = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Statistics of one expert's tensor: a row a block."""
+
+    table: DeltaTable
+    rows: slice
+
+    @property
+    def square(self) -> NDArray[np.float64]:
+        """Squared norm of each block's delta."""
+        return self.table.delta_square[self.rows]
+
+    @property
+    def changed(self) -> NDArray[np.float64]:
+        """Elements of each block that differ from the base's."""
+        return self.table.changed[self.rows]
+
+    def survives(self, density: float) -> NDArray[np.float64]:
+        """Squared norm of what a trim to `density` leaves of each block, interpolated between those measured."""
+        if density >= 1:
+            return self.square
+        if density <= 0:
+            return np.zeros_like(self.square)
+        known = np.array((0.0, *DENSITIES, 1.0))
+        i = int(np.searchsorted(known, density, side="right"))
+        energies = [np.zeros_like(self.square), *self.table.survives[self.rows].T.astype(np.float64), self.square]
+        share = (density - known[i - 1]) / (known[i] - known[i - 1])
+        between: NDArray[np.float64] = (1 - share) * energies[i - 1] + share * energies[i]
+        return between
+
+
+class Contribution(Protocol):
+    """What the experts of one tensor add to its merge, block by block."""
+
+    @property
+    def full(self) -> float:
+        """Squared norm of the full merged delta."""
+
+    def rank(self, cost: NDArray[np.int64], run: int) -> Ranking:
+        """Rank the experts; blocks cost so many bytes, [blocks, experts], and so many are chosen together."""
+
+    def lost(self, chosen: NDArray[np.bool_]) -> float:
+        """Squared error where only the `chosen` blocks are read, [blocks, experts]."""
+
+    def without(self, chosen: NDArray[np.bool_], expert: int) -> float:
+        """Square of what changes where one expert's `chosen` blocks are not read after all."""
+
+    def energies(self) -> NDArray[np.float64]:
+        """Squared norm of each expert's own part: [blocks, experts]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Overlapping:
+    """Parts that add up.
+
+    Attributes:
+        gram: float64, [blocks, experts, experts]; inner products of the experts' parts of the merged delta.
+        constant: the rest of the squared norm of the merged delta: what is there without any delta.
+        norms: float64, [blocks, experts]; the exact norm of each part.
+        is_fixed: whether a block's part of the merge hangs on no other block, so that `norms` bound what is lost.
+    """
+
+    gram: NDArray[np.float64]
+    constant: float
+    norms: NDArray[np.float64]
+    is_fixed: bool
+
+    @property
+    def full(self) -> float:
+        """See `Contribution`."""
+        return max(0.0, float(self.gram.sum()) + self.constant)
+
+    def rank(self, cost: NDArray[np.int64], run: int) -> Ranking:
+        """See `Contribution`."""
+        cost = pool_bytes(cost, run)
+        ranking = Ranking.empty(*cost.shape)
+        rank_overlapping(cost, pool(self.gram, run), ranking.order, ranking.end, ranking.cost, ranking.gain)
+        return ranking
+
+    def lost(self, chosen: NDArray[np.bool_]) -> float:
+        """See `Contribution`."""
+        return float(overlapping_loss(self.gram, chosen).sum())
+
+    def without(self, chosen: NDArray[np.bool_], expert: int) -> float:
+        """See `Contribution`."""
+        return float(self.gram[chosen[:, expert], expert, expert].sum())
+
+    def energies(self) -> NDArray[np.float64]:
+        """See `Contribution`."""
+        experts = range(self.gram.shape[1])
+        own: NDArray[np.float64] = self.gram[:, experts, experts]
+        return own
+
+
+@dataclass(frozen=True, slots=True)
+class Elected:
+    """Parts that elect the sign of every element, seen through samples.
+
+    Attributes:
+        samples: float32, [blocks, experts, SAMPLES]; weighted, thinned deltas, each scaled so that squares add up to
+            those of its block.
+        residual: float64, [blocks, experts]; squares that no sampled element stands for.
+        weights: float32, [experts].
+        normalize: whether values are divided by the weights of those who agree.
+    """
+
+    samples: NDArray[np.float32]
+    residual: NDArray[np.float64]
+    weights: NDArray[np.float32]
+    normalize: bool
+
+    @property
+    def full(self) -> float:
+        """See `Contribution`."""
+        return float(self._loss(np.zeros(self.residual.shape, bool))[1].sum())
+
+    def rank(self, cost: NDArray[np.int64], run: int) -> Ranking:
+        """See `Contribution`.
+
+        Experts are ranked by their own squares for each byte. What they add then is far from that: who joins others
+        changes what those count. The samples of one place are too few to tell, and whoever picks the best of noisy
+        numbers is disappointed; so the samples of the whole tensor tell by what factor squares of each rank count.
+        """
+        energies = self.energies()
+        pooled_cost, pooled = pool_bytes(cost, run), pool(energies, run)
+        worth = np.divide(pooled, pooled_cost, out=np.zeros_like(pooled), where=pooled_cost > 0)
+        order = np.argsort(-worth, axis=1, kind="stable")
+        squares = np.take_along_axis(pooled, order, 1)
+        left = np.empty(energies.shape[1] + 1)
+        elected_path(self.samples, self.residual, self.weights, self.normalize, order, run, left)
+        left[-1] = 0.0
+        taken, total = -np.diff(np.minimum.accumulate(left)), squares.sum(axis=0)
+        gain = squares * np.divide(taken, total, out=np.zeros_like(total), where=total > 0)
+        ranking = Ranking.empty(*pooled_cost.shape)
+        rank_in_order(pooled_cost, order, gain, ranking.order, ranking.end, ranking.cost, ranking.gain)
+        return ranking
+
+    def lost(self, chosen: NDArray[np.bool_]) -> float:
+        """See `Contribution`."""
+        return float(self._loss(chosen)[0].sum())
+
+    def without(self, chosen: NDArray[np.bool_], expert: int) -> float:
+        """See `Contribution`."""
+        left = chosen.copy()
+        left[:, expert] = False
+        read = replace(
+            self,
+            samples=np.where(chosen[:, :, None], self.samples, np.float32(0)),
+            residual=np.where(chosen, self.residual, 0.0),
+        )
+        return read.lost(left)
+
+    def _loss(self, chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
+        result = np.empty((2, len(chosen)))
+        elected_loss(self.samples, self.residual, self.weights, self.normalize, chosen, *result)
+        return result
+
+    def energies(self) -> NDArray[np.float64]:
+        """See `Contribution`."""
+        own: NDArray[np.float64] = np.square(self.samples.astype(np.float64)).sum(axis=2) + self.residual
+        return own
+
+
+def pool(rows: NDArray[np.float64], run: int) -> NDArray[np.float64]:
+    """Sums of every `run` rows; the last may be of fewer."""
+    sums: NDArray[np.float64] = np.add.reduceat(rows, np.arange(0, len(rows), run), axis=0)
+    return sums
+
+
+def pool_bytes(rows: NDArray[np.int64], run: int) -> NDArray[np.int64]:
+    """Sums of every `run` rows; the last may be of fewer."""
+    sums: NDArray[np.int64] = np.add.reduceat(rows, np.arange(0, len(rows), run), axis=0)
+    return sums
+
+
+class Overlaps:
+    """How alike the deltas of different experts are, from their sketches; computed once for many plans."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[tuple[int, int], ...], NDArray[np.float64]] = {}
+
+    def of(self, deltas: Sequence[Delta]) -> NDArray[np.float64]:
+        """Cosines between the experts' deltas in each block of a tensor: float64, [blocks, experts, experts].
+
+        A block's own estimate is noisy (variance 1 / 128), that of its whole tensor hardly. Blocks are drawn towards
+        their tensor by as much as noise explains how they differ from it (empirical Bayes: James and Stein, Berkeley
+        Symposium 1961). Cosines of sketches are positive semidefinite with a diagonal of ones, and so is a mixture of
+        them: no choice of blocks is ever predicted to leave less than no error.
+        """
+        key = tuple((id(d.table), d.rows.start) for d in deltas)
+        if key not in self._known:
+            self._known[key] = _cosines(np.stack([d.table.sketch[d.rows] for d in deltas], axis=1))
+        return self._known[key]
+
+
+def _cosines(sketches: NDArray[np.float32]) -> NDArray[np.float64]:
+    blocks, experts, _ = sketches.shape
+    lengths = np.linalg.norm(sketches, axis=2, keepdims=True)
+    unit = np.divide(sketches, lengths, out=np.zeros_like(sketches), where=lengths > 0)
+    own = unit @ unit.transpose(0, 2, 1)
+    flat = sketches.transpose(1, 0, 2).reshape(experts, -1)
+    length = np.linalg.norm(flat, axis=1, keepdims=True)
+    whole = np.divide(flat, length, out=np.zeros_like(flat), where=length > 0)
+    pooled = whole @ whole.T
+    off = ~np.eye(experts, dtype=bool)
+    noise = 1.0 / BUCKETS
+    spread = float(np.square(own - pooled)[:, off].mean()) if blocks > 1 and experts > 1 else noise
+    trust = max(0.0, 1.0 - noise / spread) if spread > 0 else 0.0
+    mixed: NDArray[np.float64] = (trust * own + (1 - trust) * pooled).astype(np.float64)
+    mixed[:, range(experts), range(experts)] = 1.0
+    return mixed
+
+
+def contribution(
+    operation: Operation, experts: Sequence[int], deltas: Sequence[Delta], overlaps: Overlaps, count: int
+) -> Contribution:
+    """What the experts add to a tensor.
+
+    Args:
+        operation: how the tensor is made.
+        experts: places of the experts among the operation's inputs; the other inputs are the base.
+        deltas: their statistics.
+        overlaps: cosines between them.
+        count: elements in the tensor.
+    """
+    if isinstance(operation, DeltaSum) and operation.consensus:
+        return _elected(operation, deltas, count)
+    coefficients, thinning = _coefficients(operation, experts, deltas)
+    norms = np.sqrt(np.stack([d.square for d in deltas], axis=1)) * np.abs(coefficients)
+    signed = norms * np.sign(coefficients)
+    gram = overlaps.of(deltas) * (signed[:, :, None] * signed[:, None, :])
+    gram[:, range(len(deltas)), range(len(deltas))] *= thinning
+    constant = 0.0
+    if isinstance(operation, WeightedSum):
+        # Where weights do not add up to one, the base itself moves.
+        drift = math.fsum(operation.weights) / float(operation.divisor) - 1.0
+        if abs(drift) > 1e-6:
+            base = float(deltas[0].table.base_square[deltas[0].rows].sum())
+            along = [float(d.table.base_delta[d.rows].sum()) for d in deltas]
+            constant = drift**2 * base + 2 * drift * float(np.dot(coefficients, along))
+    is_fixed = not isinstance(operation, Slerp) and bool(np.all(thinning == 1))
+    return Overlapping(gram, constant, norms, is_fixed)
+
+
+def _coefficients(
+    operation: Operation, experts: Sequence[int], deltas: Sequence[Delta]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What each delta is multiplied by on average, and by how much random thinning raises its energy beyond that."""
+    ones = np.ones(len(experts))
+    if isinstance(operation, WeightedSum):
+        return np.array([operation.weights[e] / float(operation.divisor) for e in experts]), ones
+    if isinstance(operation, Slerp):
+        return np.array([_slerp(operation, experts, deltas)[e] for e in experts]), ones
+    if isinstance(operation, DeltaSum):
+        everyone = math.fsum(operation.weights)
+        divisor = everyone if operation.normalize and abs(everyone) >= 1e-8 else 1.0
+        weights = np.array(operation.weights) * operation.scale / divisor
+        if operation.sparsify is not Sparsify.RANDOM:
+            return weights, ones
+        kept = np.array(operation.densities)
+        safe = np.where(kept > 0, kept, 1.0)
+        return np.where(kept > 0, weights * (1.0 if operation.rescale else kept), 0.0), 1.0 / safe
+    return ones, ones
+
+
+def _slerp(operation: Slerp, experts: Sequence[int], deltas: Sequence[Delta]) -> tuple[float, float]:
+    """The coefficients of slerp, by the norms and inner products of the whole tensor."""
+    base = float(deltas[0].table.base_square[deltas[0].rows].sum())
+    along = {e: float(d.table.base_delta[d.rows].sum()) for e, d in zip(experts, deltas, strict=True)}
+    square = {e: float(d.square.sum()) for e, d in zip(experts, deltas, strict=True)}
+    norms = [base + 2 * along.get(i, 0.0) + square.get(i, 0.0) for i in (0, 1)]
+    product = base + along.get(0, 0.0) + along.get(1, 0.0)
+    if len(deltas) == 2:
+        sketches = [d.table.sketch[d.rows].astype(np.float64) for d in deltas]
+        product += float(np.sum(sketches[0] * sketches[1]))
+    return slerp_coefficients(operation.t, max(norms[0], 0.0), max(norms[1], 0.0), product)
+
+
+def _elected(operation: DeltaSum, deltas: Sequence[Delta], count: int) -> Elected:
+    """Samples of what each expert brings to a merge with sign election, and the squares they leave out."""
+    sample_of = count / SAMPLES if len(deltas[0].square) == 1 else deltas[0].table.block_size / SAMPLES
+    blocks = len(deltas[0].square)
+    last = count - (blocks - 1) * deltas[0].table.block_size
+    each = np.full(blocks, sample_of)
+    each[-1] = last / SAMPLES
+    places = (
+        np.stack([sample_places(b, last if b == blocks - 1 else deltas[0].table.block_size) for b in range(blocks)])
+        + (np.arange(blocks) * deltas[0].table.block_size)[:, None]
+    )
+    samples = np.zeros((blocks, len(deltas), SAMPLES), np.float32)
+    residual = np.zeros((blocks, len(deltas)))
+    for k, delta in enumerate(deltas):
+        weight, density = operation.weights[k], operation.densities[k]
+        thinned, factor = _thinned_sample(operation, k, delta, places)
+        if operation.sparsify is Sparsify.RANDOM:
+            exact = delta.square * (factor**2 * min(1.0, density))
+        else:
+            exact = delta.survives(density)
+        seen = np.square(thinned.astype(np.float64)).sum(axis=1) * each
+        stretch = np.sqrt(np.divide(exact, seen, out=np.ones_like(seen), where=seen > 0))
+        stretch = np.clip(stretch, 1 / _STRETCH, _STRETCH)
+        samples[:, k] = thinned * (stretch * np.sqrt(each))[:, None] * (weight * operation.scale)
+        # What the samples miss is taken to survive alone, where normalizing gives it back its full size.
+        alone = operation.scale * (1.0 if operation.normalize else weight)
+        residual[:, k] = np.maximum(exact - stretch**2 * seen, 0.0) * alone**2
+    return Elected(samples, residual, np.array(operation.weights, np.float32), operation.normalize)
+
+
+def _thinned_sample(
+    operation: DeltaSum, k: int, delta: Delta, places: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], float]:
+    """The sample of an expert's delta after thinning, and what a kept element is multiplied by."""
+    sample = delta.table.sample[delta.rows]
+    density = operation.densities[k]
+    if density <= 0:
+        return np.zeros_like(sample), 0.0
+    if density >= 1 or operation.sparsify is Sparsify.NONE:
+        return sample, 1.0
+    if operation.sparsify is Sparsify.RANDOM:
+        factor = 1.0 / density if operation.rescale else 1.0
+        kept = random_stream(operation.keys[k], places) < np.uint64(int(density * 2.0**64))
+        return np.where(kept, sample * np.float32(factor), np.float32(0)), factor
+    cut = operation.cuts[k]
+    bits = np.abs(sample).view(np.uint32)
+    if isinstance(cut, Interval):
+        inside = int((1 - cut.rank / cut.total) * 0xFFFF)
+        return np.where(bits >= (cut.bin >> 1 << 16) + inside, sample, np.float32(0)), 1.0
+    assert cut is not None
+    kept = (bits > cut.threshold) | ((bits == cut.threshold) & (places < cut.start))
+    return np.where(kept, sample, np.float32(0)), 1.0
+
+
+Deltas = Mapping[tuple[int, int], DeltaTable]
+"""Statistics by the places in a plan of an expert and of the base it is taken against."""

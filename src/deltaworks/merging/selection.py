@@ -1,0 +1,323 @@
+"""Which blocks to read: the choice that keeps most of a merge for the bytes it may read.
+
+Blocks at one place of one tensor, one from each expert, are weighed together, because their deltas add up, cancel or
+outvote each other. At each place experts are ranked greedily, by what reading one more of them takes off the error for
+each byte; the ranking is cut into steps of falling worth (the upper hull of error taken off over bytes). Steps of all
+places then compete in one list, best first, until the budget is spent. As every step is worth less a byte than those
+before it, more budget never leaves more error.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltaworks.checkpoints.jit import kernel
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """The experts of every place of one tensor, best first, in steps: all arrays are [places, experts].
+
+    Attributes:
+        order: int64; the ranked experts, -1 after the last.
+        end: int64; how many experts are in once each step is taken, 0 after the last step.
+        cost: int64; bytes of each step, 0 after the last.
+        gain: float64; squared error that each step takes off.
+    """
+
+    order: NDArray[np.int64]
+    end: NDArray[np.int64]
+    cost: NDArray[np.int64]
+    gain: NDArray[np.float64]
+
+    @classmethod
+    def empty(cls, places: int, experts: int) -> "Ranking":
+        """A ranking without steps, for a kernel to fill."""
+        shape = (places, experts)
+        return cls(np.full(shape, -1, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape))
+
+    def scaled(self, factor: float) -> "Ranking":
+        """The ranking with every gain multiplied by `factor`."""
+        return replace(self, gain=self.gain * factor)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What is read of one tensor: [places, experts]; and the squared error that is left, by the ranking's account."""
+
+    reads: NDArray[np.bool_]
+    lost: float
+
+
+def choose(rankings: Sequence[Ranking], budget: int, *, nested: bool = False) -> list[Choice]:
+    """Choose blocks of at most `budget` bytes in all; blocks that cost nothing are never chosen.
+
+    Args:
+        rankings: of every tensor.
+        budget: in bytes.
+        nested: stop at the first step that does not fit, so that a larger budget reads all that a smaller one does;
+            else go on with those that do.
+    """
+    if not rankings:
+        return []
+    cost = np.concatenate([r.cost.ravel() for r in rankings])
+    # Divisions round: a step must not come before the one it follows.
+    worths = [np.minimum.accumulate(r.gain / np.maximum(r.cost, 1), axis=1).ravel() for r in rankings]
+    used = np.flatnonzero(cost)
+    best_first = used[np.argsort(-np.concatenate(worths)[used], kind="stable")]
+    first = np.concatenate([np.tile(np.arange(r.order.shape[1]) == 0, len(r.order)) for r in rankings])
+    taken = np.zeros(len(cost), bool)
+    spend(best_first, cost, first, budget, nested, taken)
+    start, choices = 0, []
+    for ranking in rankings:
+        steps = taken[start : start + ranking.order.size].reshape(ranking.order.shape)
+        start += ranking.order.size
+        depth = np.max(np.where(steps, ranking.end, 0), axis=1, initial=0)
+        place, position = np.nonzero(np.arange(ranking.order.shape[1]) < depth[:, None])
+        reads = np.zeros(ranking.order.shape, bool)
+        reads[place, ranking.order[place, position]] = True
+        choices.append(Choice(reads, float(ranking.gain[~steps & (ranking.cost > 0)].sum())))
+    return choices
+
+
+@kernel
+def spend(
+    best_first: NDArray[np.int64],
+    cost: NDArray[np.int64],
+    first: NDArray[np.bool_],
+    budget: int,
+    nested: bool,
+    taken: NDArray[np.bool_],
+) -> None:
+    """Take steps, best first, each if it fits and the step before it at its place (the entry before it) is taken."""
+    for i in best_first:
+        if cost[i] <= budget and (first[i] or taken[i - 1]):
+            taken[i] = True
+            budget -= cost[i]
+        elif nested:
+            break
+
+
+@kernel
+def add_step(
+    rank: int,
+    steps: int,
+    nbytes: int,
+    gain: float,
+    end: NDArray[np.int64],
+    cost: NDArray[np.int64],
+    gains: NDArray[np.float64],
+) -> int:
+    """Append the expert of rank `rank` as a step of a place's [experts] arrays; returns how many steps there are."""
+    # A step worth more than the one before it belongs to it: who takes the one wants both.
+    while steps > 0 and gains[steps - 1] * nbytes <= gain * cost[steps - 1]:
+        steps -= 1
+        gain += gains[steps]
+        nbytes += cost[steps]
+    gains[steps], cost[steps], end[steps] = gain, nbytes, rank + 1
+    return steps + 1
+
+
+@kernel
+def rank_overlapping(
+    cost: NDArray[np.int64],
+    gram: NDArray[np.float64],
+    order: NDArray[np.int64],
+    end: NDArray[np.int64],
+    step_cost: NDArray[np.int64],
+    step_gain: NDArray[np.float64],
+) -> None:
+    """Rank experts whose parts of the merge add up.
+
+    Args:
+        cost: int64, [places, experts]; experts that cost nothing are left out.
+        gram: float64, [places, experts, experts]; inner products of the parts.
+        order: as in an empty `Ranking`; set, as are the others.
+        end: likewise.
+        step_cost: likewise.
+        step_gain: likewise.
+    """
+    places, experts = cost.shape
+    left = np.empty(experts, np.bool_)
+    pull = np.empty(experts, np.float64)
+    for p in range(places):
+        for e in range(experts):
+            left[e] = cost[p, e] > 0
+            pull[e] = 0.0
+            for f in range(experts):
+                pull[e] += gram[p, e, f]
+        steps = 0
+        for rank in range(experts):
+            best, best_worth = -1, 0.0
+            for e in range(experts):
+                if left[e]:
+                    worth = (2.0 * pull[e] - gram[p, e, e]) / cost[p, e]
+                    if best < 0 or worth > best_worth:
+                        best, best_worth = e, worth
+            if best < 0:
+                break
+            left[best] = False
+            order[p, rank] = best
+            gain = 2.0 * pull[best] - gram[p, best, best]
+            for e in range(experts):
+                pull[e] -= gram[p, e, best]
+            steps = add_step(rank, steps, cost[p, best], gain, end[p], step_cost[p], step_gain[p])
+        step_cost[p, steps:] = 0
+        step_gain[p, steps:] = 0.0
+        end[p, steps:] = 0
+
+
+def overlapping_loss(gram: NDArray[np.float64], chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Squared error at each place, where the omitted experts' parts add up: [places]."""
+    left = (~chosen).astype(np.float64)
+    energy: NDArray[np.float64] = np.einsum("pe,pef,pf->p", left, gram, left, optimize=True)
+    return np.maximum(energy, 0.0)
+
+
+@kernel
+def rank_in_order(
+    cost: NDArray[np.int64],
+    wanted: NDArray[np.int64],
+    gain: NDArray[np.float64],
+    order: NDArray[np.int64],
+    end: NDArray[np.int64],
+    step_cost: NDArray[np.int64],
+    step_gain: NDArray[np.float64],
+) -> None:
+    """Rank experts in a given order; see `rank_overlapping` for what is not said here.
+
+    Args:
+        cost: int64, [places, experts].
+        wanted: int64, [places, experts]; the order.
+        gain: float64, [places, experts]; squared error that each takes off, in that order.
+        order: set, as are `end`, `step_cost` and `step_gain`.
+        end: see there.
+        step_cost: see there.
+        step_gain: see there.
+    """
+    places, experts = cost.shape
+    for p in range(places):
+        rank, steps = 0, 0
+        for i in range(experts):
+            e = wanted[p, i]
+            if cost[p, e] > 0:
+                order[p, rank] = e
+                steps = add_step(rank, steps, cost[p, e], gain[p, i], end[p], step_cost[p], step_gain[p])
+                rank += 1
+        step_cost[p, steps:] = 0
+        step_gain[p, steps:] = 0.0
+        end[p, steps:] = 0
+
+
+@kernel
+def elected_path(
+    samples: NDArray[np.float32],
+    residual: NDArray[np.float64],
+    weights: NDArray[np.float32],
+    normalize: bool,
+    order: NDArray[np.int64],
+    run: int,
+    left: NDArray[np.float64],
+) -> None:
+    """What is left of the squared error, over all places, as experts join one after another.
+
+    Args:
+        samples: as `elected_loss` takes them, as are the next three.
+        residual: see there.
+        weights: see there.
+        normalize: see there.
+        order: int64, [places / run, experts]; who joins when.
+        run: how many places share an order.
+        left: float64, [experts + 1]; set to the error before anyone joined, after the first, and so on.
+    """
+    places, experts, count = samples.shape
+    sums = np.empty((4, count), np.float32)
+    goal = np.empty(count, np.float32)
+    left[:] = 0.0
+    for p in range(places):
+        sums[:] = np.float32(0.0)
+        missing = 0.0
+        for e in range(experts):
+            join(samples[p, e], weights[e], sums)
+            missing += residual[p, e]
+        for s in range(count):
+            goal[s] = elected(sums[0, s], sums[1, s], sums[2, s], sums[3, s], normalize)
+        sums[:] = np.float32(0.0)
+        for rank in range(experts + 1):
+            if rank > 0:
+                e = order[p // run, rank - 1]
+                join(samples[p, e], weights[e], sums)
+                missing -= residual[p, e]
+            error = 0.0
+            for s in range(count):
+                off = goal[s] - elected(sums[0, s], sums[1, s], sums[2, s], sums[3, s], normalize)
+                error += np.float64(off) * off
+            left[rank] += error + max(missing, 0.0)
+
+
+@kernel
+def elected_loss(
+    samples: NDArray[np.float32],
+    residual: NDArray[np.float64],
+    weights: NDArray[np.float32],
+    normalize: bool,
+    chosen: NDArray[np.bool_],
+    lost: NDArray[np.float64],
+    full: NDArray[np.float64],
+) -> None:
+    """What is lost where experts elect the sign of every element, by merging a sample of elements.
+
+    Args:
+        samples: float32, [places, experts, samples]; weighted, thinned deltas.
+        residual: float64, [places, experts]; squares that the samples do not show.
+        weights: float32, [experts].
+        normalize: whether values are divided by the weights of those who agree.
+        chosen: bool, [places, experts]; who is read.
+        lost: float64, [places]; set to the squared error.
+        full: float64, [places]; set to the squares of the full merge.
+    """
+    places, experts, count = samples.shape
+    sums = np.empty((4, count), np.float32)
+    kept = np.empty((4, count), np.float32)
+    for p in range(places):
+        sums[:] = np.float32(0.0)
+        kept[:] = np.float32(0.0)
+        lost[p] = full[p] = 0.0
+        for e in range(experts):
+            join(samples[p, e], weights[e], sums)
+            full[p] += residual[p, e]
+            if chosen[p, e]:
+                join(samples[p, e], weights[e], kept)
+            else:
+                lost[p] += residual[p, e]
+        for s in range(count):
+            goal = np.float64(elected(sums[0, s], sums[1, s], sums[2, s], sums[3, s], normalize))
+            value = np.float64(elected(kept[0, s], kept[1, s], kept[2, s], kept[3, s], normalize))
+            lost[p] += (goal - value) ** 2
+            full[p] += goal**2
+
+
+@kernel
+def join(values: NDArray[np.float32], weight: np.float32, sums: NDArray[np.float32]) -> None:
+    """Let an expert take part: `sums` are positive values, their weights, negative values, their weights."""
+    for s in range(len(values)):
+        x = values[s]
+        if x > np.float32(0.0):
+            sums[0, s] += x
+            sums[1, s] += weight
+        elif x < np.float32(0.0):
+            sums[2, s] += x
+            sums[3, s] += weight
+
+
+@kernel
+def elected(
+    positive: np.float32, for_positive: np.float32, negative: np.float32, for_negative: np.float32, normalize: bool
+) -> np.float32:
+    """What comes out where such sums of both signs meet."""
+    value, weight = (positive, for_positive) if positive + negative >= np.float32(0.0) else (negative, for_negative)
+    if normalize and weight != np.float32(0.0):
+        value = value / weight
+    return value

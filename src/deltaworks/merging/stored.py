@@ -1,0 +1,43 @@
+"""Plans and snapshots wherever they are: a file, an output folder, the catalog."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from deltaworks.catalog.store import Catalog
+from deltaworks.errors import PlanError
+from deltaworks.merging.plan import Plan, load_plan
+from deltaworks.merging.snapshot import MANIFEST, PLAN, read_manifest
+
+
+def find_plan(catalog: Catalog, what: str) -> Plan:
+    """The plan that `what` names: a plan file, a merged model's folder, or the first characters of a digest.
+
+    Raises:
+        PlanError: it names none, or more than one.
+    """
+    path = Path(what)
+    if (path / MANIFEST).is_file():
+        return load_plan(path / PLAN)
+    if path.is_file():
+        return load_plan(path)
+    found = catalog.find_plans(what) if len(what) >= 4 and all(c in "0123456789abcdef" for c in what) else []
+    if len(found) > 1:
+        raise PlanError(f"{what!r} is the beginning of {len(found)} plans' digests; give more of it")
+    if not found:
+        raise PlanError(f"{what!r} is no plan file, no merged model, and no digest of a plan in {catalog.path}")
+    return Plan.from_json(json.loads(found[0]))
+
+
+def find_snapshot(catalog: Catalog, what: str) -> tuple[Path, dict[str, Any], str | None] | None:
+    """Path, manifest and time of the merged model in the folder `what`; None where it is no merged model.
+
+    One that was moved or copied has no time; one that was deleted is still known by its former path.
+    """
+    path = Path(what).resolve()
+    known = {p: (m, t) for p, _, m, t in catalog.snapshots()}
+    if (path / MANIFEST).is_file():
+        manifest = read_manifest(path)
+        same = path in known and known[path][0]["plan_digest"] == manifest["plan_digest"]
+        return path, manifest, known[path][1] if same else None
+    return (path, *known[path]) if path in known and not path.exists() else None

@@ -1,0 +1,248 @@
+"""One output tensor on its way: which bytes of its inputs are read, and the passes they go through."""
+
+import os
+import tempfile
+import threading
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltaworks.catalog.analyze import check_block_size
+from deltaworks.catalog.models import Model
+from deltaworks.catalog.statistics import DEFAULT_BLOCK_SIZE
+from deltaworks.checkpoints.codec import TILE
+from deltaworks.checkpoints.header import TensorInfo
+from deltaworks.checkpoints.source import Source
+from deltaworks.errors import CheckpointError
+from deltaworks.merging.methods.operation import Block, Operation
+from deltaworks.merging.plan import Plan, PlannedTensor
+
+
+class Rows:
+    """The buffers of one block of one tensor: a row for each input and one for what stands in for omitted blocks."""
+
+    def __init__(self, streams: Sequence["TensorStream"]) -> None:
+        elements = max((min(s.block_size, -(-s.elements // 8) * 8) for s in streams), default=8) or 8
+        inputs = max((len(s.infos) for s in streams), default=1)
+        bits = max((t.dtype.bits for s in streams for t in s.infos), default=8)
+        self.raw = np.empty((inputs, elements * bits // 8), np.uint8)
+        self.codes = np.zeros(inputs, np.int64)
+        self.scratch = np.empty((inputs + 3, TILE), np.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the buffers."""
+        return self.raw.nbytes + self.scratch.nbytes
+
+
+class _Piece(NamedTuple):
+    start: int
+    stop: int
+    is_read: bool
+
+
+class TensorStream:
+    """The blocks of one planned tensor.
+
+    Operations that need quantities of the whole tensor see its blocks more than once. Experts are read once all the
+    same: what the first pass read of them waits in a file without a name for the passes that follow.
+
+    Args:
+        plan: the plan.
+        tensor: one of its tensors.
+        models: the plan's models, in its order.
+        block_size: elements streamed at once.
+        spool: folder for what later passes need again.
+
+    Raises:
+        CheckpointError: a model does not hold what the plan reads.
+    """
+
+    def __init__(
+        self, plan: Plan, tensor: PlannedTensor, models: Sequence[Model], block_size: int, spool: Path | None
+    ) -> None:
+        self.tensor, self.elements = tensor, tensor.count
+        self.places = [i.model for i in tensor.inputs]
+        self.infos = [_info(models[i.model], i.tensor, tensor) for i in tensor.inputs]
+        self._is_expert = [plan.models[i].role != "base" for i in self.places]
+        self._ranges = [
+            None if r is None else [(a * plan.block_size, b * plan.block_size) for a, b in r] for r in tensor.reads
+        ] or [None] * len(self.infos)
+        self._stand_in = len(self.infos)
+        if tensor.reads and tensor.stand_in is not None:
+            if tensor.stand_in in tensor.inputs:
+                self._stand_in = tensor.inputs.index(tensor.stand_in)
+            else:
+                self.infos.append(_info(models[tensor.stand_in.model], tensor.stand_in.tensor, tensor))
+                self.places.append(tensor.stand_in.model)
+            if len({t.dtype for t in self.infos}) > 1:
+                # A block then has the element type of the model it is read from, so it cannot be half of each.
+                block_size = min(block_size, plan.block_size)
+        self.block_size = block_size
+        self.blocks = max(1, -(-self.elements // block_size))
+        self.operation: Operation = tensor.operation
+        self.passes = self.operation.passes
+        self._settled = [threading.Event() for _ in range(self.passes)]
+        self._parts: dict[int, Any] = {}
+        self._lock = threading.Lock()
+        self._spool_folder, self._spool_fd = spool, -1
+
+    def count(self, index: int) -> int:
+        """Elements in a block."""
+        return min(self.block_size, self.elements - index * self.block_size)
+
+    def input_bytes(self, index: int) -> int:
+        """Bytes of a block over all inputs, read or not."""
+        return sum(t.dtype.nbytes(self.count(index)) for t in self.infos)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes that are read of experts."""
+        return sum(
+            info.dtype.nbytes(self.elements if r is None else sum(min(b, self.elements) - a for a, b in r))
+            for info, r, is_expert in zip(self.infos, self._ranges, self._is_expert, strict=False)
+            if is_expert
+        )
+
+    def is_settled(self, stage: int, timeout: float) -> bool:
+        """Whether the passes before `stage` are through; waits for at most `timeout` seconds."""
+        return stage == 0 or self._settled[stage - 1].wait(timeout)
+
+    def fill(self, sources: Mapping[int, Source], rows: Rows, index: int, stage: int) -> None:
+        """Read a block of every input; what the plan omits becomes the stand-in's."""
+        start, count = index * self.block_size, self.count(index)
+        pieces = [self._pieces(r, start, start + count) for r in self._ranges]
+        order = list(range(len(pieces)))
+        if any(not p.is_read for row in pieces for p in row) and self._stand_in < len(self.infos):
+            order = [self._stand_in, *(r for r in order if r != self._stand_in)]
+        for r in order:
+            info = self.infos[r]
+            rows.codes[r] = info.dtype.code
+            for piece in pieces[r] if r < len(pieces) else [_Piece(start, start + count, is_read=True)]:
+                if piece.is_read:
+                    self._read(sources, rows.raw[r], r, start, piece, stage)
+                else:
+                    base = self.infos[self._stand_in].dtype
+                    rows.codes[r] = base.code
+                    part = slice(base.nbytes(piece.start - start), base.nbytes(piece.stop - start))
+                    rows.raw[r, part] = rows.raw[self._stand_in, part]
+
+    def _pieces(self, ranges: list[tuple[int, int]] | None, start: int, stop: int) -> list[_Piece]:
+        if ranges is None:
+            return [_Piece(start, stop, is_read=True)]
+        pieces = []
+        i = max(0, bisect_right(ranges, (start, 1 << 62)) - 1)
+        place = start
+        while place < stop:
+            while i < len(ranges) and ranges[i][1] <= place:
+                i += 1
+            a, b = ranges[i] if i < len(ranges) else (stop, stop)
+            if a > place:
+                pieces.append(_Piece(place, min(a, stop), is_read=False))
+                place = min(a, stop)
+            if place < stop:
+                pieces.append(_Piece(place, min(b, stop), is_read=True))
+                place = min(b, stop)
+        return pieces
+
+    def _read(
+        self, sources: Mapping[int, Source], row: NDArray[np.uint8], r: int, start: int, piece: _Piece, stage: int
+    ) -> None:
+        dtype = self.infos[r].dtype
+        part = row[dtype.nbytes(piece.start - start) : dtype.nbytes(piece.stop - start)]
+        spooled = self.passes > 0 and r < len(self._is_expert) and self._is_expert[r]
+        if stage > 0 and spooled:
+            os.preadv(self._spool(), [part.data], self._spool_place(r, piece.start))
+            return
+        sources[self.places[r]].read(self.infos[r], piece.start, piece.stop - piece.start, part)
+        if spooled:
+            view, place = part.data, self._spool_place(r, piece.start)
+            while len(view):
+                done = os.pwrite(self._spool(), view, place)
+                view, place = view[done:], place + done
+
+    def _spool(self) -> int:
+        with self._lock:
+            if self._spool_fd < 0:
+                with tempfile.TemporaryFile(dir=self._spool_folder) as file:
+                    self._spool_fd = os.dup(file.fileno())
+            return self._spool_fd
+
+    def _spool_place(self, row: int, element: int) -> int:
+        return sum(t.dtype.nbytes(self.elements) for t in self.infos[:row]) + self.infos[row].dtype.nbytes(element)
+
+    def block(self, rows: Rows, index: int, out: NDArray[np.uint8], out_code: int) -> Block:
+        """A filled block as operations take it."""
+        inputs = len(self.tensor.inputs)
+        return Block(
+            rows.raw[:inputs],
+            rows.codes[:inputs],
+            index * self.block_size,
+            self.count(index),
+            rows.scratch,
+            out,
+            out_code,
+        )
+
+    def measure(self, rows: Rows, index: int, stage: int) -> None:
+        """Take from a filled block what a pass is for; the last block of the pass settles the operation."""
+        part = self.operation.measure(self.block(rows, index, rows.raw[0], 0))
+        with self._lock:
+            self._parts[index] = part
+            if len(self._parts) < self.blocks:
+                return
+            parts = [self._parts[i] for i in range(self.blocks)]
+            self._parts = {}
+        self.operation = self.operation.settle(parts, self.block_size)
+        self._settled[stage].set()
+
+    def close(self) -> None:
+        """Give up what was kept for later passes."""
+        if self._spool_fd >= 0:
+            os.close(self._spool_fd)
+            self._spool_fd = -1
+
+
+def _info(model: Model, name: str, tensor: PlannedTensor) -> TensorInfo:
+    info = model.checkpoint.find(name)
+    if info is None or info.shape != tensor.shape:
+        raise CheckpointError(f"{model.name} no longer holds the tensor {name!r} that the plan reads")
+    return info
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A block to be measured in pass `stage` of its one stream, or merged in all its streams at once."""
+
+    streams: tuple[TensorStream, ...]
+    index: int
+    stage: int | None
+
+    def is_ready(self, timeout: float) -> bool:
+        """Whether the passes before this one are through; waits for at most `timeout` seconds a stream."""
+        return all(s.is_settled(s.passes if self.stage is None else self.stage, timeout) for s in self.streams)
+
+    def fill(self, sources: Mapping[int, Source], rows: Sequence[Rows]) -> None:
+        """Read the block of every stream."""
+        for stream, own in zip(self.streams, rows, strict=False):
+            stream.fill(sources, own, self.index, stream.passes if self.stage is None else self.stage)
+
+
+def in_order(groups: Sequence[tuple[TensorStream, ...]]) -> Iterator[Task]:
+    """Blocks in the order of the output; a tensor's passes run one tensor ahead, so that nobody waits for them."""
+    for i, group in enumerate(groups):
+        for other in groups[i : i + 2] if i == 0 else groups[i + 1 : i + 2]:
+            for stream in other:
+                for stage in range(stream.passes):
+                    yield from (Task((stream,), index, stage) for index in range(stream.blocks))
+        yield from (Task(group, index, None) for index in range(group[0].blocks))
+
+
+def stream_block_size(plan: Plan, wanted: int | None) -> int:
+    """The block size asked for, or the larger one that an operation needs; both are powers of two."""
+    return max([check_block_size(wanted or DEFAULT_BLOCK_SIZE), *(t.operation.alignment for t in plan.tensors)])

@@ -1,0 +1,69 @@
+"""A plan in a table: what each layer and each expert gets, and why."""
+
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deltaworks.merging.plan import Plan, PlannedTensor
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
+
+
+def layer_of(tensor: str) -> str:
+    """What a tensor is told under: its layer's number; outside the layers, its own name."""
+    match = _LAYER.search(tensor)
+    return match[1] if match else tensor.removesuffix(".weight").removeprefix("model.")
+
+
+def by_layer(plan: "Plan") -> list[dict[str, Any]]:
+    """What is read of each layer.
+
+    Returns:
+        Embeddings first, layers by number, then the rest: `layer`; `weight`, its share of the merged delta's squared
+        norm; `error`, its predicted relative error; both None where there are no statistics; `read`, for each expert
+        the share of its elements that is read, None for one that has no part in the layer.
+    """
+    experts = [i for i, m in enumerate(plan.models) if m.role != "base"]
+    total = math.fsum((t.norm or 0.0) ** 2 for t in plan.tensors)
+    groups: dict[str, list[PlannedTensor]] = {}
+    for tensor in plan.tensors:
+        groups.setdefault(layer_of(tensor.name), []).append(tensor)
+    rows = []
+    for layer, tensors in sorted(groups.items(), key=lambda item: _place(item[0])):
+        squares = math.fsum((t.norm or 0.0) ** 2 for t in tensors)
+        lost = math.fsum(((t.norm or 0.0) * (t.error or 0.0)) ** 2 for t in tensors)
+        known = all(t.norm is not None for t in tensors)
+        rows.append(
+            {
+                "layer": layer,
+                "weight": round(squares / total, 6) if known and total else None,
+                "error": round(math.sqrt(lost / squares), 6) if known and squares else 0.0 if known else None,
+                "read": [_share(plan, tensors, e) for e in experts],
+            }
+        )
+    return rows
+
+
+def _place(layer: str) -> tuple[int, int]:
+    if layer.isdigit():
+        return 1, int(layer)
+    return (0, 0) if layer.endswith(("embed_tokens", "wte", "wpe", "embed_in", "embeddings")) else (2, 0)
+
+
+def _share(plan: "Plan", tensors: "list[PlannedTensor]", model: int) -> float | None:
+    held = taken = 0
+    for tensor in tensors:
+        for k, source in enumerate(tensor.inputs):
+            if source.model == model:
+                held += tensor.count
+                taken += elements_read(tensor, k, plan.block_size)
+    return round(taken / held, 6) if held else None
+
+
+def elements_read(tensor: "PlannedTensor", k: int, block_size: int) -> int:
+    """How many elements of its input `k` a planned tensor reads."""
+    reads = tensor.reads[k] if tensor.reads else None
+    if reads is None:
+        return tensor.count
+    return sum(min(b * block_size, tensor.count) - a * block_size for a, b in reads)

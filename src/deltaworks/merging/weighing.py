@@ -1,0 +1,357 @@
+"""From a plan that reads everything to one that reads the best for the bytes allowed: pure functions of statistics."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltaworks.catalog.models import Model
+from deltaworks.catalog.sketch import BUCKETS
+from deltaworks.catalog.statistics import DEFAULT_BLOCK_SIZE
+from deltaworks.catalog.storage import ReadCost
+from deltaworks.checkpoints.header import TensorInfo
+from deltaworks.errors import RecipeError, UserError
+from deltaworks.merging.contributions import Contribution, Delta, Deltas, Overlapping, Overlaps, contribution
+from deltaworks.merging.methods.copying import Copy
+from deltaworks.merging.methods.delta import DeltaSum
+from deltaworks.merging.methods.spherical import Slerp
+from deltaworks.merging.methods.weighted import WeightedSum
+from deltaworks.merging.plan import InputTensor, Plan, PlannedTensor, Ranges
+from deltaworks.merging.selection import Choice, Ranking, choose
+
+LARGE_REQUEST = 1 << 20
+"""Bytes from which on the price of a request decides in which runs blocks are read."""
+
+_SURE = 6.0
+_EPSILON = float(np.finfo(np.float32).eps)
+
+
+@dataclass(frozen=True, slots=True)
+class Knowledge:
+    """What the catalog knows for a plan.
+
+    Attributes:
+        models: the plan's models, in its order.
+        deltas: statistics by the places of an expert and of its base.
+        read_cost: of the storage that holds the experts.
+        overlaps: cosines between deltas; kept from plan to plan.
+    """
+
+    models: Sequence[Model]
+    deltas: Deltas
+    read_cost: ReadCost
+    overlaps: Overlaps
+
+
+class Weighed:
+    """A plan that reads everything, with what each block adds; plans within any budget cost milliseconds.
+
+    Args:
+        plan: the plan.
+        knowledge: what the catalog knows of its inputs.
+        fair: weigh each expert's delta by what it adds itself, so that experts with small deltas are not starved.
+        balanced: weigh each tensor's part of the merge by what it is itself, so that none is left behind.
+
+    Raises:
+        RecipeError: an expert's base is not known, or is not the same tensor.
+        UserError: experts were analyzed in blocks of different size.
+    """
+
+    def __init__(self, plan: Plan, knowledge: Knowledge, *, fair: bool = False, balanced: bool = False) -> None:
+        self._plan, self._knowledge, self._fair, self._balanced = plan, knowledge, fair, balanced
+        self._block_size = _common_block_size(knowledge)
+        self._candidates = [_Candidate(plan, t, knowledge, self._block_size) for t in plan.tensors]
+        self._weighed = [c for c in self._candidates if c.experts]
+        for candidate in self._weighed:
+            candidate.weigh(knowledge.overlaps)
+        cost = knowledge.read_cost
+        # Where a request costs as much as a large read, blocks are chosen in runs that are worth one.
+        self._request = int(cost.request_bytes) if cost.request_bytes >= LARGE_REQUEST else 0
+        shares = _fair_shares(plan, self._weighed) if fair else None
+        self._rankings = [c.rank(shares, self._request) for c in self._weighed]
+        if balanced:
+            self._rankings = [
+                r.scaled(1 / c.full if c.full > 0 else 1.0) for r, c in zip(self._rankings, self._weighed, strict=True)
+            ]
+
+    def within(self, budget_bytes: int) -> Plan:
+        """The plan that reads at most `budget_bytes` of experts, and loses least by it.
+
+        A pure function: no I/O, clock or randomness. The result is the same merge with some blocks read as the base's.
+        """
+        plan, weighed, cost = self._plan, self._weighed, self._knowledge.read_cost
+        # What is chosen for another goal than the error is chosen so that more budget still leaves no more of it.
+        chosen = choose(self._rankings, budget_bytes, nested=self._fair or self._balanced)
+        for candidate, choice in zip(weighed, chosen, strict=True):
+            candidate.settle(choice, self._request, is_account=not (self._fair or self._balanced))
+        lost, full = (math.fsum(getattr(c, what) for c in weighed) for what in ("lost", "full"))
+        nbytes = sum(sum(c.bytes_by_expert) for c in weighed)
+        assert nbytes <= budget_bytes, "the planner chose more than the budget"
+        of_model = [0] * len(plan.models)
+        for candidate in weighed:
+            for k, own in zip(candidate.experts, candidate.bytes_by_expert, strict=True):
+                of_model[candidate.tensor.inputs[k].model] += own
+        return replace(
+            plan,
+            models=tuple(m._replace(bytes_planned=n) for m, n in zip(plan.models, of_model, strict=True)),
+            tensors=tuple(c.planned() for c in self._candidates),
+            expert_bytes_planned=nbytes,
+            budget_bytes=budget_bytes,
+            block_size=self._block_size,
+            predicted_error=_relative(lost, full),
+            error_bound=_bound(weighed, full),
+            fair=self._fair,
+            balanced=self._balanced,
+            read_cost=(cost.request_s, cost.bytes_per_s),
+            predicted_read_s=_seconds(plan, self._candidates, self._knowledge, nbytes),
+        )
+
+    def changes_without(self) -> dict[int, float]:
+        """By how much the merge would change, relative to its distance from the base, if an expert read as the base.
+
+        Returns:
+            By the place in the plan of each expert that statistics are known of.
+        """
+        squares: dict[int, float] = {}
+        for candidate in self._weighed:
+            if candidate.contribution is None:
+                continue
+            reads = candidate.planned_reads()
+            for e, k in enumerate(candidate.experts):
+                place = candidate.tensor.inputs[k].model
+                squares[place] = squares.get(place, 0.0) + candidate.contribution.without(reads, e)
+        full = math.fsum(c.full for c in self._weighed)
+        return {place: _relative(square, full) for place, square in squares.items()}
+
+
+def _common_block_size(knowledge: Knowledge) -> int:
+    sizes = {table.block_size: place for (place, _), table in knowledge.deltas.items()}
+    if len(sizes) > 1:
+        (a, one), (b, other), *_ = sorted(sizes.items())
+        names = [knowledge.models[i].name for i in (one, other)]
+        raise UserError(
+            f"{names[0]} was analyzed in blocks of {a} elements and {names[1]} in blocks of {b};"
+            f" analyze both alike: deltaworks analyze {' '.join(names)} --force --block-size {b}"
+        )
+    return next(iter(sizes), DEFAULT_BLOCK_SIZE)
+
+
+def _relative(lost: float, full: float) -> float:
+    """A relative error from squares, with six digits: more would differ from machine to machine."""
+    return float(f"{math.sqrt(lost / full):.6g}") if full > 0 and lost > 0 else 0.0
+
+
+class _Candidate:
+    """One output tensor: what may be read of it, what is, and what that costs and loses."""
+
+    def __init__(self, plan: Plan, tensor: PlannedTensor, knowledge: Knowledge, block_size: int) -> None:
+        self.tensor, self._block_size = tensor, block_size
+        self.experts = [k for k, i in enumerate(tensor.inputs) if plan.models[i.model].role != "base"]
+        self.stand_in = _stand_in(plan, tensor, self.experts) if self.experts else None
+        self.reads: NDArray[np.bool_] = np.zeros((0, 0), bool)
+        self.lost = self.full = 0.0
+        self.is_fixed = False
+        self.requests = 0
+        self.bytes_by_expert: list[int] = []
+        self._runs: list[Ranges] = []
+        if self.stand_in is None:
+            return
+        self._infos = [_tensor(knowledge.models[tensor.inputs[k].model], tensor.inputs[k].tensor) for k in self.experts]
+        base = knowledge.models[self.stand_in.model]
+        self._base_info = _tensor(base, self.stand_in.tensor)
+        count = max(1, -(-tensor.count // block_size))
+        elements = np.full(count, block_size, np.int64)
+        elements[-1] = tensor.count - (count - 1) * block_size
+        self._size = np.stack([elements * i.dtype.bits // 8 for i in self._infos], axis=1)
+        self.cost = self._size
+        self.norms = np.zeros(self.cost.shape)
+        self._base_square = np.zeros(count)
+        self.contribution: Contribution | None = None
+        deltas = [self._delta(k, knowledge, base) for k in self.experts]
+        known = [d for d in deltas if d is not None]
+        self.deltas = known if len(known) == len(deltas) else []
+
+    def weigh(self, overlaps: Overlaps) -> None:
+        """Work out what the experts add, and which of their blocks need not be read at all."""
+        deltas = self.deltas
+        if not deltas:
+            return
+        found = contribution(self.tensor.operation, self.experts, deltas, overlaps, self.tensor.count)
+        self.contribution, self.full = found, found.full
+        self.is_fixed = isinstance(found, Overlapping) and found.is_fixed
+        self.norms = found.norms if isinstance(found, Overlapping) else self.norms
+        self._base_square = deltas[0].table.base_square[deltas[0].rows]
+        # Doubles are told apart as float32 only, so one that looks unchanged may not be.
+        exact = np.array([i.dtype.bits <= 32 for i in self._infos])
+        frozen = (np.stack([d.changed for d in deltas], axis=1) == 0) & exact
+        self.cost = np.where(frozen, 0, self.cost)
+
+    def _delta(self, k: int, knowledge: Knowledge, base: Model) -> Delta | None:
+        source = self.tensor.inputs[k]
+        assert self.stand_in is not None
+        table = knowledge.deltas.get((source.model, self.stand_in.model))
+        expert = knowledge.models[source.model]
+        both = {_tensor(m, source.tensor).name for m in (expert, base)}
+        # Where both leave a tied head out, its delta is that of the embeddings.
+        rows = table.rows.get(both.pop() if len(both) == 1 else source.tensor) if table else None
+        return Delta(table, rows) if table is not None and rows is not None else None
+
+    def rank(self, shares: dict[int, float] | None, request: int) -> Ranking:
+        """What the selection chooses from.
+
+        Args:
+            shares: what each expert adds to the merge by itself, to weigh all of them alike.
+            request: bytes that are to be read at once, at least.
+        """
+        weighed = self.contribution
+        if weighed is None or shares is not None:
+            gram = np.zeros((*self.cost.shape, len(self.experts)))
+            if weighed is not None and shares is not None:
+                for e, k in enumerate(self.experts):
+                    own = shares[self.tensor.inputs[k].model]
+                    gram[:, e, e] = weighed.energies()[:, e] / own if own > 0 else 0.0
+            weighed = Overlapping(gram, 0.0, self.norms, is_fixed=False)
+        return weighed.rank(self.cost, self._run(request))
+
+    def _run(self, request: int) -> int:
+        """How many blocks are chosen together."""
+        return max(1, round(request / max(1, int(self._size[0].max()))))
+
+    def settle(self, choice: Choice, request: int, *, is_account: bool) -> None:
+        """Take note of which places are read, and of what that loses.
+
+        Args:
+            choice: what was chosen.
+            request: bytes that are read at once, at least.
+            is_account: whether the choice accounts for the error itself.
+        """
+        self.reads = np.repeat(choice.reads, self._run(request), axis=0)[: len(self.cost)] & (self.cost > 0)
+        if self.contribution is not None:
+            self.lost = choice.lost if is_account else self.contribution.lost(self.reads)
+        self.bytes_by_expert = [int(n) for n in np.where(self.reads, self.cost, 0).sum(axis=0)]
+        limit = max(1, DEFAULT_BLOCK_SIZE // self._block_size, self._run(request))
+        self._runs = [runs_of(self.reads[:, e]) for e in range(len(self.experts))]
+        self.requests = sum(-(-(b - a) // limit) for runs in self._runs for a, b in runs)
+
+    def planned_reads(self) -> NDArray[np.bool_]:
+        """Which blocks the tensor's plan reads: [blocks, experts]."""
+        reads = np.ones(self.cost.shape, bool)
+        for e, k in enumerate(self.experts):
+            ranges = self.tensor.reads[k] if self.tensor.reads else None
+            if ranges is not None:
+                reads[:, e] = False
+                for a, b in ranges:
+                    reads[a:b, e] = True
+        return reads
+
+    def omitted_norm(self) -> float:
+        """The square of the most that omitted blocks can make up, with room for rounding."""
+        missing = ~self.reads & (self.cost > 0)
+        sums = np.where(missing, self.norms, 0.0).sum(axis=1)
+        slack = _EPSILON * (len(self.experts) + 2) * np.sqrt(self._base_square) * missing.any(axis=1)
+        return float(np.square(sums * (1 + 1e-6) + slack).sum())
+
+    def planned(self) -> PlannedTensor:
+        """The tensor as the plan has it."""
+        if self.stand_in is None:
+            return self.tensor
+        norm = float(f"{math.sqrt(self.full):.6g}") if self.contribution is not None else None
+        if self.reads.all():
+            return replace(self.tensor, stand_in=self.stand_in, norm=norm)
+        reads: list[Ranges | None] = [None] * len(self.tensor.inputs)
+        for e, k in enumerate(self.experts):
+            reads[k] = None if self._runs[e] == ((0, len(self.cost)),) else self._runs[e]
+        operation = self.tensor.operation
+        if isinstance(operation, Copy) and self.tensor.dtype.is_float and self._base_info.dtype != self.tensor.dtype:
+            # What stands in has to be converted on its way.
+            operation = WeightedSum((1.0,), normalize=False)
+        return replace(
+            self.tensor,
+            operation=operation,
+            reads=tuple(reads),
+            stand_in=self.stand_in,
+            error=_relative(self.lost, self.full) if self.contribution is not None else None,
+            norm=norm,
+        )
+
+
+def _stand_in(plan: Plan, tensor: PlannedTensor, experts: Sequence[int]) -> InputTensor:
+    """What omitted blocks of a tensor read as: the tensor of the base."""
+    if isinstance(tensor.operation, DeltaSum | Slerp) and 0 not in experts:
+        stand_in = tensor.inputs[0]
+    else:
+        bases = {plan.models[tensor.inputs[k].model].base for k in experts}
+        base = bases.pop()
+        if bases or base is None:
+            names = ", ".join(plan.models[tensor.inputs[k].model].name for k in experts)
+            raise RecipeError(
+                f"a budget needs to know what stands in for blocks that are not read, and {names} have"
+                f" {'different bases' if bases else 'no known base'}; register the experts with --base, or name it with"
+                " --base here"
+            )
+        stand_in = InputTensor(base, tensor.inputs[experts[0]].tensor)
+    for k in experts:
+        if tensor.inputs[k].tensor != stand_in.tensor:
+            raise RecipeError(
+                f"a budget cannot weigh {tensor.inputs[k].tensor!r} of {plan.models[tensor.inputs[k].model].name}"
+                f" against {stand_in.tensor!r}: give the models of a slice the same layer_range, or no budget"
+            )
+    return stand_in
+
+
+def _tensor(model: Model, name: str) -> TensorInfo:
+    info = model.checkpoint.find(name)
+    assert info is not None
+    return info
+
+
+def runs_of(reads: NDArray[np.bool_]) -> Ranges:
+    """The blocks that are read, as runs."""
+    if not reads.any():
+        return ()
+    edges = np.flatnonzero(np.diff(reads.astype(np.int8), prepend=0, append=0))
+    return tuple((int(a), int(b)) for a, b in edges.reshape(-1, 2))
+
+
+def _fair_shares(plan: Plan, candidates: Sequence[_Candidate]) -> dict[int, float]:
+    shares = dict.fromkeys(range(len(plan.models)), 0.0)
+    for candidate in candidates:
+        for e, k in enumerate(candidate.experts):
+            if candidate.contribution is not None:
+                shares[candidate.tensor.inputs[k].model] += float(candidate.contribution.energies()[:, e].sum())
+    return shares
+
+
+def _bound(candidates: Sequence[_Candidate], full: float) -> float | None:
+    """What the relative error cannot exceed: the omitted blocks' norms, as if all pulled in one direction.
+
+    The numerator is the triangle inequality on exact norms. The full merge's own norm is exact where a tensor has one
+    expert; else it is known from sketches, and taken six standard deviations below its estimate.
+    """
+    if not all(c.is_fixed or c.reads.all() for c in candidates):
+        return None
+    most = math.fsum(c.omitted_norm() for c in candidates)
+    if most == 0:
+        return 0.0
+    # A sketch's squared length has a relative variance of 2 / BUCKETS in each block.
+    grams = [c.contribution.gram for c in candidates if isinstance(c.contribution, Overlapping) and len(c.experts) > 1]
+    estimated = [np.abs(gram.sum(axis=(1, 2))) for gram in grams]
+    deviation = math.sqrt(math.fsum(float(np.square(e).sum()) * 2 / BUCKETS for e in estimated))
+    least = full - _SURE * deviation
+    return float(f"{math.sqrt(most / least) * (1 + 1e-5):.6g}") if least > 0 else None
+
+
+def _seconds(plan: Plan, candidates: Sequence[_Candidate], knowledge: Knowledge, nbytes: int) -> float:
+    """Time to read `nbytes` of experts and what is needed of the base."""
+    requests = sum(c.requests for c in candidates)
+    for c in candidates:
+        inputs = {i for i in c.tensor.inputs if plan.models[i.model].role == "base"}
+        if c.stand_in is not None and not c.reads.all():
+            inputs.add(c.stand_in)
+        for source in inputs:
+            info = _tensor(knowledge.models[source.model], source.tensor)
+            nbytes += info.nbytes
+            requests += -(-info.count // DEFAULT_BLOCK_SIZE)
+    return float(f"{knowledge.read_cost.seconds(requests, nbytes):.3g}")
