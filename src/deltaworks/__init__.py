@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from deltaworks.catalog.store import Catalog as Catalog
     from deltaworks.errors import DeltaworksError as DeltaworksError
     from deltaworks.errors import UserError as UserError
+    from deltaworks.merging.budget import Budget as Budget
+    from deltaworks.merging.budget import parse_budget as parse_budget
+    from deltaworks.merging.measured_error import measure_error as measure_error
     from deltaworks.merging.plan import Plan as Plan
     from deltaworks.merging.plan import load_plan as load_plan
     from deltaworks.merging.plan import save_plan as save_plan
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from deltaworks.merging.snapshot import verify as verify
 
 _HOMES = {
+    "Budget": "merging.budget",
     "Catalog": "catalog.store",
     "DeltaworksError": "errors",
     "MergeOptions": "merging.prepare",
@@ -38,6 +42,8 @@ _HOMES = {
     "analyze": "catalog.analyze",
     "load_plan": "merging.plan",
     "load_recipe": "merging.recipe",
+    "measure_error": "merging.measured_error",
+    "parse_budget": "merging.budget",
     "parse_recipe": "merging.recipe",
     "plan_inputs": "merging.prepare",
     "prepare_plan": "merging.prepare",

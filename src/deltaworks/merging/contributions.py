@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from deltaworks.merging.selection import (
     overlapping_loss,
     rank_in_order,
     rank_overlapping,
+    stretch_samples,
 )
 
 _STRETCH = 3.0
@@ -307,56 +309,58 @@ def _slerp(operation: Slerp, experts: Sequence[int], deltas: Sequence[Delta]) ->
 
 def _elected(operation: DeltaSum, deltas: Sequence[Delta], count: int) -> Elected:
     """Samples of what each expert brings to a merge with sign election, and the squares they leave out."""
-    sample_of = count / SAMPLES if len(deltas[0].square) == 1 else deltas[0].table.block_size / SAMPLES
-    blocks = len(deltas[0].square)
-    last = count - (blocks - 1) * deltas[0].table.block_size
-    each = np.full(blocks, sample_of)
-    each[-1] = last / SAMPLES
-    places = (
-        np.stack([sample_places(b, last if b == blocks - 1 else deltas[0].table.block_size) for b in range(blocks)])
-        + (np.arange(blocks) * deltas[0].table.block_size)[:, None]
-    )
+    blocks, size = len(deltas[0].square), deltas[0].table.block_size
+    places = _places(blocks, size, count)
+    each = np.full(blocks, size / SAMPLES)
+    each[-1] = (count - (blocks - 1) * size) / SAMPLES
     samples = np.zeros((blocks, len(deltas), SAMPLES), np.float32)
     residual = np.zeros((blocks, len(deltas)))
     for k, delta in enumerate(deltas):
-        weight, density = operation.weights[k], operation.densities[k]
-        thinned, factor = _thinned_sample(operation, k, delta, places)
+        density = operation.densities[k]
+        sample, threshold, equal_until, factor = _thinning_of_sample(operation, k, delta, places)
         if operation.sparsify is Sparsify.RANDOM:
             exact = delta.square * (factor**2 * min(1.0, density))
         else:
             exact = delta.survives(density)
-        seen = np.square(thinned.astype(np.float64)).sum(axis=1) * each
-        stretch = np.sqrt(np.divide(exact, seen, out=np.ones_like(seen), where=seen > 0))
-        stretch = np.clip(stretch, 1 / _STRETCH, _STRETCH)
-        samples[:, k] = thinned * (stretch * np.sqrt(each))[:, None] * (weight * operation.scale)
+        weight = operation.weights[k] * operation.scale
         # What the samples miss is taken to survive alone, where normalizing gives it back its full size.
-        alone = operation.scale * (1.0 if operation.normalize else weight)
-        residual[:, k] = np.maximum(exact - stretch**2 * seen, 0.0) * alone**2
+        alone = operation.scale if operation.normalize else weight
+        stretch_samples(
+            sample, threshold, equal_until, places, exact, each, _STRETCH, weight, alone, samples[:, k], residual[:, k]
+        )
     return Elected(samples, residual, np.array(operation.weights, np.float32), operation.normalize)
 
 
-def _thinned_sample(
+@lru_cache(maxsize=64)
+def _places(blocks: int, size: int, count: int) -> NDArray[np.int64]:
+    """Flat indices of the sampled elements of a tensor of `count`: [blocks, SAMPLES]; many tensors are of one size."""
+    return np.stack([sample_places(b, min(size, count - b * size)) + b * size for b in range(blocks)])
+
+
+def _thinning_of_sample(
     operation: DeltaSum, k: int, delta: Delta, places: NDArray[np.int64]
-) -> tuple[NDArray[np.float32], float]:
-    """The sample of an expert's delta after thinning, and what a kept element is multiplied by."""
+) -> tuple[NDArray[np.float32], int, int, float]:
+    """How the sample of an expert's delta is thinned.
+
+    Returns:
+        The sample, thinned already where that is random; the bits of the least magnitude that stays; the flat index
+        before which magnitudes equal to it do; and what a kept element is multiplied by.
+    """
     sample = delta.table.sample[delta.rows]
     density = operation.densities[k]
     if density <= 0:
-        return np.zeros_like(sample), 0.0
+        return np.zeros_like(sample), 0, 0, 0.0
     if density >= 1 or operation.sparsify is Sparsify.NONE:
-        return sample, 1.0
+        return sample, 0, 0, 1.0
     if operation.sparsify is Sparsify.RANDOM:
         factor = 1.0 / density if operation.rescale else 1.0
         kept = random_stream(operation.keys[k], places) < np.uint64(int(density * 2.0**64))
-        return np.where(kept, sample * np.float32(factor), np.float32(0)), factor
+        return np.where(kept, sample * np.float32(factor), np.float32(0)), 0, 0, factor
     cut = operation.cuts[k]
-    bits = np.abs(sample).view(np.uint32)
     if isinstance(cut, Interval):
-        inside = int((1 - cut.rank / cut.total) * 0xFFFF)
-        return np.where(bits >= (cut.bin >> 1 << 16) + inside, sample, np.float32(0)), 1.0
+        return sample, (cut.bin >> 1 << 16) + int((1 - cut.rank / cut.total) * 0xFFFF), 1 << 62, 1.0
     assert cut is not None
-    kept = (bits > cut.threshold) | ((bits == cut.threshold) & (places < cut.start))
-    return np.where(kept, sample, np.float32(0)), 1.0
+    return sample, cut.threshold, cut.start, 1.0
 
 
 Deltas = Mapping[tuple[int, int], DeltaTable]

@@ -7,6 +7,7 @@ places then compete in one list, best first, until the budget is spent. As every
 before it, more budget never leaves more error.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -209,6 +210,51 @@ def rank_in_order(
         step_cost[p, steps:] = 0
         step_gain[p, steps:] = 0.0
         end[p, steps:] = 0
+
+
+@kernel
+def stretch_samples(
+    sample: NDArray[np.float32],
+    threshold: int,
+    equal_until: int,
+    places: NDArray[np.int64],
+    exact: NDArray[np.float64],
+    each: NDArray[np.float64],
+    limit: float,
+    weight: float,
+    alone: float,
+    out: NDArray[np.float32],
+    residual: NDArray[np.float64],
+) -> None:
+    """Thin a sample of one expert's delta, and scale it so that it stands for its whole block.
+
+    Args:
+        sample: float32, [blocks, samples].
+        threshold: bits of the least magnitude that stays.
+        equal_until: flat index before which magnitudes equal to it stay.
+        places: int64, [blocks, samples]; flat indices of the samples.
+        exact: float64, [blocks]; squares of the block's thinned delta.
+        each: float64, [blocks]; elements that one sample stands for.
+        limit: how much a sample may be scaled by, either way.
+        weight: what the delta is multiplied by.
+        alone: what its elements are multiplied by where nobody else has one.
+        out: float32, [blocks, samples]; set.
+        residual: float64, [blocks]; set to the squares that the scaled samples do not show.
+    """
+    for b in range(len(sample)):
+        row, target, bits = sample[b], out[b], sample[b].view(np.uint32)
+        seen = 0.0
+        for s in range(len(row)):
+            magnitude = np.int64(bits[s] & np.uint32(0x7FFFFFFF))
+            stays = magnitude > threshold or (magnitude == threshold and places[b, s] < equal_until)
+            target[s] = row[s] if stays else np.float32(0.0)
+            seen += np.float64(target[s]) * target[s]
+        seen *= each[b]
+        stretch = min(limit, max(1.0 / limit, math.sqrt(exact[b] / seen))) if seen > 0.0 else 1.0
+        factor = np.float32(stretch * math.sqrt(each[b]) * weight)
+        for s in range(len(row)):
+            target[s] *= factor
+        residual[b] = max(exact[b] - stretch * stretch * seen, 0.0) * alone * alone
 
 
 @kernel

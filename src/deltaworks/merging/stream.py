@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaworks.catalog.analyze import check_block_size
+from deltaworks.catalog.analyze import LARGEST_BLOCK, check_block_size
 from deltaworks.catalog.models import Model
 from deltaworks.catalog.statistics import DEFAULT_BLOCK_SIZE
+from deltaworks.catalog.storage import ReadCost
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.checkpoints.source import Source
@@ -244,5 +245,13 @@ def in_order(groups: Sequence[tuple[TensorStream, ...]]) -> Iterator[Task]:
 
 
 def stream_block_size(plan: Plan, wanted: int | None) -> int:
-    """The block size asked for, or the larger one that an operation needs; both are powers of two."""
-    return max([check_block_size(wanted or DEFAULT_BLOCK_SIZE), *(t.operation.alignment for t in plan.tensors)])
+    """The block size asked for, or the larger one that an operation needs; both are powers of two.
+
+    Where none is asked for, blocks are as large as a request has to be to be worth its price.
+    """
+    size = check_block_size(wanted or DEFAULT_BLOCK_SIZE)
+    if wanted is None and plan.read_cost is not None:
+        worth = ReadCost(*plan.read_cost).request_bytes
+        while size * 2 < worth and size < LARGEST_BLOCK:  # two bytes an element
+            size *= 2
+    return max([size, *(t.operation.alignment for t in plan.tensors)])

@@ -64,11 +64,11 @@ class Weighed:
         self._block_size = _common_block_size(knowledge)
         self._candidates = [_Candidate(plan, t, knowledge, self._block_size) for t in plan.tensors]
         self._weighed = [c for c in self._candidates if c.experts]
-        for candidate in self._weighed:
-            candidate.weigh(knowledge.overlaps)
         cost = knowledge.read_cost
         # Where a request costs as much as a large read, blocks are chosen in runs that are worth one.
         self._request = int(cost.request_bytes) if cost.request_bytes >= LARGE_REQUEST else 0
+        for candidate in self._weighed:
+            candidate.weigh(knowledge.overlaps)
         shares = _fair_shares(plan, self._weighed) if fair else None
         self._rankings = [c.rank(shares, self._request) for c in self._weighed]
         if balanced:
@@ -311,8 +311,10 @@ def runs_of(reads: NDArray[np.bool_]) -> Ranges:
     """The blocks that are read, as runs."""
     if not reads.any():
         return ()
-    edges = np.flatnonzero(np.diff(reads.astype(np.int8), prepend=0, append=0))
-    return tuple((int(a), int(b)) for a, b in edges.reshape(-1, 2))
+    inside = np.zeros(len(reads) + 2, bool)
+    inside[1:-1] = reads
+    edges: list[int] = np.flatnonzero(inside[1:] != inside[:-1]).tolist()
+    return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _fair_shares(plan: Plan, candidates: Sequence[_Candidate]) -> dict[int, float]:
