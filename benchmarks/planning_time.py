@@ -88,7 +88,7 @@ def model(name: str, folder: Path, tensors: dict[str, tuple[int, ...]], base: st
         infos[tensor] = TensorInfo(tensor, BF16, shape, "model.safetensors", offset, nbytes)
         offset += nbytes
     shard = ShardFile("model.safetensors", offset, 0, 0, 0)
-    checkpoint = Checkpoint(folder / name, (shard,), infos, {"model_type": "llama"}, False)
+    checkpoint = Checkpoint(folder / name, (shard,), infos, {"model_type": "llama"}, None, False)
     return Model(name, Kind.EXPERT if base else Kind.BASE, name, base, True, f"{name:0<64}", checkpoint)
 
 

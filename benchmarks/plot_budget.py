@@ -79,7 +79,7 @@ def mean(losses: dict[str, float]) -> float:
 
 def save(figure: Figure, name: str) -> None:
     figure.tight_layout()
-    figure.savefig(RESULTS / name, metadata={"Date": None})
+    figure.savefig(RESULTS / name, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     plt.close(figure)
 
 

@@ -154,8 +154,9 @@ def check_unchanged(catalog: Catalog, model: Model, progress: Progress | None = 
         now = tuple(ShardFile.of(model.path / s.name) for s in model.checkpoint.shards)
     except CheckpointError as error:
         raise ChangedError(f"a file of {model.name!r} is gone: {error}{again}") from error
-    config = read_config(model.path, is_adapter=model.checkpoint.is_adapter)
-    if now == model.checkpoint.shards and config == model.checkpoint.config:
+    known = (model.checkpoint.config, model.checkpoint.config_file)
+    config, config_file = read_config(model.path, known, is_adapter=model.checkpoint.is_adapter)
+    if now == model.checkpoint.shards and config_file == model.checkpoint.config_file:
         return model
     for old, new in zip(model.checkpoint.shards, now, strict=True):
         if old.size != new.size:
@@ -167,7 +168,7 @@ def check_unchanged(catalog: Catalog, model: Model, progress: Progress | None = 
         if combine([s.name for s in now], digests) != model.fingerprint:
             touched = next(new for old, new in zip(model.checkpoint.shards, now, strict=True) if old != new)
             raise ChangedError(f"{model.path / touched.name} changed since {model.name!r} was registered{again}")
-    model = replace(model, checkpoint=replace(model.checkpoint, shards=now, config=config))
+    model = replace(model, checkpoint=replace(model.checkpoint, shards=now, config=config, config_file=config_file))
     catalog.save_model(model)
     return model
 

@@ -130,7 +130,7 @@ class Catalog:
                 json.dumps(
                     [[t.name, t.dtype.name, t.shape, t.file, t.offset, t.nbytes] for t in checkpoint.tensors.values()]
                 ),
-                json.dumps(checkpoint.config),
+                json.dumps([checkpoint.config, checkpoint.config_file and asdict(checkpoint.config_file)]),
             ),
         )
 
@@ -236,11 +236,13 @@ _MODEL = "name, kind, source, path, base, base_is_declared, fingerprint, shards,
 
 def _model(row: tuple[Any, ...]) -> Model:
     name, kind, source, path, base, declared, fingerprint, shards, tensors, config = row
+    content, file = json.loads(config)
     checkpoint = Checkpoint(
         Path(path),
         tuple(ShardFile(**s) for s in json.loads(shards)),
         {t[0]: TensorInfo(t[0], DTYPES[t[1]], tuple(t[2]), t[3], t[4], t[5]) for t in json.loads(tensors)},
-        json.loads(config),
+        content,
+        ShardFile(**file) if file else None,
         kind == Kind.ADAPTER,
     )
     return Model(name, Kind(kind), source, base, bool(declared), fingerprint, checkpoint)

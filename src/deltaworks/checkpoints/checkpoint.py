@@ -54,6 +54,7 @@ class Checkpoint:
         shards: its weight files in name order.
         tensors: every tensor by name, in the order of files and data.
         config: `config.json`, or `adapter_config.json` for an adapter; empty where there is none.
+        config_file: that file; None where there is none.
         is_adapter: whether it is a PEFT adapter.
     """
 
@@ -61,6 +62,7 @@ class Checkpoint:
     shards: tuple[ShardFile, ...]
     tensors: dict[str, TensorInfo]
     config: dict[str, Any]
+    config_file: ShardFile | None
     is_adapter: bool
 
     @property
@@ -108,16 +110,26 @@ def open_checkpoint(path: Path, counter: ByteCounter) -> Checkpoint:
         )
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors")
-    return Checkpoint(path, shards, tensors, read_config(path, is_adapter=is_adapter), is_adapter)
+    config, config_file = read_config(path, is_adapter=is_adapter)
+    return Checkpoint(path, shards, tensors, config, config_file, is_adapter)
 
 
-def read_config(path: Path, *, is_adapter: bool) -> dict[str, Any]:
-    """The configuration in a model folder; empty where there is none.
+def read_config(
+    path: Path, known: tuple[dict[str, Any], ShardFile | None] = ({}, None), *, is_adapter: bool
+) -> tuple[dict[str, Any], ShardFile | None]:
+    """The configuration in a model folder, and its file; empty and None where there is none.
+
+    Args:
+        path: the folder.
+        known: what this gave before; a file that is untouched since is not read again.
+        is_adapter: whether it is a PEFT adapter.
 
     Raises:
         CheckpointError: it is not a JSON object.
     """
-    return read_json(path / (ADAPTER_CONFIG if is_adapter else "config.json"), missing_ok=True)
+    file = path / (ADAPTER_CONFIG if is_adapter else "config.json")
+    now = ShardFile.of(file) if file.exists() else None
+    return known if now is not None and now == known[1] else (read_json(file, missing_ok=True), now)
 
 
 def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
