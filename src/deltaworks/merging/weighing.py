@@ -13,7 +13,7 @@ from deltaworks.catalog.statistics import DEFAULT_BLOCK_SIZE
 from deltaworks.catalog.storage import ReadCost
 from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.errors import RecipeError, UserError
-from deltaworks.merging.contributions import Contribution, Delta, Deltas, Overlapping, Overlaps, contribution
+from deltaworks.merging.contributions import Contribution, Delta, Deltas, Elected, Overlapping, Overlaps, contribution
 from deltaworks.merging.methods.copying import Copy
 from deltaworks.merging.methods.delta import DeltaSum
 from deltaworks.merging.methods.spherical import Slerp
@@ -151,7 +151,9 @@ class _Candidate:
         self.experts = [k for k, i in enumerate(tensor.inputs) if plan.models[i.model].role != "base"]
         self.stand_in = _stand_in(plan, tensor, self.experts) if self.experts else None
         self.reads: NDArray[np.bool_] = np.zeros((0, 0), bool)
-        self.lost = self.full = 0.0
+        self.contribution: Contribution | None = None
+        self.lost = 0.0
+        self._full: float | None = None
         self.is_fixed = False
         self.requests = 0
         self.bytes_by_expert: list[int] = []
@@ -168,7 +170,6 @@ class _Candidate:
         self.cost = self._size
         self.norms = np.zeros(self.cost.shape)
         self._base_square = np.zeros(count)
-        self.contribution: Contribution | None = None
         deltas = [self._delta(k, knowledge, base) for k in self.experts]
         known = [d for d in deltas if d is not None]
         self.deltas = known if len(known) == len(deltas) else []
@@ -179,7 +180,7 @@ class _Candidate:
         if not deltas:
             return
         found = contribution(self.tensor.operation, self.experts, deltas, overlaps, self.tensor.count)
-        self.contribution, self.full = found, found.full
+        self.contribution = found
         self.is_fixed = isinstance(found, Overlapping) and found.is_fixed
         self.norms = found.norms if isinstance(found, Overlapping) else self.norms
         self._base_square = deltas[0].table.base_square[deltas[0].rows]
@@ -187,6 +188,13 @@ class _Candidate:
         exact = np.array([i.dtype.bits <= 32 for i in self._infos])
         frozen = (np.stack([d.changed for d in deltas], axis=1) == 0) & exact
         self.cost = np.where(frozen, 0, self.cost)
+
+    @property
+    def full(self) -> float:
+        """Squared norm of the full merged delta."""
+        if self._full is None:
+            self._full = self.contribution.full if self.contribution is not None else 0.0
+        return self._full
 
     def _delta(self, k: int, knowledge: Knowledge, base: Model) -> Delta | None:
         source = self.tensor.inputs[k]
@@ -213,7 +221,10 @@ class _Candidate:
                     own = shares[self.tensor.inputs[k].model]
                     gram[:, e, e] = weighed.energies()[:, e] / own if own > 0 else 0.0
             weighed = Overlapping(gram, 0.0, self.norms, is_fixed=False)
-        return weighed.rank(self.cost, self._run(request))
+        ranking = weighed.rank(self.cost, self._run(request))
+        if isinstance(weighed, Elected):
+            self._full = float(ranking.gain.sum())  # all that reading everything takes off; to sample it again is dear
+        return ranking
 
     def _run(self, request: int) -> int:
         """How many blocks are chosen together."""
