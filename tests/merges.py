@@ -17,6 +17,17 @@ from deltaworks.merging.prepare import MergeOptions, plan_inputs, prepare_plan
 from deltaworks.merging.recipe import parse_recipe
 from deltaworks.merging.snapshot import MergeResult, run_plan
 
+METHODS: dict[str, dict[str, Any]] = {
+    "linear": {"base": False, "parameters": "weight: [0.2, 0.9]"},
+    "task_arithmetic": {"parameters": "weight: 0.4"},
+    "ties": {"parameters": "weight: 0.7, density: [0.2, 0.6]"},
+    "dare_linear": {"parameters": "weight: 0.7, density: 0.3"},
+    "dare_ties": {"parameters": "weight: 0.7, density: 0.3, normalize: true"},
+    "slerp": {"listed": ("expert1",), "parameters": "t: [0, 0.7]"},
+    "passthrough": {"base": False, "listed": ("expert1",), "parameters": "scale: [{filter: o_proj, value: 0.0}]"},
+}
+"""Every method, with parameters for `families.recipe`."""
+
 
 def merge(catalog: Catalog, text: str, out: Path, options: MergeOptions | None = None, **more: Any) -> MergeResult:
     """Merge a recipe given by its text."""

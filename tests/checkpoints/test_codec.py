@@ -3,7 +3,7 @@ import pytest
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.codec import decode, decode_reference, encode, encode_reference
-from deltaworks.checkpoints.dtypes import FLOATS, DType, float_dtype, promote
+from deltaworks.checkpoints.dtypes import BY_CODE, FLOATS, DType, float_dtype, promote
 from deltaworks.checkpoints.jit import fma_reference
 from deltaworks.errors import UserError
 
@@ -86,3 +86,10 @@ def test_promotion_is_torchs() -> None:
     assert promote(f16, f64) == f64
     assert promote(e4m3, bf16) == bf16
     assert promote(e4m3, e5m2) == bf16
+
+
+def test_codes_name_their_types() -> None:
+    values = np.array([1.5, -2.0], np.float32)
+    for code, dtype in BY_CODE.items():
+        assert dtype.code == code
+        assert len(encode_reference(values, dtype)) == 2 * dtype.bits // 8

@@ -250,6 +250,14 @@ def test_where_a_model_came_from_and_where_it_went(shell: Shell, tmp_path: Path)
     assert row["present"]
     assert row["is_current"]
     assert "without it the merge would change by" in shell.run("lineage", "expert1").stdout
+    assert all(len(i["blocks"]) == i["tensors"] for i in experts)
+    assert all(runs is None or runs for i in experts for runs in i["blocks"].values())
+    assert "(layers 0 to 2, " in shell.run("lineage", "out").stdout
+    # Blocks of another size say nothing of this plan's.
+    shell.run("analyze", "expert0", "--force", "--block-size", "8192")
+    assert {i["change_without"] for i in shell.json("lineage", "out")["inputs"]} == {None}
+    shell.run("analyze", "expert0", "--force", "--block-size", "4096")
+    assert shell.json("lineage", "out") == came
     # A merge of a merge: both directions are known.
     shell.run("register", "first", "out", "--base", "base")
     (tmp_path / "second.yml").write_text(

@@ -7,23 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 from families import BF16, CONFIG, Array, random_tensors, read_model, recipe, shapes, tuned, write_family, write_model
-from merges import merge, raw_tensors, whole_tensor_bytes
+from merges import METHODS, merge, raw_tensors, whole_tensor_bytes
 
 from deltaworks.catalog.store import Catalog
 from deltaworks.errors import CheckpointError, NonFiniteError, RecipeError, UserError
 from deltaworks.merging.prepare import MergeOptions, plan_inputs, prepare_plan
 from deltaworks.merging.recipe import parse_recipe
 from deltaworks.merging.snapshot import run_plan
-
-METHODS: dict[str, dict[str, Any]] = {
-    "linear": {"base": False, "parameters": "weight: [0.2, 0.9]"},
-    "task_arithmetic": {"parameters": "weight: 0.4"},
-    "ties": {"parameters": "weight: 0.7, density: [0.2, 0.6]"},
-    "dare_linear": {"parameters": "weight: 0.7, density: 0.3"},
-    "dare_ties": {"parameters": "weight: 0.7, density: 0.3, normalize: true"},
-    "slerp": {"listed": ("expert1",), "parameters": "t: [0, 0.7]"},
-    "passthrough": {"base": False, "listed": ("expert1",), "parameters": "scale: [{filter: o_proj, value: 0.0}]"},
-}
 
 BIG = {"model.embed_tokens.weight": (700, 300), "model.layers.0.w.weight": (9, 4111), "model.norm.weight": (300,)}
 

@@ -284,7 +284,7 @@ def test_a_disk_that_fills_up_late(catalog: Catalog, tmp_path: Path, family: Pat
 
 
 def test_killed_at_any_instant(tmp_path: Path) -> None:
-    """SIGKILL after ever longer waits: OUT is absent, or it is whole; the last run resumes and completes."""
+    """SIGKILL after ever longer waits: OUT is absent, or it is whole; the next run resumes and completes."""
     base = random_tensors(0, {f"model.layers.{i}.w.weight": (256, 300) for i in range(24)})
     write_model(tmp_path / "base", base)
     for i in range(2):
@@ -294,12 +294,13 @@ def test_killed_at_any_instant(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "deltaworks.cli.main", "merge", str(tmp_path / "recipe.yml"), str(out), "--quiet",
                "--catalog", str(tmp_path / "catalog"), "--shard-size", "200kB"]  # fmt: skip
+    subprocess.run(command, check=True)  # compiles kernels where this is the first run, registers and analyzes
     started = time.monotonic()
-    subprocess.run(command, check=True)
+    subprocess.run([*command, "--force"], check=True)
     usual = time.monotonic() - started
     expected = contents(out)
     absent = 0
-    for share in np.linspace(0.3, 1.0, 12):
+    for share in np.linspace(0.2, 1.0, 12):
         shutil.rmtree(out)
         process = subprocess.Popen(command)
         time.sleep(usual * share)

@@ -80,6 +80,17 @@ def _taken(row: dict[str, Any]) -> str:
         return "its plan is gone"
     share = row["elements_read"] / max(1, row["elements"])
     text = f"{format_bytes(row['bytes_planned'] or 0)} read, {share:.1%} of it, in {row['tensors']} tensors"
+    text += f" ({_spans(row['layers'])})" if row["layers"] else ""
     if row["change_without"] is not None:
         text += f"; without it the merge would change by {row['change_without']:.1%}"
     return text
+
+
+def _spans(layers: list[str]) -> str:
+    """Layers as people name them: numbers in a row as one span, then the tensors outside the layers."""
+    numbers = sorted(int(layer) for layer in layers if layer.isdigit())
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    spans = [str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True)]
+    named = [layer for layer in layers if not layer.isdigit()]
+    return ", ".join([*([f"layers {', '.join(spans)}"] if spans else []), *named])

@@ -18,8 +18,6 @@ Force = Annotated[bool, typer.Option("--force", help="Replace OUT, in one step, 
 ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest output file, like 5GB or 500MiB.")]
 Seed = Annotated[int, typer.Option(metavar="N", help="What DARE's random masks start from; same seed, same bytes.")]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Write NaN and infinity instead of failing.")]
-
-
 BudgetText = Annotated[
     str | None,
     typer.Option(
@@ -101,7 +99,15 @@ def merge(
 
     progress = make_progress(quiet=quiet)
     options = MergeOptions(
-        parse_bytes(shard_size), seed, block_size, threads, allow_nonfinite, _budget(budget), base, fair, balanced
+        parse_bytes(shard_size),
+        seed,
+        block_size,
+        threads,
+        allow_nonfinite=allow_nonfinite,
+        budget=_budget(budget),
+        base=base,
+        fair=fair,
+        balanced=balanced,
     )
     loaded = load_recipe(recipe)
     check_output(out, force=force)

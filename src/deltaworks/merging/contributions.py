@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,21 +12,15 @@ from numpy.typing import NDArray
 from deltaworks.catalog.histogram import Interval
 from deltaworks.catalog.sketch import BUCKETS, SAMPLES, sample_places
 from deltaworks.catalog.statistics import DENSITIES, DeltaTable
+from deltaworks.merging.election import elected_loss, elected_path, stretch_samples
 from deltaworks.merging.methods.delta import DeltaSum, Sparsify, random_stream
 from deltaworks.merging.methods.operation import Operation
 from deltaworks.merging.methods.spherical import Slerp, slerp_coefficients
 from deltaworks.merging.methods.weighted import WeightedSum
-from deltaworks.merging.selection import (
-    Ranking,
-    elected_loss,
-    elected_path,
-    overlapping_loss,
-    rank_in_order,
-    rank_overlapping,
-    stretch_samples,
-)
+from deltaworks.merging.selection import Ranking, overlapping_loss, rank_in_order, rank_overlapping
 
 _STRETCH = 3.0
+Number = TypeVar("Number", np.int64, np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +97,7 @@ class Overlapping:
 
     def rank(self, cost: NDArray[np.int64], run: int) -> Ranking:
         """See `Contribution`."""
-        cost = pool_bytes(cost, run)
+        cost = pool(cost, run)
         ranking = Ranking.empty(*cost.shape)
         rank_overlapping(cost, pool(self.gram, run), ranking.order, ranking.end, ranking.cost, ranking.gain)
         return ranking
@@ -153,7 +147,7 @@ class Elected:
         numbers is disappointed; so the samples of the whole tensor tell by what factor squares of each rank count.
         """
         energies = self.energies()
-        pooled_cost, pooled = pool_bytes(cost, run), pool(energies, run)
+        pooled_cost, pooled = pool(cost, run), pool(energies, run)
         worth = np.divide(pooled, pooled_cost, out=np.zeros_like(pooled), where=pooled_cost > 0)
         order = np.argsort(-worth, axis=1, kind="stable")
         squares = np.take_along_axis(pooled, order, 1)
@@ -192,15 +186,9 @@ class Elected:
         return own
 
 
-def pool(rows: NDArray[np.float64], run: int) -> NDArray[np.float64]:
+def pool(rows: NDArray[Number], run: int) -> NDArray[Number]:
     """Sums of every `run` rows; the last may be of fewer."""
-    sums: NDArray[np.float64] = np.add.reduceat(rows, np.arange(0, len(rows), run), axis=0)
-    return sums
-
-
-def pool_bytes(rows: NDArray[np.int64], run: int) -> NDArray[np.int64]:
-    """Sums of every `run` rows; the last may be of fewer."""
-    sums: NDArray[np.int64] = np.add.reduceat(rows, np.arange(0, len(rows), run), axis=0)
+    sums: NDArray[Number] = np.add.reduceat(rows, np.arange(0, len(rows), run), axis=0)
     return sums
 
 

@@ -7,7 +7,7 @@ from deltaworks.catalog.models import Model
 from deltaworks.catalog.statistics import read_table
 from deltaworks.catalog.storage import TYPICAL
 from deltaworks.catalog.store import Catalog
-from deltaworks.errors import CatalogError, PlanError
+from deltaworks.errors import PlanError, UserError
 from deltaworks.merging.contributions import Overlaps
 from deltaworks.merging.plan import Plan
 from deltaworks.merging.stored import find_plan
@@ -20,8 +20,9 @@ def snapshot_lineage(catalog: Catalog, path: Path, manifest: dict[str, Any], whe
 
     Returns:
         `snapshot`, `plan_digest`, `method`, `seed`, `budget_bytes`, `expert_bytes_read`, `predicted_error`,
-        `committed_at`, `recipe`; `inputs`, a row a model as `_input_row` gives it; `used_by`, the paths of merged
-        models that have this one among their inputs.
+        `committed_at`, `recipe`; `inputs`, a row a model with what the manifest says of it, what was taken of it (as
+        `taken_of` tells), `change_without`, and `snapshot` (the merged model it is, if it is one); `used_by`, the paths
+        of merged models that have this one among their inputs.
     """
     plan = _plan_of(catalog, path, manifest["plan_digest"])
     changes = changes_without(catalog, plan) if plan else {}
@@ -29,7 +30,7 @@ def snapshot_lineage(catalog: Catalog, path: Path, manifest: dict[str, Any], whe
     inputs = []
     for place, model in enumerate(manifest["inputs"]):
         row = {k: model.get(k) for k in ("reference", "name", "role", "fingerprint", "nbytes", "bytes_planned")}
-        row |= _blocks(plan, place) if plan and model["role"] != "base" else {}
+        row |= taken_of(plan, place) if plan and model["role"] != "base" else {}
         row["change_without"] = changes.get(place)
         row["snapshot"] = made.get(model["fingerprint"])
         inputs.append(row)
@@ -77,7 +78,7 @@ def model_lineage(catalog: Catalog, model: Model) -> dict[str, Any]:
                 "change_without": None,
             }
             if plan is not None and used["role"] != "base":
-                row |= _blocks(plan, place)
+                row |= taken_of(plan, place)
                 row["change_without"] = changes_without(catalog, plan).get(place)
             rows.append(row)
     return {
@@ -106,13 +107,14 @@ def changes_without(catalog: Catalog, plan: Plan) -> dict[int, float]:
     for place, planned in enumerate(plan.models):
         if planned.base is not None:
             found = catalog.find_analysis(planned.fingerprint, plan.models[planned.base].fingerprint)
-            if found is not None:
+            # The blocks of a budget mean nothing in statistics of blocks of another size.
+            if found is not None and (plan.budget_bytes is None or found[0] == plan.block_size):
                 deltas[place, planned.base] = read_table(found[1])
     if not deltas:
         return {}
     try:
         return Weighed(plan, Knowledge(models, deltas, TYPICAL, Overlaps())).changes_without()
-    except (CatalogError, PlanError):
+    except UserError:  # statistics that do not fit together, or a slice against other layers of the base
         return {}
 
 
@@ -129,10 +131,16 @@ def _plan_of(catalog: Catalog, path: Path, digest: str) -> Plan | None:
         return None
 
 
-def _blocks(plan: Plan, place: int) -> dict[str, Any]:
-    """How much of a model a plan reads: `elements_read` of `elements`, in how many `tensors` and which `layers`."""
-    held = taken = tensors = 0
+def taken_of(plan: Plan, place: int) -> dict[str, Any]:
+    """What a plan reads of a model.
+
+    Returns:
+        `elements_read` of `elements`, in how many `tensors` and which `layers`; `blocks`, of each tensor of the output
+        the runs of blocks that are read, [first, after last], or None for all; and their `block_size` in elements.
+    """
+    held = taken = 0
     layers: dict[str, None] = {}
+    blocks: dict[str, Any] = {}
     for tensor in plan.tensors:
         for k, source in enumerate(tensor.inputs):
             if source.model == place:
@@ -140,9 +148,16 @@ def _blocks(plan: Plan, place: int) -> dict[str, Any]:
                 count = elements_read(tensor, k, plan.block_size)
                 taken += count
                 if count:
-                    tensors += 1
                     layers[layer_of(tensor.name)] = None
-    return {"elements": held, "elements_read": taken, "tensors": tensors, "layers": list(layers)}
+                    blocks[tensor.name] = tensor.reads[k] if tensor.reads else None
+    return {
+        "elements": held,
+        "elements_read": taken,
+        "tensors": len(blocks),
+        "layers": list(layers),
+        "block_size": plan.block_size,
+        "blocks": blocks,
+    }
 
 
 def _by_fingerprint(catalog: Catalog) -> dict[str, str]:

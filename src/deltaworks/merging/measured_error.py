@@ -2,8 +2,10 @@
 
 import math
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -40,7 +42,12 @@ class MeasuredError:
 
 
 def measure_error(
-    plan: Plan, models: Sequence[Model], options: MergeOptions | None = None, progress: Progress | None = None
+    plan: Plan,
+    models: Sequence[Model],
+    options: MergeOptions | None = None,
+    *,
+    spool: Path | None = None,
+    progress: Progress | None = None,
 ) -> MeasuredError:
     """Compare what `plan` makes with what it would make if it read everything.
 
@@ -50,6 +57,7 @@ def measure_error(
         plan: the plan.
         models: its models, in its order, unchanged.
         options: block size and threads.
+        spool: folder for what operations need twice; the system's temporary one by default.
         progress: told of the bytes that went through.
     """
     options, progress = options or MergeOptions(), progress or Silent()
@@ -57,7 +65,8 @@ def measure_error(
     if not weighed:
         return MeasuredError({}, {})
     block_size = stream_block_size(plan, options.block_size)
-    groups = [_group(plan, t, models, block_size) for t in weighed]
+    folder = spool or Path(tempfile.gettempdir())
+    groups = [_group(plan, t, models, block_size, folder) for t in weighed]
     streams = [s for group in groups for s in group]
     threads = options.threads or os.cpu_count() or 1
     stages = _Stages(plan, models, progress)
@@ -91,7 +100,7 @@ def measure_error(
 
 
 def _group(
-    plan: Plan, tensor: PlannedTensor, models: Sequence[Model], block_size: int
+    plan: Plan, tensor: PlannedTensor, models: Sequence[Model], block_size: int, spool: Path
 ) -> tuple[TensorStream, TensorStream, TensorStream]:
     """The tensor as planned, the tensor if everything were read, and the base's."""
     stand_in = tensor.stand_in
@@ -101,8 +110,8 @@ def _group(
     tensor = replace(tensor, operation=operation)
     full = replace(tensor, reads=(), stand_in=None)
     base = replace(full, inputs=(stand_in,), operation=WeightedSum((1.0,), normalize=False))
-    planned = TensorStream(plan, tensor, models, block_size, None)
-    others = [TensorStream(plan, t, models, planned.block_size, None) for t in (full, base)]
+    planned = TensorStream(plan, tensor, models, block_size, spool)
+    others = [TensorStream(plan, t, models, planned.block_size, spool) for t in (full, base)]
     return planned, others[0], others[1]
 
 

@@ -7,7 +7,6 @@ places then compete in one list, best first, until the budget is spent. As every
 before it, more budget never leaves more error.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -118,6 +117,8 @@ def add_step(
         gain += gains[steps]
         nbytes += cost[steps]
     gains[steps], cost[steps], end[steps] = gain, nbytes, rank + 1
+    # What belonged to it is no step of its own any more.
+    gains[steps + 1 : rank + 1], cost[steps + 1 : rank + 1], end[steps + 1 : rank + 1] = 0.0, 0, 0
     return steps + 1
 
 
@@ -165,9 +166,6 @@ def rank_overlapping(
             for e in range(experts):
                 pull[e] -= gram[p, e, best]
             steps = add_step(rank, steps, cost[p, best], gain, end[p], step_cost[p], step_gain[p])
-        step_cost[p, steps:] = 0
-        step_gain[p, steps:] = 0.0
-        end[p, steps:] = 0
 
 
 def overlapping_loss(gram: NDArray[np.float64], chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -207,163 +205,3 @@ def rank_in_order(
                 order[p, rank] = e
                 steps = add_step(rank, steps, cost[p, e], gain[p, i], end[p], step_cost[p], step_gain[p])
                 rank += 1
-        step_cost[p, steps:] = 0
-        step_gain[p, steps:] = 0.0
-        end[p, steps:] = 0
-
-
-@kernel
-def stretch_samples(
-    sample: NDArray[np.float32],
-    threshold: int,
-    equal_until: int,
-    places: NDArray[np.int64],
-    exact: NDArray[np.float64],
-    each: NDArray[np.float64],
-    limit: float,
-    weight: float,
-    alone: float,
-    out: NDArray[np.float32],
-    residual: NDArray[np.float64],
-) -> None:
-    """Thin a sample of one expert's delta, and scale it so that it stands for its whole block.
-
-    Args:
-        sample: float32, [blocks, samples].
-        threshold: bits of the least magnitude that stays.
-        equal_until: flat index before which magnitudes equal to it stay.
-        places: int64, [blocks, samples]; flat indices of the samples.
-        exact: float64, [blocks]; squares of the block's thinned delta.
-        each: float64, [blocks]; elements that one sample stands for.
-        limit: how much a sample may be scaled by, either way.
-        weight: what the delta is multiplied by.
-        alone: what its elements are multiplied by where nobody else has one.
-        out: float32, [blocks, samples]; set.
-        residual: float64, [blocks]; set to the squares that the scaled samples do not show.
-    """
-    for b in range(len(sample)):
-        row, target, bits = sample[b], out[b], sample[b].view(np.uint32)
-        seen = 0.0
-        for s in range(len(row)):
-            magnitude = np.int64(bits[s] & np.uint32(0x7FFFFFFF))
-            stays = magnitude > threshold or (magnitude == threshold and places[b, s] < equal_until)
-            target[s] = row[s] if stays else np.float32(0.0)
-            seen += np.float64(target[s]) * target[s]
-        seen *= each[b]
-        stretch = min(limit, max(1.0 / limit, math.sqrt(exact[b] / seen))) if seen > 0.0 else 1.0
-        factor = np.float32(stretch * math.sqrt(each[b]) * weight)
-        for s in range(len(row)):
-            target[s] *= factor
-        residual[b] = max(exact[b] - stretch * stretch * seen, 0.0) * alone * alone
-
-
-@kernel
-def elected_path(
-    samples: NDArray[np.float32],
-    residual: NDArray[np.float64],
-    weights: NDArray[np.float32],
-    normalize: bool,
-    order: NDArray[np.int64],
-    run: int,
-    left: NDArray[np.float64],
-) -> None:
-    """What is left of the squared error, over all places, as experts join one after another.
-
-    Args:
-        samples: as `elected_loss` takes them, as are the next three.
-        residual: see there.
-        weights: see there.
-        normalize: see there.
-        order: int64, [places / run, experts]; who joins when.
-        run: how many places share an order.
-        left: float64, [experts + 1]; set to the error before anyone joined, after the first, and so on.
-    """
-    places, experts, count = samples.shape
-    sums = np.empty((4, count), np.float32)
-    goal = np.empty(count, np.float32)
-    left[:] = 0.0
-    for p in range(places):
-        sums[:] = np.float32(0.0)
-        missing = 0.0
-        for e in range(experts):
-            join(samples[p, e], weights[e], sums)
-            missing += residual[p, e]
-        for s in range(count):
-            goal[s] = elected(sums[0, s], sums[1, s], sums[2, s], sums[3, s], normalize)
-        sums[:] = np.float32(0.0)
-        for rank in range(experts + 1):
-            if rank > 0:
-                e = order[p // run, rank - 1]
-                join(samples[p, e], weights[e], sums)
-                missing -= residual[p, e]
-            error = 0.0
-            for s in range(count):
-                off = goal[s] - elected(sums[0, s], sums[1, s], sums[2, s], sums[3, s], normalize)
-                error += np.float64(off) * off
-            left[rank] += error + max(missing, 0.0)
-
-
-@kernel
-def elected_loss(
-    samples: NDArray[np.float32],
-    residual: NDArray[np.float64],
-    weights: NDArray[np.float32],
-    normalize: bool,
-    chosen: NDArray[np.bool_],
-    lost: NDArray[np.float64],
-    full: NDArray[np.float64],
-) -> None:
-    """What is lost where experts elect the sign of every element, by merging a sample of elements.
-
-    Args:
-        samples: float32, [places, experts, samples]; weighted, thinned deltas.
-        residual: float64, [places, experts]; squares that the samples do not show.
-        weights: float32, [experts].
-        normalize: whether values are divided by the weights of those who agree.
-        chosen: bool, [places, experts]; who is read.
-        lost: float64, [places]; set to the squared error.
-        full: float64, [places]; set to the squares of the full merge.
-    """
-    places, experts, count = samples.shape
-    sums = np.empty((4, count), np.float32)
-    kept = np.empty((4, count), np.float32)
-    for p in range(places):
-        sums[:] = np.float32(0.0)
-        kept[:] = np.float32(0.0)
-        lost[p] = full[p] = 0.0
-        for e in range(experts):
-            join(samples[p, e], weights[e], sums)
-            full[p] += residual[p, e]
-            if chosen[p, e]:
-                join(samples[p, e], weights[e], kept)
-            else:
-                lost[p] += residual[p, e]
-        for s in range(count):
-            goal = np.float64(elected(sums[0, s], sums[1, s], sums[2, s], sums[3, s], normalize))
-            value = np.float64(elected(kept[0, s], kept[1, s], kept[2, s], kept[3, s], normalize))
-            lost[p] += (goal - value) ** 2
-            full[p] += goal**2
-
-
-@kernel
-def join(values: NDArray[np.float32], weight: np.float32, sums: NDArray[np.float32]) -> None:
-    """Let an expert take part: `sums` are positive values, their weights, negative values, their weights."""
-    for s in range(len(values)):
-        x = values[s]
-        if x > np.float32(0.0):
-            sums[0, s] += x
-            sums[1, s] += weight
-        elif x < np.float32(0.0):
-            sums[2, s] += x
-            sums[3, s] += weight
-
-
-@kernel
-def elected(
-    positive: np.float32, for_positive: np.float32, negative: np.float32, for_negative: np.float32, normalize: bool
-) -> np.float32:
-    """What comes out where such sums of both signs meet."""
-    value, weight = (positive, for_positive) if positive + negative >= np.float32(0.0) else (negative, for_negative)
-    if normalize and weight != np.float32(0.0):
-        value = value / weight
-    return value

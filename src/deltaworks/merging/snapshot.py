@@ -151,7 +151,9 @@ def run_plan(
             raise storage_error(out, error) from error
     catalog.save_plan(plan.digest, json.dumps(plan.to_json()))
     catalog.save_snapshot(out, plan.digest, manifest)
-    measured = measure_error(plan, models, options, progress).relative if verify_error else None
+    measured = (
+        measure_error(plan, models, options, spool=out.parent, progress=progress).relative if verify_error else None
+    )
     return MergeResult(
         output=str(out),
         plan_digest=plan.digest,

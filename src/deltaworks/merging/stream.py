@@ -19,6 +19,7 @@ from deltaworks.catalog.storage import ReadCost
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.checkpoints.source import Source
+from deltaworks.checkpoints.writer import storage_error
 from deltaworks.errors import CheckpointError
 from deltaworks.merging.methods.operation import Block, Operation
 from deltaworks.merging.plan import Plan, PlannedTensor
@@ -65,7 +66,7 @@ class TensorStream:
     """
 
     def __init__(
-        self, plan: Plan, tensor: PlannedTensor, models: Sequence[Model], block_size: int, spool: Path | None
+        self, plan: Plan, tensor: PlannedTensor, models: Sequence[Model], block_size: int, spool: Path
     ) -> None:
         self.tensor, self.elements = tensor, tensor.count
         self.places = [i.model for i in tensor.inputs]
@@ -163,9 +164,12 @@ class TensorStream:
         sources[self.places[r]].read(self.infos[r], piece.start, piece.stop - piece.start, part)
         if spooled:
             view, place = part.data, self._spool_place(r, piece.start)
-            while len(view):
-                done = os.pwrite(self._spool(), view, place)
-                view, place = view[done:], place + done
+            try:
+                while len(view):
+                    done = os.pwrite(self._spool(), view, place)
+                    view, place = view[done:], place + done
+            except OSError as error:
+                raise storage_error(self._spool_folder, error) from error
 
     def _spool(self) -> int:
         with self._lock:
