@@ -14,8 +14,9 @@ ROOMS = {
     "checkpoints": {"checkpoints"},
     "catalog": {"checkpoints", "catalog"},
     "merging": {"checkpoints", "catalog", "merging"},
-    "reports": {"checkpoints", "catalog", "merging", "reports"},
-    "cli": {"checkpoints", "catalog", "merging", "reports", "cli"},
+    "serving": {"checkpoints", "catalog", "serving"},
+    "reports": {"checkpoints", "catalog", "merging", "serving", "reports"},
+    "cli": {"checkpoints", "catalog", "merging", "serving", "reports", "cli"},
 }
 
 

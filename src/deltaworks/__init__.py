@@ -3,6 +3,8 @@
 >>> with Catalog() as catalog:                                       # doctest: +SKIP
 ...     plan = prepare_plan(catalog, load_recipe(Path("recipe.yml")))
 ...     result = run_plan(catalog, plan, plan_inputs(catalog, plan), Path("merged"))
+>>> profile = find_profile("llama-3.1-8b-h100-64gb")                 # doctest: +SKIP
+>>> answer = simulate(read_workload(Path("workload.yaml")), profile, Configuration(slots=32))    # doctest: +SKIP
 
 Everything that goes wrong on purpose is a `DeltaworksError`; `deltaworks.errors` lists the kinds.
 """
@@ -30,26 +32,38 @@ if TYPE_CHECKING:
     from deltaworks.merging.snapshot import MergeResult as MergeResult
     from deltaworks.merging.snapshot import run_plan as run_plan
     from deltaworks.merging.snapshot import verify as verify
+    from deltaworks.serving.profile import Profile as Profile
+    from deltaworks.serving.profile import find_profile as find_profile
+    from deltaworks.serving.simulate import Configuration as Configuration
+    from deltaworks.serving.simulate import simulate as simulate
+    from deltaworks.serving.workload import parse_workload as parse_workload
+    from deltaworks.serving.workload import read_workload as read_workload
 
 _HOMES = {
     "Budget": "merging.budget",
     "Catalog": "catalog.store",
+    "Configuration": "serving.simulate",
     "DeltaworksError": "errors",
     "MergeOptions": "merging.prepare",
     "MergeResult": "merging.snapshot",
     "Plan": "merging.plan",
+    "Profile": "serving.profile",
     "UserError": "errors",
     "analyze": "catalog.analyze",
+    "find_profile": "serving.profile",
     "load_plan": "merging.plan",
     "load_recipe": "merging.recipe",
     "measure_error": "merging.measured_error",
     "parse_budget": "merging.budget",
     "parse_recipe": "merging.recipe",
+    "parse_workload": "serving.workload",
     "plan_inputs": "merging.prepare",
     "prepare_plan": "merging.prepare",
+    "read_workload": "serving.workload",
     "register": "catalog.register",
     "run_plan": "merging.snapshot",
     "save_plan": "merging.plan",
+    "simulate": "serving.simulate",
     "verify": "merging.snapshot",
 }
 

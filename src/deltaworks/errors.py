@@ -6,6 +6,8 @@ DeltaworksError            a failure; the command line exits with 1
 │   ├── RecipeError        a merge recipe with an unknown key, a wrong type or an impossible request
 │   ├── CatalogError       a name that is unknown, taken or of the wrong kind
 │   ├── PlanError          a plan file that is malformed or of another version
+│   ├── WorkloadError      a workload or trace with an unknown key, a wrong value or an impossible request
+│   ├── ProfileError       a profile that is unknown or malformed, or tables that do not determine one
 │   ├── ChangedError       a model that changed since it was registered
 │   └── OutputError        an output folder that exists, or that another process is writing
 ├── BudgetError            a read that would exceed the I/O budget, stopped before it happened
@@ -36,6 +38,14 @@ class CatalogError(UserError):
 
 class PlanError(UserError):
     """A plan file is malformed or of another version."""
+
+
+class WorkloadError(UserError):
+    """A workload or a trace has an unknown key, a wrong value or an impossible request."""
+
+
+class ProfileError(UserError):
+    """A profile is unknown or malformed, or tables do not determine one."""
 
 
 class ChangedError(UserError):

@@ -77,9 +77,13 @@ def fma_reference(first: np.float32, second: NDArray[np.float32], addend: NDArra
     return np.where(inexact, np.nextafter(total, np.copysign(np.inf, error)), total).astype(np.float32)
 
 
-def compiled_before() -> bool:
-    """Whether compiled kernels lie on disk for this user; if not, the first call of each takes a second or two."""
+def compiled_before(name: str = "codec.decode") -> bool:
+    """Whether a compiled kernel lies on disk for this user; if not, the first call takes some seconds.
+
+    Args:
+        name: Its module's and its own, as Numba names its files.
+    """
     chosen = os.environ.get("NUMBA_CACHE_DIR")
-    beside = Path(__file__).parent / "__pycache__"
-    folders = [Path(chosen)] if chosen else [beside, Path.home() / ".cache" / "numba"]
-    return any(next(f.rglob("codec.decode-*.nbi"), None) is not None for f in folders if f.is_dir())
+    beside = Path(__file__).parents[1]
+    folders = [Path(chosen)] if chosen else [*beside.glob("*/__pycache__"), Path.home() / ".cache" / "numba"]
+    return any(next(f.rglob(f"{name}-*.nbi"), None) is not None for f in folders if f.is_dir())

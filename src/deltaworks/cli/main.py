@@ -5,17 +5,18 @@ import sys
 
 import typer
 
-from deltaworks.cli import demo, lineage, merges, models, plans, show
+from deltaworks.cli import demo, lineage, merges, models, plans, serving, show
 from deltaworks.errors import DeltaworksError, UserError
 
 app = typer.Typer(
-    help="Merge families of fine-tuned models, exactly and with a record of it. Start with `deltaworks demo`.",
+    help="Merge families of fine-tuned models, exactly and with a record of it; place LoRA adapters on the fewest GPUs."
+    " Start with `deltaworks demo`.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
     rich_markup_mode="markdown",
 )
-for group in (merges, plans, models, show, lineage, demo):
+for group in (merges, plans, models, show, lineage, serving, demo):
     group.attach(app)
 
 

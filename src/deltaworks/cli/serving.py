@@ -1,0 +1,217 @@
+"""profile, simulate: what a server costs, and what it would do."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deltaworks.cli.options import AsJson, Quiet, Threads, print_json
+
+if TYPE_CHECKING:
+    from deltaworks.serving.profile import Profile
+
+ProfileName = Annotated[
+    str,
+    typer.Option(
+        "--profile",
+        metavar="P",
+        help="A built-in profile (llama-3.1-8b-h100-64gb, qwen-2.5-7b-h100-64gb, tiny-llama-cpu) or a file of one.",
+        show_default=False,
+    ),
+]
+
+
+_PROFILES = " [default: the profile's]"
+
+
+def attach(app: typer.Typer) -> None:
+    """Add the commands of this group."""
+    app.command(rich_help_panel="Place")(simulate)
+    app.command(rich_help_panel="Place")(profile)
+
+
+def simulate(
+    workload: Annotated[
+        Path | None,
+        typer.Argument(metavar="WORKLOAD", help="A YAML or JSON file: adapters, rates, lengths.", show_default=False),
+    ] = None,
+    *,
+    profile: ProfileName,
+    slots: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Adapter slots, vLLM's --max-loras.", show_default=False)
+    ] = None,
+    max_rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="R",
+            help="vLLM's --max-lora-rank. [default: the least that holds every adapter]",
+            show_default=False,
+        ),
+    ] = None,
+    served: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Adapters in host memory, vLLM's --max-cpu-loras. [default: all of the workload]",
+            show_default=False,
+        ),
+    ] = None,
+    client_max_outstanding: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Requests a load generator can have open; it drops the others.",
+            show_default=False,
+        ),
+    ] = None,
+    batch: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help='Answer many: one {"id", "workload", "slots", "max_rank", "served", "client_max_outstanding"} a line'
+            " (the last three optional), answered by one JSON line each; - reads standard input.",
+            show_default=False,
+        ),
+    ] = None,
+    kv_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="KV tokens, where you know better than the profile.", show_default=False),
+    ] = None,
+    block_size: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help=f"vLLM's --block-size.{_PROFILES}", show_default=False),
+    ] = None,
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help=f"vLLM's --max-num-seqs.{_PROFILES}", show_default=False),
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help=f"vLLM's --max-num-batched-tokens.{_PROFILES}", show_default=False),
+    ] = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a vLLM server would do with a workload of LoRA adapters: throughput, TTFT, ITL, who starves."""
+    from deltaworks.checkpoints.jit import compiled_before
+    from deltaworks.errors import WorkloadError
+    from deltaworks.serving.profile import find_profile, with_flags
+
+    chosen = with_flags(
+        find_profile(profile), kv_tokens=kv_tokens, block_size=block_size, max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+    )  # fmt: skip
+    if not quiet and not compiled_before("twin.run"):
+        sys.stderr.write("note: compiling the twin for this machine; this happens once and takes some seconds\n")
+    if batch is not None:
+        if workload is not None or slots is not None:
+            raise WorkloadError("--batch names workloads and slots in its lines; give no WORKLOAD and no --slots")
+        _batch(batch, chosen, threads, quiet=quiet)
+        return
+    if workload is None or slots is None:
+        raise WorkloadError("give a WORKLOAD and --slots N, or --batch FILE.jsonl")
+    from deltaworks.serving.simulate import Configuration
+    from deltaworks.serving.simulate import simulate as run
+    from deltaworks.serving.workload import read_workload
+
+    asked = read_workload(workload)
+    answer = run(asked, chosen, Configuration(slots, max_rank, served, client_max_outstanding))
+    if as_json:
+        print_json(answer)
+    else:
+        _answer(answer, chosen.name, slots)
+
+
+def _batch(path: Path, profile: "Profile", threads: int | None, *, quiet: bool) -> None:
+    """Answer a batch line by line as answers come."""
+    import json
+    import time
+
+    from deltaworks.errors import WorkloadError
+    from deltaworks.serving.batch import answer_lines
+
+    try:
+        lines = (sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")).splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise WorkloadError(f"{path}: cannot be read: {error}") from None
+    folder = Path() if str(path) == "-" else path.parent
+    failed, shown, total = 0, time.monotonic(), sum(bool(line.strip()) for line in lines)
+    for done, answer in enumerate(answer_lines(lines, folder, profile, threads), 1):
+        sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
+        failed += "error" in answer
+        if not quiet and time.monotonic() - shown > 2:
+            shown = time.monotonic()
+            sys.stderr.write(f"{done} of {total} simulated\n")
+    if failed:
+        raise WorkloadError(f"{failed} of {total} lines could not be answered; each says why in its `error`")
+
+
+def _answer(answer: dict[str, Any], profile: str, slots: int) -> None:
+    if answer["memory_error"]:
+        typer.echo(f"{profile} with {slots} slots: out of memory, the server does not start")
+        return
+    verdict = "STARVED" if answer["starved"] else "not starved"
+    typer.echo(f"{profile} with {slots} slots, {answer['kv_tokens']:,} KV tokens: {verdict}\n")
+    spreads = {"TTFT": answer["ttft_ms"], "ITL": answer["itl_ms"], "TPOT": answer["tpot_ms"]}
+    through = f"{answer['throughput_tps']:,.0f} of {answer['offered_tps']:,.0f} tokens/s offered"
+    split = f"input {answer['input_throughput_tps']:,.0f}, output {answer['output_throughput_tps']:,.0f}"
+    rows = [
+        ("throughput", f"{through} ({split})"),
+        *((label, _spread(values)) for label, values in spreads.items()),
+        ("requests", ", ".join(f"{count:,} {what}" for what, count in answer["requests"].items() if count)),
+        ("running", f"{answer['running_mean']:.1f} on average; {answer['waiting_mean']:.1f} waiting"),
+        ("events", f"{answer['preemptions']:,} preemptions, {answer['adapter_loads']:,} adapter loads"),
+    ]
+    behind = sorted((a["completed_share"], name) for name, a in answer["adapters"].items() if a["arrived"])
+    if behind and behind[0][0] < 0.9:
+        rows.append(("behind", ", ".join(f"{name} {share:.0%}" for share, name in behind[:5])))
+    for label, value in rows:
+        typer.echo(f"{label:<12}{value}")
+
+
+def _spread(values: dict[str, float | None]) -> str:
+    if values["mean"] is None:
+        return "nobody was served"
+    return "   ".join(f"{key} {_time(value or 0.0)}" for key, value in values.items())
+
+
+def _time(milliseconds: float) -> str:
+    return f"{milliseconds:.1f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:,.1f} s"
+
+
+def profile(
+    table: Annotated[
+        Path,
+        typer.Option("--table", metavar="DIR", help="A folder of measurement tables, see docs/profiles.md."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="P", help="Where to write the profile.")],
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fit a profile of one engine, model and GPU from measurement tables."""
+    import json
+
+    from deltaworks.serving.fit import fit_profile
+
+    done = 0
+
+    def progress(more: int) -> None:
+        nonlocal done
+        done += more
+        if not quiet:
+            sys.stderr.write(f"agreeing with recorded runs: {done} runs of the twin\n")
+
+    fitted = fit_profile(table, progress)
+    output.write_text(json.dumps(fitted.to_json(), indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        print_json(fitted.to_json() | {"output": str(output)})
+        return
+    typer.echo(f"{fitted.name}: {fitted.model} on {fitted.gpu}, {fitted.engine}; written to {output}\n")
+    for cost, found in fitted.residuals.items():
+        if "mean_relative_error" in found:
+            typer.echo(f"{cost:<20}{found['rows']:>5} rows{found['mean_relative_error']:>9.1%} off on average")

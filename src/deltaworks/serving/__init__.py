@@ -1,0 +1,1 @@
+"""Many LoRA adapters -> few GPUs: profile, digital twin, placement."""

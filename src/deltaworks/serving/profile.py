@@ -1,0 +1,280 @@
+"""A profile: what was measured of one engine, model and GPU, as four fitted costs."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deltaworks.errors import ProfileError, WorkloadError
+from deltaworks.serving import twin
+from deltaworks.serving.schema import check_keys, number, text, whole
+from deltaworks.serving.server import F64
+
+SCHEMA = 1
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of `--max-lora-rank` that vLLM takes (and 1)."""
+
+
+@dataclass(frozen=True)
+class ServerFlags:
+    """vLLM's limits, under the names of its flags."""
+
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+
+
+@dataclass(frozen=True)
+class KvCache:
+    """KV tokens left: ``tokens - slots * (per_slot + per_slot_rank * max_rank)``; start-up fails below ``least``."""
+
+    tokens: float
+    per_slot: float = 0.0
+    per_slot_rank: float = 0.0
+    least: int = 1
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Milliseconds of the model in one step.
+
+    ``base + decode * D + prefill * P + context * C``, and ``eager`` above ``graph_tokens`` tokens; with any adapter in
+    the batch also ``lora + (slot + slot_rank * R) * S + (adapter + adapter_rank * R) * A + (lora_decode +
+    lora_decode_rank * R) * D + (lora_prefill + lora_prefill_rank * R) * P + (adapter_token * A + slot_token * S) *
+    (D + P)``, and ``small_slot * S + small_adapter * A`` below ``small_tokens`` tokens. D is decoding requests, P
+    prompt tokens, C tokens in the KV cache of the decoding requests, A distinct adapters in the batch, S slots, R the
+    server's maximum rank. (vLLM 0.8.5 configures its LoRA kernels otherwise below 128 tokens.)
+    """
+
+    base: float
+    decode: float = 0.0
+    prefill: float = 0.0
+    context: float = 0.0
+    eager: float = 0.0
+    graph_tokens: int = 1 << 30
+    lora: float = 0.0
+    slot: float = 0.0
+    slot_rank: float = 0.0
+    adapter: float = 0.0
+    adapter_rank: float = 0.0
+    lora_decode: float = 0.0
+    lora_decode_rank: float = 0.0
+    lora_prefill: float = 0.0
+    lora_prefill_rank: float = 0.0
+    adapter_token: float = 0.0
+    slot_token: float = 0.0
+    small_slot: float = 0.0
+    small_adapter: float = 0.0
+    small_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class SchedulerTime:
+    """Milliseconds of the scheduler in one step: ``step + running * D + skipped * (waiting requests passed over)``."""
+
+    step: float = 0.0
+    running: float = 0.0
+    skipped: float = 0.0
+
+
+@dataclass(frozen=True)
+class LoadTime:
+    """Milliseconds to bring an adapter from host memory into a slot, and from disk into host memory, by its rank."""
+
+    slot: float = 0.0
+    slot_rank: float = 0.0
+    disk: float = 0.0
+    disk_rank: float = 0.0
+
+
+@dataclass(frozen=True)
+class FrontEnd:
+    """The API server, in milliseconds.
+
+    Attributes:
+        request: From a request's arrival until the scheduler has it.
+        first_request: The same for the first request of an adapter, whose tokenizer is looked for; others wait.
+        label_set: Of a stall when metrics are read, for every set of adapters that was ever in a batch together:
+            vLLM's ``lora_requests_info`` keeps a series for each.
+        scrape_period_s: Seconds between readings of the metrics; 0 if nobody reads them.
+        merge_batch: Up to this many running requests, tokens made in a stall reach the client as one piece.
+    """
+
+    request: float = 0.0
+    first_request: float = 0.0
+    label_set: float = 0.0
+    scrape_period_s: float = 0.0
+    merge_batch: int = 128
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One engine, model and GPU.
+
+    Attributes:
+        name: What it is called.
+        engine: Such as ``vLLM 0.8.5 (V1)``.
+        model: The base model.
+        gpu: The GPU, or what else it ran on.
+        server: Its limits.
+        kv_cache: KV tokens left for slots and rank.
+        step: The model's time.
+        scheduler: The scheduler's time.
+        loading: The time to load adapters.
+        front_end: The API server's time.
+        output_share: Tokens that the model generates of those that a data set's reference answers hold.
+        residuals: How far measurements are from the fit, by cost.
+        sources: Where the numbers of each cost come from.
+    """
+
+    name: str
+    engine: str
+    model: str
+    gpu: str
+    kv_cache: KvCache
+    step: StepTime
+    server: ServerFlags = ServerFlags()
+    scheduler: SchedulerTime = SchedulerTime()
+    loading: LoadTime = LoadTime()
+    front_end: FrontEnd = FrontEnd()
+    output_share: float = 1.0
+    residuals: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def kv_tokens(self, slots: int, max_rank: int) -> int:
+        """KV tokens left for so many slots of so large a rank; whole blocks, possibly less than none."""
+        cache, size = self.kv_cache, self.server.block_size
+        return int((cache.tokens - slots * (cache.per_slot + cache.per_slot_rank * max_rank)) // size) * size
+
+    def costs(self, slots: int, max_rank: int) -> F64:
+        """The twin's vector of costs for a configuration, in seconds."""
+        step, scheduler, front = self.step, self.scheduler, self.front_end
+        costs = np.zeros(twin.COSTS)
+        costs[twin.BASE], costs[twin.PER_DECODE], costs[twin.PER_PREFILL] = step.base, step.decode, step.prefill
+        costs[twin.PER_CONTEXT], costs[twin.EAGER] = step.context, step.eager
+        costs[twin.LORA] = step.lora + slots * (step.slot + step.slot_rank * max_rank)
+        costs[twin.PER_ADAPTER] = step.adapter + step.adapter_rank * max_rank
+        each = step.slot_token * slots
+        costs[twin.LORA_DECODE] = step.lora_decode + step.lora_decode_rank * max_rank + each
+        costs[twin.LORA_PREFILL] = step.lora_prefill + step.lora_prefill_rank * max_rank + each
+        costs[twin.ADAPTER_TOKEN] = step.adapter_token
+        costs[twin.SMALL], costs[twin.SMALL_ADAPTER] = step.small_slot * slots, step.small_adapter
+        costs[twin.QUEUE], costs[twin.PER_RUNNING] = scheduler.step, scheduler.running
+        costs[twin.PER_SKIPPED] = scheduler.skipped
+        costs[twin.REQUEST], costs[twin.FIRST_REQUEST] = front.request, front.first_request
+        costs[twin.PER_LABEL_SET] = front.label_set
+        costs /= 1000.0
+        costs[twin.GRAPH_TOKENS], costs[twin.SCRAPE_PERIOD] = step.graph_tokens, front.scrape_period_s
+        costs[twin.SMALL_TOKENS], costs[twin.MERGE_BATCH] = step.small_tokens, front.merge_batch
+        return costs
+
+    def load_s(self, ranks: F64) -> tuple[F64, F64]:
+        """Seconds to load adapters of these ranks, (adapters,) float64: into a slot, and from disk."""
+        times = self.loading
+        return (times.slot + times.slot_rank * ranks) / 1000.0, (times.disk + times.disk_rank * ranks) / 1000.0
+
+    def to_json(self) -> dict[str, Any]:
+        """What a profile's file holds."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+
+def with_flags(profile: Profile, *, kv_tokens: int | None = None, **flags: int | None) -> Profile:
+    """A profile of the same engine started with other flags, each None for the profile's own.
+
+    Args:
+        profile: It.
+        kv_tokens: KV tokens, whatever the slots.
+        flags: Of `ServerFlags`.
+
+    Raises:
+        ProfileError: vLLM takes no such flags.
+    """
+    server = replace(profile.server, **{name: value for name, value in flags.items() if value is not None})
+    if server.max_num_seqs > server.max_num_batched_tokens:
+        raise ProfileError(
+            f"max_num_seqs {server.max_num_seqs} is more than max_num_batched_tokens {server.max_num_batched_tokens}"
+        )
+    cache = profile.kv_cache if kv_tokens is None else KvCache(kv_tokens)
+    return replace(profile, server=server, kv_cache=cache)
+
+
+_PARTS = {"server": ServerFlags, "kv_cache": KvCache, "step": StepTime, "scheduler": SchedulerTime,
+          "loading": LoadTime, "front_end": FrontEnd}  # fmt: skip
+
+
+def allowed_rank(rank: int) -> int:
+    """The least `--max-lora-rank` that vLLM takes and that holds a rank.
+
+    Raises:
+        WorkloadError: there is none.
+    """
+    for allowed in RANKS:
+        if rank <= allowed:
+            return allowed
+    raise WorkloadError(f"vLLM serves ranks up to {RANKS[-1]}, not {rank}")
+
+
+def built_in_profiles() -> dict[str, Path]:
+    """The profiles that come with the package, by name."""
+    folder = Path(str(files("deltaworks.serving") / "profiles"))
+    return {path.stem: path for path in sorted(folder.glob("*.json"))}
+
+
+def find_profile(name: str) -> Profile:
+    """A profile by the name of a built-in one, or from a file.
+
+    Raises:
+        ProfileError: there is none, or the file is malformed.
+    """
+    known = built_in_profiles()
+    path = known.get(name, Path(name))
+    if not path.is_file():
+        listed = ", ".join(known)
+        raise ProfileError(f"{name}: no such profile; built in are {listed}, others are made by `deltaworks profile`")
+    try:
+        return parse_profile(json.loads(path.read_text(encoding="utf-8")), str(path))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ProfileError(f"{path}: cannot be read as a profile: {error}") from None
+
+
+def parse_profile(content: Any, where: str) -> Profile:
+    """A profile from what its file holds.
+
+    Raises:
+        ProfileError: a key is unknown or missing, a value is impossible, or it is of another version.
+    """
+    try:
+        given = dict(check_keys(content, ["schema", *(f.name for f in fields(Profile))], where))
+        if given.pop("schema", None) != SCHEMA:
+            raise ProfileError(f"{where}: is no profile of version {SCHEMA}; fit it again with `deltaworks profile`")
+        parts = {name: _part(kind, given.get(name, {}), f"{where}: {name}") for name, kind in _PARTS.items()}
+        named: dict[str, Any] = {k: text(given.get(k), f"{where}: {k}") for k in ("name", "engine", "model", "gpu")}
+        return Profile(
+            **named,
+            **parts,
+            output_share=number(given.get("output_share", 1.0), f"{where}: output_share", above=True),
+            residuals=dict(given.get("residuals", {})),
+            sources=dict(given.get("sources", {})),
+        )
+    except WorkloadError as error:
+        raise ProfileError(str(error)) from None
+
+
+def _part(kind: Any, raw: Any, where: str) -> Any:
+    """One part of a profile; every value is a number of at least 0."""
+    given: Mapping[str, Any] = check_keys(raw, [f.name for f in fields(kind)], where)
+    values = {f.name: (whole if f.type in (int, "int") else number)(given[f.name], f"{where}.{f.name}")
+              for f in fields(kind) if f.name in given}  # fmt: skip
+    missing = next((f.name for f in fields(kind) if f.name not in values and repr(f.default).startswith("<")), None)
+    if missing:
+        raise WorkloadError(f"{where}.{missing}: is missing")
+    part = kind(**values)
+    if kind is ServerFlags and not 0 < part.max_num_seqs <= part.max_num_batched_tokens:
+        raise WorkloadError(f"{where}: max_num_seqs must be at least 1 and at most max_num_batched_tokens")
+    if kind is ServerFlags and part.block_size < 1:
+        raise WorkloadError(f"{where}.block_size: must be at least 1")
+    return part
