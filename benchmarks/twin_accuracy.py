@@ -2,13 +2,14 @@
 
     python benchmarks/twin_accuracy.py [--json benchmarks/results/twin_accuracy.json] [--docs docs/twin.md]
 
-Every family of workloads (its rates and ranks, whatever the number of adapters and slots) is left out of one of two
+Every family of workloads (its rates and ranks, whatever the number of adapters and slots) is left out of one of four
 fits, and predicted by that one. The shipped profiles, fitted to all of them, are listed beside.
 """
 
 import argparse
 import json
 import math
+import statistics
 import sys
 import tempfile
 import time
@@ -26,12 +27,12 @@ from deltaworks.serving.simulate import Configuration, simulate
 from deltaworks.serving.workload import parse_workload
 
 FOLDS = (
-    ("dt|rates_0.1-0.05-0.025", "test|rate_0.05-0.0125-0.003125_size_8-8-16", "test|rate_0.4-0.05-0.0125_size_8-16-16",
-     "test|rate_0.8-0.4-0.05_size_8-8-32"),
-    ("dt|rates_1.6-0.8-0.4", "test|rate_0.4-0.05-0.00625_size_8-16-32", "test|rate_0.4-0.05-0.025_size_8-8-32",
-     "test|rate_3.2-1.6-0.1_size_8-8-32"),
-)  # fmt: skip
-"""Families of workloads, each predicted by a fit to the other half."""
+    ("dt|rates_0.1-0.05-0.025", "test|rate_3.2-1.6-0.1_size_8-8-32"),
+    ("dt|rates_1.6-0.8-0.4", "test|rate_0.4-0.05-0.00625_size_8-16-32"),
+    ("test|rate_0.05-0.0125-0.003125_size_8-8-16", "test|rate_0.4-0.05-0.025_size_8-8-32"),
+    ("test|rate_0.4-0.05-0.0125_size_8-16-16", "test|rate_0.8-0.4-0.05_size_8-8-32"),
+)
+"""Families of workloads, each predicted by a fit to all but its pair."""
 
 HOUR_S, HOUR_MS = 3600.0, 3.6e6
 
@@ -166,8 +167,15 @@ def breakdown(found: list[dict[str, Any]], theirs: dict[str, dict[str, float]]) 
 
 
 def speed(rows: list[dict[str, str]], profile: Callable[[dict[str, str]], Profile], theirs: Any) -> dict[str, float]:
-    """Simulated seconds per wall second on one core, making the requests and summing up included."""
-    walls = {row["run_id"]: predicted(row, profile(row))["wall_s"] for row in rows if row["failed"] == "False"}
+    """Simulated seconds per wall second on one core, making the requests and summing up included.
+
+    The slowest are medians of five.
+    """
+    served = {row["run_id"]: row for row in rows if row["failed"] == "False"}
+    walls = {name: predicted(row, profile(row))["wall_s"] for name, row in served.items()}
+    for name in sorted(walls, key=walls.__getitem__)[-10:]:
+        again = [predicted(served[name], profile(served[name]))["wall_s"] for _ in range(4)]
+        walls[name] = statistics.median([walls[name], *again])
     starved = [walls[r["run_id"]] for r in rows if r["starved"] == "True" and r["run_id"] in walls]
     own = [t["wall_s"] for t in theirs.values()]
     return {

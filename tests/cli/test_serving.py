@@ -90,6 +90,8 @@ def test_other_flags_of_the_server(shell: Shell) -> None:
     assert few["preemptions"] > 0
     slow = shell.json("simulate", "w.json", *P, "--slots", 16, "--max-num-seqs", 4)
     assert slow["running_mean"] <= 4
+    unread = shell.json("simulate", "w.json", *P, "--slots", 16, "--scrape-period", 0)
+    assert unread["itl_ms"]["mean"] < shell.json("simulate", "w.json", *P, "--slots", 16)["itl_ms"]["mean"]
 
 
 @pytest.mark.parametrize(

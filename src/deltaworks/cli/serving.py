@@ -93,6 +93,15 @@ def simulate(
         int | None,
         typer.Option(min=1, metavar="N", help=f"vLLM's --max-num-batched-tokens.{_PROFILES}", show_default=False),
     ] = None,
+    scrape_period: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            metavar="S",
+            help=f"Seconds between readings of /metrics, which stall the server; 0 for never.{_PROFILES}",
+            show_default=False,
+        ),
+    ] = None,
     threads: Threads = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -105,6 +114,7 @@ def simulate(
     chosen = with_flags(
         find_profile(profile), kv_tokens=kv_tokens, block_size=block_size, max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        scrape_period_s=scrape_period,
     )  # fmt: skip
     if not quiet and not compiled_before("twin.run"):
         sys.stderr.write("note: compiling the twin for this machine; this happens once and takes some seconds\n")

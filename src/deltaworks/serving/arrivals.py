@@ -117,34 +117,37 @@ def renewal(seed: np.uint64, shape: float, bounds_s: F64, mass: F64, times: F64)
 
 
 @kernel
-def in_order(times: F64, duration_s: float) -> I64:
-    """The order that sorts times in [0, duration], equal ones by their place: buckets, then insertion.
+def in_order(times: F64, adapter: I64, prompt: I64, output: I64, duration_s: float) -> tuple[F64, I64, I64, I64]:
+    """Requests sorted by time, equal ones by their place: buckets, then insertion within them.
 
     Args:
-        times: (n,) float64.
+        times: (n,) float64, in [0, duration].
+        adapter: (n,) int64; sorted along, as the next two.
+        prompt: (n,) int64.
+        output: (n,) int64.
         duration_s: No time is later.
     """
     n = times.size
-    buckets = max(n, 1)
+    buckets = max(n // 4, 1)
     scale = buckets / max(duration_s, 1e-300)
     starts = np.zeros(buckets + 1, np.int64)
     for i in range(n):
         starts[min(int(times[i] * scale), buckets - 1) + 1] += 1
     for b in range(buckets):
         starts[b + 1] += starts[b]
-    order = np.empty(n, np.int64)
+    at, who, asked, given = np.empty(n), np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
     for i in range(n):
         bucket = min(int(times[i] * scale), buckets - 1)
-        order[starts[bucket]] = i
+        place = starts[bucket]
         starts[bucket] += 1
+        at[place], who[place], asked[place], given[place] = times[i], adapter[i], prompt[i], output[i]
     for i in range(1, n):
-        item = order[i]
-        j = i
-        while j > 0 and times[order[j - 1]] > times[item]:
-            order[j] = order[j - 1]
+        time, a, p, o, j = at[i], who[i], asked[i], given[i], i
+        while j > 0 and at[j - 1] > time:
+            at[j], who[j], asked[j], given[j] = at[j - 1], who[j - 1], asked[j - 1], given[j - 1]
             j -= 1
-        order[j] = item
-    return order
+        at[j], who[j], asked[j], given[j] = time, a, p, o
+    return at, who, asked, given
 
 
 STRATA = 64

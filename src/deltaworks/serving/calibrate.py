@@ -19,7 +19,7 @@ from deltaworks.serving.workload import Requests, Workload, requests_of
 SPREAD = {"throughput_tps": 0.02, "itl_ms": 0.03, "ttft_ms": 0.2}
 """Relative deviations that are alike: a run's throughput is known better than its TTFT."""
 
-_OUTLYING, _DAMPING, _STEP, _FARTHEST, _KEPT = 3.0, 0.3, 0.15, 4.0, 300_000
+_OUTLYING, _DAMPING, _STEP, _FARTHEST, _WORTHWHILE, _KEPT = 3.0, 0.3, 0.15, 4.0, 0.02, 300_000
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ def calibrate(
         profile: Where to start.
         runs: What to agree with.
         scales: The costs to move, like ``step.adapter``, and by how much one would naturally move them, in their unit.
-        rounds: Gauss-Newton steps, each damped so that a cost which nothing determines stays.
+        rounds: Gauss-Newton steps at most, each damped so that a cost which nothing determines stays; fewer where
+            a step gains little.
         progress: Told how many more runs of the twin are done.
     """
     kept = [_requests(run, profile) for run in runs]
@@ -63,16 +64,21 @@ def calibrate(
                 progress(len(runs))
             return _tamed(np.concatenate(found))
 
-        for _ in range(rounds):
+        best, least_cost = profile, np.inf
+        for turn in range(rounds + 1):
             now = residuals(profile)
+            cost = float(now @ now)
+            gained = cost < least_cost * (1 - _WORTHWHILE)
+            if cost < least_cost:
+                best, least_cost = profile, cost
+            if not gained or turn == rounds:
+                break
             slope = np.stack([(residuals(moved(profile, {n: _STEP * scales[n]})) - now) / _STEP for n in names], axis=1)
-            least = np.array([-cost_of(profile, n) / scales[n] for n in names]) - 1e-12
+            bounds = np.array([-cost_of(profile, n) / scales[n] for n in names]) - 1e-12, np.full(len(names), _FARTHEST)
             system = np.vstack([slope, _DAMPING * np.eye(len(names))])
-            step = lsq_linear(
-                system, np.concatenate([-now, np.zeros(len(names))]), (least, np.full(len(names), _FARTHEST))
-            ).x
+            step = lsq_linear(system, np.concatenate([-now, np.zeros(len(names))]), bounds).x
             profile = moved(profile, {n: s * scales[n] for n, s in zip(names, step, strict=True)})
-    return profile
+    return best
 
 
 def cost_of(profile: Profile, name: str) -> float:

@@ -83,7 +83,7 @@ def parse_lengths(raw: Any, where: str, from_trace: Any) -> Lengths:
         raw: ``{distribution: sharegpt, input_mean: 222.7, output_mean: 196.1}``, or ``fixed`` with the same keys, or
             ``lognormal`` with ``input_sd`` and ``output_sd`` as well, or ``{distribution: trace, path: FILE}``.
         where: What to call it in errors.
-        from_trace: A function from a path to the prompt and output tokens of a trace's requests.
+        from_trace: A function from a path and a format to the prompt and output tokens of a trace's requests.
 
     Raises:
         WorkloadError: it is no such thing.

@@ -182,12 +182,15 @@ class Profile:
         return {"schema": SCHEMA, **asdict(self)}
 
 
-def with_flags(profile: Profile, *, kv_tokens: int | None = None, **flags: int | None) -> Profile:
+def with_flags(
+    profile: Profile, *, kv_tokens: int | None = None, scrape_period_s: float | None = None, **flags: int | None
+) -> Profile:
     """A profile of the same engine started with other flags, each None for the profile's own.
 
     Args:
         profile: It.
         kv_tokens: KV tokens, whatever the slots.
+        scrape_period_s: Seconds between readings of its metrics; 0 for never.
         flags: Of `ServerFlags`.
 
     Raises:
@@ -199,7 +202,10 @@ def with_flags(profile: Profile, *, kv_tokens: int | None = None, **flags: int |
             f"max_num_seqs {server.max_num_seqs} is more than max_num_batched_tokens {server.max_num_batched_tokens}"
         )
     cache = profile.kv_cache if kv_tokens is None else KvCache(kv_tokens)
-    return replace(profile, server=server, kv_cache=cache)
+    front = profile.front_end
+    if scrape_period_s is not None:
+        front = replace(front, scrape_period_s=scrape_period_s)
+    return replace(profile, server=server, kv_cache=cache, front_end=front)
 
 
 _PARTS = {"server": ServerFlags, "kv_cache": KvCache, "step": StepTime, "scheduler": SchedulerTime,

@@ -60,7 +60,7 @@ def simulate(
     kv_tokens = profile.kv_tokens(slots, max_rank)
     if kv_tokens < max(profile.kv_cache.least, 2 * profile.server.block_size):
         return _no_start(workload, requests, kv_tokens)
-    run = _run(workload, requests, profile, slots, max_rank, served, kv_tokens, configuration.client_max_outstanding)
+    run = _run(workload, requests, profile, slots, max_rank, served, configuration.client_max_outstanding)
     return {**_answer(workload, requests, run, kv_tokens), "wall_s": time.perf_counter() - started}
 
 
@@ -85,18 +85,25 @@ def _rank(workload: Workload, configuration: Configuration) -> int:
     return configuration.max_rank
 
 
-def _run(
-    workload: Workload, requests: Requests, profile: Profile, slots: int, max_rank: int, served: int, kv_tokens: int,
-    outstanding: int | None,
-) -> _Run:  # fmt: skip
+def limits(profile: Profile, slots: int, max_rank: int, served: int, outstanding: int | None = None) -> server.I64:
+    """The limits of a configured server, (`server.LIMITS`,) int64."""
     flags = profile.server
     limit = np.empty(server.LIMITS, np.int64)
     limit[server.MAX_SEQS], limit[server.MAX_TOKENS] = flags.max_num_seqs, flags.max_num_batched_tokens
     # One block is never given out: vLLM keeps it as a placeholder.
-    limit[server.BLOCK], limit[server.BLOCKS] = flags.block_size, kv_tokens // flags.block_size - 1
-    limit[server.SLOTS], limit[server.CPU_ADAPTERS] = slots, served
+    limit[server.BLOCK] = flags.block_size
+    limit[server.BLOCKS] = profile.kv_tokens(slots, max_rank) // flags.block_size - 1
+    limit[server.SLOTS], limit[server.CPU_ADAPTERS] = slots, max(served, slots)
     limit[server.OUTSTANDING] = _UNLIMITED if outstanding is None else outstanding
-    room = int(limit[server.BLOCKS]) * flags.block_size
+    return limit
+
+
+def _run(
+    workload: Workload, requests: Requests, profile: Profile, slots: int, max_rank: int, served: int,
+    outstanding: int | None,
+) -> _Run:  # fmt: skip
+    limit = limits(profile, slots, max_rank, served, outstanding)
+    room = int(limit[server.BLOCKS] * limit[server.BLOCK])
     fits = requests.prompt + requests.output <= room
     kept = slice(None) if fits.all() else np.flatnonzero(fits)
     arrival_s, prompt, output = requests.arrival_s[kept], requests.prompt[kept], requests.output[kept]

@@ -54,9 +54,8 @@ QUEUE, PER_RUNNING, PER_SKIPPED, REQUEST, FIRST_REQUEST, PER_LABEL_SET, SCRAPE_P
 COSTS = 22
 """Places in the vector of costs: seconds a step, a token, an adapter, ..., but for three that are counts."""
 
-BUSY_S, RUNNING_S, WAITING_S, MERGED, NEXT_SCRAPE, STALL_FROM, STALL_TO, LAST_STEP_S, LAST_DECODES, LATE, LATE_SLOPE = (
-    range(11)
-)
+BUSY_S, RUNNING_S, WAITING_S, MERGED, LATE, LATE_SLOPE = range(6)
+NEXT_SCRAPE, STALL_FROM, STALL_TO, LAST_STEP_S, LAST_DECODES = range(6, 11)
 SUMS = 11
 """Places in the vector of sums: seconds, request-seconds, tokens; request-seconds of the second half of the run, and
 their moment around its middle; then the front end's clock."""

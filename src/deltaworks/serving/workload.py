@@ -191,9 +191,8 @@ def requests_of(workload: Workload, output_share: float = 1.0) -> Requests:
     for i, own in bursty.items():
         times[starts[i] : starts[i + 1]] = own
     prompt, output = _drawn(workload, seeds, counts, starts, output_share)
-    order = arrivals.in_order(times, duration_s)
     asked = np.repeat(np.arange(len(adapters)), counts)
-    return Requests(times[order], asked[order], prompt[order], output[order])
+    return Requests(*arrivals.in_order(times, asked, prompt, output, duration_s))
 
 
 def stream_seed(seed: int, name: str) -> int:
