@@ -107,7 +107,7 @@ def tables(folder: Path, profile: Profile, **about: Any) -> None:
     for _ in range(200):
         row = {"decode": int(rng.integers(1, 200)), "prefill": int(rng.integers(0, 2) * rng.integers(1, 400)),
                "context": int(rng.integers(100, 9000)), "adapters": int(rng.integers(0, 2) * rng.integers(1, 30)),
-               "slots": 32, "max_rank": int(rng.choice([8, 16])), "skipped": 0}  # fmt: skip
+               "slots": int(rng.choice([8, 32])), "max_rank": int(rng.choice([8, 16])), "skipped": 0}  # fmt: skip
         sizes = {"graph_tokens": profile.step.graph_tokens, "small_tokens": 0}
         model = sum(getattr(profile.step, n) * term({**row, **sizes}) for n, term in STEP_TERMS.items())
         row["step_ms"] = model + profile.scheduler.step + profile.scheduler.running * row["decode"]

@@ -176,16 +176,17 @@ def _steps(
     """The model's time in a step; from first tokens of single requests also what the front end adds."""
     rows = [{**r, "first": 0.0} for r in steps]
     rows += [{**dict.fromkeys(TABLES["steps"], 0.0), **r, "step_ms": r["ttft_ms"], "first": 1.0} for r in first]
-    names = [n for n in STEP_TERMS if any(STEP_TERMS[n]({**r, **sizes}) for r in rows)]
-    names = _independent(names, rows, sizes)
-    terms = np.array([[*(STEP_TERMS[n]({**r, **sizes}) for n in names), r["first"]] for r in rows])
-    spent = np.array(
-        [scheduler.step + scheduler.running * r["decode"] + scheduler.skipped * r["skipped"] for r in rows]
-    )
-    measured = np.array([r["step_ms"] for r in rows]) - spent
+    present = [n for n in STEP_TERMS if any(STEP_TERMS[n]({**r, **sizes}) for r in rows)]
+    spent = [scheduler.step + scheduler.running * r["decode"] + scheduler.skipped * r["skipped"] for r in rows]
+    measured = np.array([r["step_ms"] for r in rows]) - np.array(spent)
     if (measured <= 0).any():
         raise ProfileError("steps: every step must take longer than its scheduling")
-    found, error = relative_fit(terms, measured)
+    fits = []
+    for names in (_independent(present, rows, sizes), present):
+        terms = np.array([[*(STEP_TERMS[n]({**r, **sizes}) for n in names), r["first"]] for r in rows])
+        fits.append((names, *relative_fit(terms, measured)))
+    # Costs are at least 0, so fewer terms may fit worse even if the rows do not tell them apart.
+    names, found, error = fits[0] if fits[0][2] <= 1.1 * fits[1][2] + 1e-9 else fits[1]
     residuals["step"] = {"rows": len(rows), "mean_relative_error": error}
     return StepTime(**sizes, **dict(zip(names, found.tolist(), strict=False))), float(found[-1])
 
