@@ -31,7 +31,7 @@ SCALES = {
     "step.slot_token": 0.0001, "step.small_slot": 0.03, "step.small_adapter": 0.1, "scheduler.skipped": 0.0003,
     "loading.slot": 4, "front_end.request": 5, "front_end.first_request": 80, "front_end.label_set": 0.015,
 }  # fmt: skip
-CPU_SCALES = {"step.slot_token": 0.01, "step.lora": 2, "loading.slot": 1}
+CPU_SCALES = {"step.slot_token": 0.01, "step.lora_decode_rank": 0.005, "loading.slot": 1}
 RUNS, MOST_RPS = 80, 80.0
 """Recorded runs that each profile is made to agree with; with more requests a second most are only dropped."""
 

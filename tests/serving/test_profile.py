@@ -137,8 +137,9 @@ def test_tables_give_the_costs_back(tmp_path: Path) -> None:
     assert vars(fitted.loading) == pytest.approx(vars(PROFILE.loading))
     assert vars(fitted.scheduler) == pytest.approx(vars(PROFILE.scheduler))
     for name in ("base", "decode", "prefill", "context", "eager", "adapter"):
-        assert getattr(fitted.step, name) == pytest.approx(getattr(PROFILE.step, name), rel=1e-6), name
+        assert getattr(fitted.step, name) == pytest.approx(getattr(PROFILE.step, name), rel=1e-5), name
     assert fitted.residuals["step"]["mean_relative_error"] < 1e-9
+    assert fitted.kv_tokens(8, 16) == (100_000 - 8 * (50 + 160)) // 16 * 16
 
 
 WORKLOAD = {"duration": 120, "lengths": {"distribution": "fixed", "input_mean": 100, "output_mean": 60},

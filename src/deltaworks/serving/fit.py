@@ -12,7 +12,7 @@ import yaml
 from scipy.optimize import nnls
 
 from deltaworks.errors import ProfileError, WorkloadError
-from deltaworks.serving.calibrate import SPREAD, Run, calibrate, cost_of
+from deltaworks.serving.calibrate import SPREAD, Run, calibrate
 from deltaworks.serving.profile import (
     FrontEnd,
     KvCache,
@@ -39,6 +39,8 @@ TABLES = {
     "first_tokens": ("ttft_ms", "prefill", "adapters", "slots", "max_rank"),
 }
 """The tables of a folder, and their columns; others are ignored."""
+
+_ZERO = 1e-9
 
 STEP_TERMS: dict[str, Callable[[Mapping[str, float]], float]] = {
     "base": lambda _: 1.0,
@@ -115,8 +117,20 @@ def fit_profile(folder: Path, progress: Callable[[int], None] | None = None) -> 
             profile = calibrate(profile, runs, scales, progress=progress)
         except AttributeError as error:
             raise ProfileError(f"{folder}: about.yaml: calibrate: there is no such cost: {error}") from None
-        residuals["calibrated"] = {"runs": len(runs), "costs": {n: cost_of(profile, n) for n in scales}}
-    return replace(profile, residuals=residuals)
+        residuals["calibrated"] = {"runs": len(runs), "costs": list(scales)}
+    return rounded(replace(profile, residuals=residuals))
+
+
+def rounded(profile: Profile) -> Profile:
+    """A profile with six digits of every fitted number, and none of what is left of a zero."""
+    parts = {}
+    for name in ("kv_cache", "step", "scheduler", "loading", "front_end"):
+        part = getattr(profile, name)
+        fitted = {key: value for key, value in vars(part).items() if isinstance(value, float)}
+        parts[name] = replace(
+            part, **{key: float(f"{value:.6g}") if value > _ZERO else 0.0 for key, value in fitted.items()}
+        )
+    return replace(profile, **parts)
 
 
 def _about(folder: Path) -> Mapping[str, Any]:
