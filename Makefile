@@ -26,7 +26,7 @@ parity: $(STAMP) .venv-peers/.installed
 	MERGEKIT_PYTHON=$(CURDIR)/.venv-peers/bin/python $(BIN)/python -m pytest -m parity -rs tests
 
 real: $(STAMP) .venv-peers/.installed
-	MERGEKIT_PYTHON=$(CURDIR)/.venv-peers/bin/python $(BIN)/python -m pytest -m real -rs tests
+	MERGEKIT_PYTHON=$(CURDIR)/.venv-peers/bin/python KUBERNETES_PYTHON=$(CURDIR)/.venv-peers/bin/python $(BIN)/python -m pytest -m real -rs tests
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

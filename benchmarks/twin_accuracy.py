@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import marked
 from make_profiles import CPU, CPU_DATA, H100, make_tables, rows_of
 from serving_runs import DATA, configuration, family, published_runs, workload
 
@@ -252,9 +253,6 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-MARKS = ("<!-- table: benchmarks/twin_accuracy.py -->", "<!-- end of table -->")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/twin_accuracy.json"))
@@ -289,9 +287,7 @@ def main() -> None:
         "cpu": cpu_cases(find_profile(CPU)),
     }
     options.json.write_text(json.dumps(result, indent=1) + "\n")
-    text = options.docs.read_text()
-    head, tail = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
-    options.docs.write_text(f"{head}{MARKS[0]}\n{markdown(result)}\n{MARKS[1]}{tail}")
+    marked.fill(options.docs, "table: benchmarks/twin_accuracy.py", markdown(result).splitlines())
     print(markdown(result))
 
 

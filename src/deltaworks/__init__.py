@@ -5,6 +5,8 @@
 ...     result = run_plan(catalog, plan, plan_inputs(catalog, plan), Path("merged"))
 >>> profile = find_profile("llama-3.1-8b-h100-64gb")                 # doctest: +SKIP
 >>> answer = simulate(read_workload(Path("workload.yaml")), profile, Configuration(slots=32))    # doctest: +SKIP
+>>> judge = Judge(Demand(read_workload(Path("workload.yaml"))), [profile], [find_surrogate(profile)])   # doctest: +SKIP
+>>> gpus = place(judge).gpus                                         # doctest: +SKIP
 
 Everything that goes wrong on purpose is a `DeltaworksError`; `deltaworks.errors` lists the kinds.
 """
@@ -32,10 +34,16 @@ if TYPE_CHECKING:
     from deltaworks.merging.snapshot import MergeResult as MergeResult
     from deltaworks.merging.snapshot import run_plan as run_plan
     from deltaworks.merging.snapshot import verify as verify
+    from deltaworks.serving.document import describe as describe
+    from deltaworks.serving.judge import Demand as Demand
+    from deltaworks.serving.judge import Judge as Judge
+    from deltaworks.serving.placement import Placement as Placement
+    from deltaworks.serving.placement import place as place
     from deltaworks.serving.profile import Profile as Profile
     from deltaworks.serving.profile import find_profile as find_profile
     from deltaworks.serving.simulate import Configuration as Configuration
     from deltaworks.serving.simulate import simulate as simulate
+    from deltaworks.serving.surrogate import find_surrogate as find_surrogate
     from deltaworks.serving.workload import parse_workload as parse_workload
     from deltaworks.serving.workload import read_workload as read_workload
 
@@ -44,19 +52,25 @@ _HOMES = {
     "Catalog": "catalog.store",
     "Configuration": "serving.simulate",
     "DeltaworksError": "errors",
+    "Demand": "serving.judge",
+    "Judge": "serving.judge",
     "MergeOptions": "merging.prepare",
     "MergeResult": "merging.snapshot",
+    "Placement": "serving.placement",
     "Plan": "merging.plan",
     "Profile": "serving.profile",
     "UserError": "errors",
     "analyze": "catalog.analyze",
+    "describe": "serving.document",
     "find_profile": "serving.profile",
+    "find_surrogate": "serving.surrogate",
     "load_plan": "merging.plan",
     "load_recipe": "merging.recipe",
     "measure_error": "merging.measured_error",
     "parse_budget": "merging.budget",
     "parse_recipe": "merging.recipe",
     "parse_workload": "serving.workload",
+    "place": "serving.placement",
     "plan_inputs": "merging.prepare",
     "prepare_plan": "merging.prepare",
     "read_workload": "serving.workload",

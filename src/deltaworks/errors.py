@@ -8,12 +8,22 @@ DeltaworksError            a failure; the command line exits with 1
 │   ├── PlanError          a plan file that is malformed or of another version
 │   ├── WorkloadError      a workload or trace with an unknown key, a wrong value or an impossible request
 │   ├── ProfileError       a profile that is unknown or malformed, or tables that do not determine one
+│   ├── PlacementError     a placement that cannot be made, or a file that is none
 │   ├── ChangedError       a model that changed since it was registered
 │   └── OutputError        an output folder that exists, or that another process is writing
 ├── BudgetError            a read that would exceed the I/O budget, stopped before it happened
 ├── NonFiniteError         a merge that would write NaN or infinity
 └── VerificationError      a snapshot whose files do not match its manifest
 """
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def did_you_mean(name: object, known: Iterable[str], called: str = "") -> str:
+    """The end of an error about a name that is not known: a known one that is close, or nothing."""
+    close = get_close_matches(str(name), list(known), 1, cutoff=0.5)
+    return f"; did you mean {called}{close[0]!r}?" if close else ""
 
 
 class DeltaworksError(Exception):
@@ -46,6 +56,10 @@ class WorkloadError(UserError):
 
 class ProfileError(UserError):
     """A profile is unknown or malformed, or tables do not determine one."""
+
+
+class PlacementError(UserError):
+    """A placement cannot be made as asked, or a file is no placement."""
 
 
 class ChangedError(UserError):

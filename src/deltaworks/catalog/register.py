@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 
 from deltaworks.catalog.fingerprint import combine, hash_files
@@ -11,7 +10,7 @@ from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.checkpoint import EMBEDDINGS, HEAD, Checkpoint, ShardFile, open_checkpoint, read_config
 from deltaworks.checkpoints.hub import resolve_source
 from deltaworks.checkpoints.reader import ByteCounter
-from deltaworks.errors import CatalogError, ChangedError, CheckpointError
+from deltaworks.errors import CatalogError, ChangedError, CheckpointError, did_you_mean
 from deltaworks.progress import Progress, Silent
 
 NAME = re.compile(r"[\w][\w.@+-]*")
@@ -87,8 +86,7 @@ def find_model(catalog: Catalog, name: str) -> Model:
     """
     model = catalog.find(name)
     if model is None:
-        close = get_close_matches(name, catalog.names(), 1)
-        hint = f"; did you mean {close[0]!r}?" if close else "; `deltaworks list` shows what is registered"
+        hint = did_you_mean(name, catalog.names()) or "; `deltaworks list` shows what is registered"
         raise CatalogError(f"no model called {name!r} in the catalog at {catalog.path}{hint}")
     return model
 
@@ -119,9 +117,7 @@ def ensure_registered(
         try:
             path = resolve_source(reference, relative_to)
         except CheckpointError as error:
-            close = get_close_matches(reference, catalog.names(), 1)
-            hint = f"; did you mean the registered {close[0]!r}?" if close else ""
-            raise CheckpointError(f"{error}{hint}") from error
+            raise CheckpointError(f"{error}{did_you_mean(reference, catalog.names(), 'the registered ')}") from error
         model = catalog.find_path(path)
     if model is None:
         name = _free_name(catalog, reference)

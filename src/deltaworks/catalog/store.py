@@ -205,6 +205,17 @@ class Catalog:
         ).fetchone()
         return row
 
+    # Servers
+
+    def twin_runs(self, profile: str) -> Path:
+        """The folder for runs of the digital twin that a surrogate of a profile (its digest) learns from."""
+        return self.path / "twin" / profile
+
+    @property
+    def surrogates(self) -> Path:
+        """The folder of surrogates that were trained here, by the digest of their profile."""
+        return self.path / "surrogates"
+
     # Plans and snapshots
 
     def save_plan(self, digest: str, content: str) -> None:

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from deltaworks.cli import demo, lineage, merges, models, plans, serving, show
+from deltaworks.cli import demo, lineage, merges, models, placements, plans, serving, show, surrogates
 from deltaworks.errors import DeltaworksError, UserError
 
 app = typer.Typer(
@@ -16,7 +16,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
-for group in (merges, plans, models, show, lineage, serving, demo):
+for group in (merges, plans, models, show, lineage, serving, surrogates, placements, demo):
     group.attach(app)
 
 

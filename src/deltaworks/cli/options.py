@@ -31,6 +31,15 @@ BlockSize = Annotated[
         show_default=False,
     ),
 ]
+ProfileName = Annotated[
+    str,
+    typer.Option(
+        "--profile",
+        metavar="P",
+        help="A built-in profile (llama-3.1-8b-h100-64gb, qwen-2.5-7b-h100-64gb, tiny-llama-cpu) or a file of one.",
+        show_default=False,
+    ),
+]
 
 
 def print_json(content: Any) -> None:

@@ -3,11 +3,14 @@
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
@@ -33,6 +36,57 @@ def make_progress(*, quiet: bool) -> Reports:
     if not compiled_before():
         shown.note("compiling kernels for this machine; this happens once and takes some seconds")
     return shown
+
+
+@contextmanager
+def make_counter(label: str, total: int | None, kernel: str, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Count what is done of long work that is not bytes; yields what to tell how many more are done.
+
+    Args:
+        label: What is counted.
+        total: How many there will be, None where nobody knows.
+        kernel: Of which the user is told if it must be compiled first.
+        quiet: Show nothing.
+    """
+    if quiet:
+        yield lambda _: None
+        return
+    if not compiled_before(kernel):
+        sys.stderr.write("note: compiling the twin for this machine; this happens once and takes some seconds\n")
+    if sys.stderr.isatty():
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda more: bar.advance(task, more)
+        return
+    done, due = 0, time.monotonic() + _FIRST_LINE_AFTER
+
+    def count(more: int) -> None:
+        nonlocal done, due
+        done += more
+        if time.monotonic() >= due:
+            due = time.monotonic() + _LINE_EVERY
+            sys.stderr.write(f"{label}: {done:,}{'' if total is None else f' of {total:,}'}\n")
+
+    yield count
+
+
+def make_steps(kernel: str, *, quiet: bool) -> Callable[[str], None]:
+    """What to tell which step of long work begins; each is a line, the first ones after two seconds.
+
+    Args:
+        kernel: Of which the user is told if it must be compiled first.
+        quiet: Show nothing.
+    """
+    started = time.monotonic()
+    if not quiet and not compiled_before(kernel):
+        sys.stderr.write("note: compiling the twin for this machine; this happens once and takes some seconds\n")
+
+    def step(text: str) -> None:
+        if not quiet and time.monotonic() - started > _FIRST_LINE_AFTER:
+            sys.stderr.write(f"{time.monotonic() - started:4.0f} s  {text}\n")
+
+    return step
 
 
 class Bar:

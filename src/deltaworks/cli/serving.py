@@ -6,21 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deltaworks.cli.options import AsJson, Quiet, Threads, print_json
+from deltaworks.cli.options import AsJson, ProfileName, Quiet, Threads, print_json
 
 if TYPE_CHECKING:
     from deltaworks.serving.profile import Profile
-
-ProfileName = Annotated[
-    str,
-    typer.Option(
-        "--profile",
-        metavar="P",
-        help="A built-in profile (llama-3.1-8b-h100-64gb, qwen-2.5-7b-h100-64gb, tiny-llama-cpu) or a file of one.",
-        show_default=False,
-    ),
-]
-
 
 _PROFILES = " [default: the profile's]"
 
@@ -107,7 +96,7 @@ def simulate(
     as_json: AsJson = False,
 ) -> None:
     """Say what a vLLM server would do with a workload of LoRA adapters: throughput, TTFT, ITL, who starves."""
-    from deltaworks.checkpoints.jit import compiled_before
+    from deltaworks.cli.progress import make_counter
     from deltaworks.errors import WorkloadError
     from deltaworks.serving.profile import find_profile, with_flags
 
@@ -116,8 +105,6 @@ def simulate(
         max_num_batched_tokens=max_num_batched_tokens,
         scrape_period_s=scrape_period,
     )  # fmt: skip
-    if not quiet and not compiled_before("twin.run"):
-        sys.stderr.write("note: compiling the twin for this machine; this happens once and takes some seconds\n")
     if batch is not None:
         if workload is not None or slots is not None:
             raise WorkloadError("--batch names workloads and slots in its lines; give no WORKLOAD and no --slots")
@@ -130,7 +117,8 @@ def simulate(
     from deltaworks.serving.workload import read_workload
 
     asked = read_workload(workload)
-    answer = run(asked, chosen, Configuration(slots, max_rank, served, client_max_outstanding))
+    with make_counter("simulated", 1, "twin.run", quiet=quiet):
+        answer = run(asked, chosen, Configuration(slots, max_rank, served, client_max_outstanding))
     if as_json:
         print_json(answer)
     else:
@@ -140,8 +128,8 @@ def simulate(
 def _batch(path: Path, profile: "Profile", threads: int | None, *, quiet: bool) -> None:
     """Answer a batch line by line as answers come."""
     import json
-    import time
 
+    from deltaworks.cli.progress import make_counter
     from deltaworks.errors import WorkloadError
     from deltaworks.serving.batch import answer_lines
 
@@ -150,13 +138,12 @@ def _batch(path: Path, profile: "Profile", threads: int | None, *, quiet: bool) 
     except (OSError, UnicodeDecodeError) as error:
         raise WorkloadError(f"{path}: cannot be read: {error}") from None
     folder = Path() if str(path) == "-" else path.parent
-    failed, shown, total = 0, time.monotonic(), sum(bool(line.strip()) for line in lines)
-    for done, answer in enumerate(answer_lines(lines, folder, profile, threads), 1):
-        sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
-        failed += "error" in answer
-        if not quiet and time.monotonic() - shown > 2:
-            shown = time.monotonic()
-            sys.stderr.write(f"{done} of {total} simulated\n")
+    failed, total = 0, sum(bool(line.strip()) for line in lines)
+    with make_counter("simulated", total, "twin.run", quiet=quiet) as done:
+        for answer in answer_lines(lines, folder, profile, threads):
+            sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            failed += "error" in answer
+            done(1)
     if failed:
         raise WorkloadError(f"{failed} of {total} lines could not be answered; each says why in its `error`")
 
@@ -206,17 +193,11 @@ def profile(
     """Fit a profile of one engine, model and GPU from measurement tables."""
     import json
 
+    from deltaworks.cli.progress import make_counter
     from deltaworks.serving.fit import fit_profile
 
-    done = 0
-
-    def progress(more: int) -> None:
-        nonlocal done
-        done += more
-        if not quiet:
-            sys.stderr.write(f"agreeing with recorded runs: {done} runs of the twin\n")
-
-    fitted = fit_profile(table, progress)
+    with make_counter("agreeing with recorded runs; runs of the twin", None, "twin.run", quiet=quiet) as done:
+        fitted = fit_profile(table, done)
     output.write_text(json.dumps(fitted.to_json(), indent=2) + "\n", encoding="utf-8")
     if as_json:
         print_json(fitted.to_json() | {"output": str(output)})

@@ -4,14 +4,13 @@ The dialect is mergekit 0.1.5's. Where mergekit ignores a key it does not know, 
 """
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from deltaworks.checkpoints.dtypes import DType, float_dtype
-from deltaworks.errors import RecipeError, UserError
+from deltaworks.errors import RecipeError, UserError, did_you_mean
 from deltaworks.merging.methods import METHODS, Method, Parameter, Scope
 from deltaworks.merging.parameters import Setting, Settings, parse_setting
 
@@ -158,7 +157,7 @@ class _Reader:
         self._check_keys({k: v for k, v in content.items() if not str(k).startswith("x-")}, _TOP, "")
         name = content.get("merge_method")
         if not isinstance(name, str) or name not in METHODS:
-            hint = _suggest(str(name), METHODS)
+            hint = did_you_mean(name, METHODS)
             raise RecipeError(
                 f"merge_method: {'missing' if name is None else repr(name) + ' is not known'}{hint or _listed(METHODS)}"
             )
@@ -292,7 +291,7 @@ class _Reader:
             elif name in _EVERY_PARAMETER:
                 self._warnings.append(f"{where}.{name}: not a parameter of {self._method.name}; it has no effect")
             else:
-                raise RecipeError(f"{where}: unknown parameter {name!r}{_suggest(str(name), known) or _listed(known)}")
+                raise RecipeError(f"{where}: unknown parameter {name!r}{did_you_mean(name, known) or _listed(known)}")
         return settings
 
     @staticmethod
@@ -360,12 +359,7 @@ class _Reader:
             if key not in known:
                 if key in ("modules", "residual_weight"):
                     raise RecipeError(f"{where}{key}: not supported; use models or slices")
-                raise RecipeError(f"unknown key {where + str(key)!r}{_suggest(str(key), known) or _listed(known)}")
-
-
-def _suggest(name: str, known: Any) -> str:
-    close = get_close_matches(name, list(known), 1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+                raise RecipeError(f"unknown key {where + str(key)!r}{did_you_mean(key, known) or _listed(known)}")
 
 
 def _listed(known: Any) -> str:

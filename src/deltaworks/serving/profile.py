@@ -1,5 +1,6 @@
 """A profile: what was measured of one engine, model and GPU, as four fitted costs."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -150,6 +151,20 @@ class Profile:
         cache, size = self.kv_cache, self.server.block_size
         return int((cache.tokens - slots * (cache.per_slot + cache.per_slot_rank * max_rank)) // size) * size
 
+    def starts(self, slots: int, max_rank: int) -> bool:
+        """Whether there is memory enough for a server with so many slots of so large a rank."""
+        return self.kv_tokens(slots, max_rank) >= max(self.kv_cache.least, 2 * self.server.block_size)
+
+    def most_slots(self, max_rank: int, most: int = 1024) -> int:
+        """The most slots of a rank for which there is memory, up to ``most``; 0 if there is not even for one."""
+        if self.starts(most, max_rank):
+            return most
+        low, high = 0, most
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.starts(middle, max_rank) else (low, middle)
+        return low
+
     def costs(self, slots: int, max_rank: int) -> F64:
         """The twin's vector of costs for a configuration, in seconds."""
         step, scheduler, front = self.step, self.scheduler, self.front_end
@@ -176,6 +191,12 @@ class Profile:
         """Seconds to load adapters of these ranks, (adapters,) float64: into a slot, and from disk."""
         times = self.loading
         return (times.slot + times.slot_rank * ranks) / 1000.0, (times.disk + times.disk_rank * ranks) / 1000.0
+
+    @property
+    def digest(self) -> str:
+        """A hash of everything that the twin's answers hang on."""
+        told = {name: value for name, value in asdict(self).items() if name in _PARTS or name == "output_share"}
+        return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """What a profile's file holds."""

@@ -1,10 +1,9 @@
 """Reading keys and values that people wrote: every error names the key and says what was expected."""
 
 from collections.abc import Collection, Mapping
-from difflib import get_close_matches
 from typing import Any
 
-from deltaworks.errors import WorkloadError
+from deltaworks.errors import WorkloadError, did_you_mean
 
 
 def check_keys(raw: Any, known: Collection[str], where: str) -> Mapping[str, Any]:
@@ -17,9 +16,8 @@ def check_keys(raw: Any, known: Collection[str], where: str) -> Mapping[str, Any
         raise WorkloadError(f"{where}: expected keys and values, not {raw!r}")
     for key in raw:
         if key not in known:
-            close = get_close_matches(str(key), list(known), 1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-            raise WorkloadError(f"{where}: unknown key {str(key)!r}; {hint}")
+            hint = did_you_mean(key, known) or f"; known are {', '.join(known)}"
+            raise WorkloadError(f"{where}: unknown key {str(key)!r}{hint}")
     return raw
 
 

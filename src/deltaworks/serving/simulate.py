@@ -58,7 +58,7 @@ def simulate(
     if requests is None:
         requests = requests_of(workload, profile.output_share)
     kv_tokens = profile.kv_tokens(slots, max_rank)
-    if kv_tokens < max(profile.kv_cache.least, 2 * profile.server.block_size):
+    if not profile.starts(slots, max_rank):
         return _no_start(workload, requests, kv_tokens)
     run = _run(workload, requests, profile, slots, max_rank, served, configuration.client_max_outstanding)
     return {**_answer(workload, requests, run, kv_tokens), "wall_s": time.perf_counter() - started}

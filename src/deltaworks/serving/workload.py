@@ -104,11 +104,19 @@ def read_workload(path: Path) -> Workload:
     Raises:
         WorkloadError: it cannot be read, a key is unknown (a close one is suggested), or a value is impossible.
     """
+    return parse_workload(read_content(path), path.parent, str(path))
+
+
+def read_content(path: Path) -> Any:
+    """What a workload's file holds, as keys and values.
+
+    Raises:
+        WorkloadError: it cannot be read.
+    """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise WorkloadError(f"{path}: cannot be read as a workload: {error}") from None
-    return parse_workload(content, path.parent, str(path))
 
 
 def parse_workload(content: Any, folder: Path, where: str = "workload") -> Workload:

@@ -1,0 +1,385 @@
+"""place, advise: how many GPUs, and what goes where."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from deltaworks.cli.options import AsJson, CatalogPath, ProfileName, Quiet, Threads, print_json
+
+if TYPE_CHECKING:
+    from deltaworks.serving.document import Recorded
+    from deltaworks.serving.profile import Profile
+
+
+def attach(app: typer.Typer) -> None:
+    """Add the commands of this group."""
+    app.command(rich_help_panel="Place")(place)
+    app.command(rich_help_panel="Place")(advise)
+
+
+def place(
+    workload: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="WORKLOAD",
+            help="A YAML or JSON file: adapters, rates, lengths. [default: that of --from]",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--profile",
+            metavar="P",
+            help="A built-in profile or a file of one; several for several types of GPU. [default: those of --from]",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder for placement.json, a page, and files that run."),
+    ] = None,
+    objective: Annotated[
+        Literal["gpus", "latency"],
+        typer.Option(help="Fewest (or cheapest) GPUs, or the lowest p99 TTFT on --gpus of them."),
+    ] = "gpus",
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="How many GPUs there are, for --objective latency.", show_default=False),
+    ] = None,
+    headroom: Annotated[
+        str, typer.Option(metavar="SHARE", help="How much more traffic every GPU must be able to take.")
+    ] = "10%",
+    slo: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GOAL",
+            help="A latency to keep, like ttft_p99=2s or itl_mean=50ms; may be given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    price: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="P=PRICE", help="Price of a GPU of a profile: cheapest instead of fewest.", show_default=False
+        ),
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Also say what simpler ways would need.")] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Small cases: prove the number of GPUs (needs the extra `exact`).")
+    ] = False,
+    old: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="OLD", help="An earlier placement: move as few adapters as can be.", show_default=False
+        ),
+    ] = None,
+    what_if: Annotated[
+        bool, typer.Option("--what-if", help="Also answer: one more adapter, twice the traffic, another GPU, rank.")
+    ] = False,
+    catalog: CatalogPath = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Place LoRA adapters on the fewest GPUs without starvation, checked by the digital twin on every GPU.
+
+    The output folder holds placement.json, index.html, serve.sh, compose.yaml, kubernetes.yaml, routes.json and
+    litellm.yaml.
+    """
+    from deltaworks.cli.progress import make_steps
+    from deltaworks.errors import PlacementError
+    from deltaworks.serving.document import describe, read_placement
+    from deltaworks.serving.judge import Demand, Judge, parse_goal
+    from deltaworks.serving.placement import place as place_fewest
+    from deltaworks.serving.placement import place_on
+    from deltaworks.serving.surrogate import find_surrogate
+    from deltaworks.serving.workload import parse_workload, read_content
+
+    recorded = read_placement(old) if old is not None else None
+    if workload is None and recorded is None:
+        raise PlacementError("give a WORKLOAD, or an earlier placement with --from")
+    profiles = _profiles(profile, recorded)
+    prices = _prices(price, profiles, recorded)
+    if (objective == "latency") != (gpus is not None):
+        raise PlacementError("--objective latency and --gpus N go together")
+    if objective == "latency" and (len(profiles) > 1 or recorded):
+        raise PlacementError("--objective latency is for one type of GPU, and not for --from")
+    if output is not None:
+        _check_output(output)
+    if workload is not None:
+        content, folder = read_content(workload), workload.parent
+        asked = parse_workload(content, folder, str(workload))
+    else:
+        assert recorded is not None
+        assert old is not None
+        content, folder, asked = recorded.content["workload"], old if old.is_dir() else old.parent, recorded.workload
+    demand = Demand(asked, _share(headroom), tuple(parse_goal(text) for text in slo or ()))
+    surrogates = [find_surrogate(p, _surrogates(catalog)) for p in profiles]
+    judge = Judge(demand, profiles, surrogates, threads)
+    told = make_steps("twin.run", quiet=quiet)
+    listed = None if prices is None else [prices[p.name] for p in profiles]
+    extra: dict[str, Any] = {}
+    ids = None
+    if recorded is not None and objective == "gpus":
+        from deltaworks.serving.change import change
+
+        changed = change(judge, recorded, listed, told)
+        placement, ids = changed.placement, changed.ids
+        extra["moves"] = changed.moves
+        extra["fresh_gpu_count"] = len(changed.fresh.gpus)
+    elif objective == "latency":
+        placement = place_on(judge, [0] * (gpus or 1), told)
+    else:
+        placement = place_fewest(judge, listed, told)
+    document = describe(judge, placement, content, {"objective": objective}, prices, ids) | extra
+    if compare:
+        told("simpler ways")
+        from deltaworks.serving.baselines import compare as compare_ways
+
+        document["compared"] = compare_ways(judge, placement.gpus[0].kind, len(placement.gpus))
+    if exact:
+        document["exact"] = _exact(judge, len(placement.gpus))
+    if what_if:
+        from deltaworks.serving.what_if import what_if as answers
+
+        document["what_if"] = answers(judge, placement, told)
+    if output is not None:
+        _write(output, document, {p.name: p for p in profiles}, content, folder, catalog)
+    if as_json:
+        print_json({k: v for k, v in document.items() if k not in ("workload", "profiles")})
+    else:
+        _placement(document, output)
+
+
+def _profiles(named: list[str] | None, recorded: "Recorded | None") -> "list[Profile]":
+    from deltaworks.errors import PlacementError
+    from deltaworks.serving.profile import find_profile
+
+    if named:
+        return [find_profile(name) for name in named]
+    if recorded is None:
+        raise PlacementError("give the type of GPU with --profile P")
+    return list(recorded.profiles.values())
+
+
+def _prices(given: list[str] | None, profiles: "list[Profile]", recorded: "Recorded | None") -> dict[str, float] | None:
+    """Prices by the profile's name; a profile may be priced by its name or by the file that was given."""
+    from deltaworks.errors import PlacementError, did_you_mean
+    from deltaworks.serving.profile import find_profile
+
+    if not given:
+        return recorded.prices if recorded is not None else None
+    names = [p.name for p in profiles]
+    found: dict[str, float] = {}
+    for text in given:
+        name, mark, amount = text.rpartition("=")
+        try:
+            value = float(amount)
+        except ValueError:
+            value = -1.0
+        if not mark or not 0 < value < float("inf"):
+            raise PlacementError(f"--price {text!r}: write it like {names[0]}=2.5")
+        known = name if name in names else find_profile(name).name if Path(name).is_file() else name
+        if known not in names:
+            raise PlacementError(f"--price {text!r}: no --profile is called {name!r}{did_you_mean(name, names)}")
+        found[known] = value
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise PlacementError(f"{missing[0]} has no price; give one with --price {missing[0]}=2.5")
+    return found
+
+
+def _share(text: str) -> float:
+    from deltaworks.errors import PlacementError
+
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 10:
+        raise PlacementError(f"--headroom {text!r}: write a share like 10% or 0.1")
+    return value
+
+
+def _surrogates(catalog: Path | None) -> Path:
+    from deltaworks.catalog.store import default_path
+
+    return (catalog or default_path()) / "surrogates"
+
+
+def _check_output(folder: Path) -> None:
+    """An output folder is new, empty, or holds a placement, which is then replaced."""
+    from deltaworks.errors import OutputError
+    from deltaworks.serving.document import FILE
+
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / FILE).is_file())):
+        raise OutputError(f"{folder}: exists and is no placement; choose another folder with -o")
+
+
+def _write(
+    folder: Path,
+    document: dict[str, Any],
+    profiles: "dict[str, Profile]",
+    content: Any,
+    origin: Path,
+    catalog: Path | None,
+) -> None:
+    import json
+
+    from deltaworks.reports.placement import placement_page
+    from deltaworks.serving import deploy
+    from deltaworks.serving.document import FILE, with_traces
+
+    folder.mkdir(parents=True, exist_ok=True)
+    document["workload"] = with_traces(content, origin, folder)
+    paths = _adapter_paths(catalog, {a["name"] for gpu in document["gpus"] for a in gpu["adapters"]})
+    deploy.write(
+        folder,
+        {
+            **deploy.files(document, profiles, paths),
+            "index.html": placement_page(document),
+            FILE: json.dumps(document, indent=1, ensure_ascii=False) + "\n",
+        },
+    )
+
+
+def _adapter_paths(catalog: Path | None, names: set[str]) -> dict[str, str]:
+    """Where adapters lie, of those that are registered in the catalog."""
+    from deltaworks.catalog.models import Kind
+    from deltaworks.catalog.store import Catalog, default_path
+
+    if not ((catalog or default_path()) / "catalog.sqlite").is_file():
+        return {}
+    with Catalog(catalog) as opened:
+        models = [model for model in opened.models() if model.kind == Kind.ADAPTER and model.name in names]
+    return {model.name: str(model.path) if Path(model.source).exists() else model.source for model in models}
+
+
+def _exact(judge: Any, found: int) -> dict[str, Any]:
+    from deltaworks.errors import PlacementError
+
+    try:
+        from deltaworks.serving.exact import fewest_gpus
+    except ImportError:
+        raise PlacementError("--exact needs OR-Tools; install it with: pip install 'deltaworks[exact]'") from None
+    return {"gpus": fewest_gpus(judge, 0, found)}
+
+
+def _placement(document: dict[str, Any], output: Path | None) -> None:
+    count = document["gpu_count"]
+    plural = "" if count == 1 else "s"
+    bound = "as few as can be" if document["gap"] <= 0 else f"at least {document['lower_bound']} are needed"
+    price = f", price {document['price']:g}" if "price" in document else ""
+    verified = "accepted by the twin" if document["verified"] else "NOT accepted by the twin"
+    typer.echo(f"{count} GPU{plural} for {document['adapter_count']:,} adapters ({bound}){price}; {verified}\n")
+    head = f"{'gpu':<8}{'type':<26}{'adapters':>9}{'slots':>7}{'rank':>6}{'tokens/s':>10}{'TTFT p50':>11}{'p99':>10}"
+    typer.echo(head + f"{'ITL':>10}")
+    for gpu in document["gpus"]:
+        said = gpu["predicted"]
+        typer.echo(
+            f"{gpu['id']:<8}{gpu['type']:<26}{len(gpu['adapters']):>9,}{gpu['max_loras']:>7}{gpu['max_lora_rank']:>6}"
+            f"{said['throughput_tps']:>10,.0f}{_time(said['ttft_ms']['p50']):>11}{_time(said['ttft_ms']['p99']):>10}"
+            f"{_time(said['itl_ms']['mean']):>10}"
+        )
+    if "moves" in document:
+        moves = document["moves"]
+        new = sum(not move["from"] for move in moves)
+        gone = sum(not move["to"] for move in moves)
+        typer.echo(f"\n{len(moves) - new - gone} adapters move, {new} are new" + (":" if moves else ""))
+        for move in moves[:20]:
+            places = f"{', '.join(move['from']) or 'nowhere'} -> {', '.join(move['to']) or 'nowhere'}"
+            typer.echo(f"  {move['adapter']:<24}{places:<24}{move['why']}")
+        if len(moves) > 20:
+            typer.echo(f"  and {len(moves) - 20} more; placement.json has them all")
+        if document["fresh_gpu_count"] < count:
+            typer.echo(f"placed anew, {document['fresh_gpu_count']} would do")
+    if "compared" in document:
+        _compared(document["compared"], count)
+    if "exact" in document:
+        proven = document["exact"]["gpus"]
+        whole = "more with whole adapters" if proven is None else str(proven)
+        typer.echo(f"\nproven fewest with whole adapters: {whole}")
+    for answer in document.get("what_if", []):
+        typer.echo(f"\nif {answer['question']}: {answer['answer']}", nl=False)
+    if "what_if" in document:
+        typer.echo("")
+    for note in document["notes"]:
+        typer.echo(f"\nnote: {note}")
+    if output is not None:
+        typer.echo(f"\nwritten to {output}: placement.json, index.html, serve.sh, compose.yaml, kubernetes.yaml, ...")
+
+
+def _compared(ways: dict[str, Any], ours: int) -> None:
+    from deltaworks.reports.placement import FAILURES
+
+    typer.echo(f"\n{'other ways':<28}{'GPUs':>6}")
+    for name, row in ways.items():
+        bad = [f"{row[key]} {label}" for key, label in FAILURES.items() if row[key]]
+        if row["gpus"] is None:
+            bad = [f"some GPU starves, up to {4 * ours} GPUs"]
+        gpus = "-" if row["gpus"] is None else str(row["gpus"])
+        typer.echo(f"  {name:<26}{gpus:>6}{'  ' + ', '.join(bad) if bad else ''}")
+
+
+def _time(milliseconds: float | None) -> str:
+    if milliseconds is None:
+        return "-"
+    return f"{milliseconds:.0f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:,.1f} s"
+
+
+def advise(
+    *,
+    profile: ProfileName,
+    rank: Annotated[int, typer.Option("--rank", min=1, metavar="R", help="Rank of the adapters.")],
+    rate: Annotated[float, typer.Option("--rate", metavar="r", help="Requests/s of each adapter.")],
+    input_mean: Annotated[float, typer.Option(metavar="N", help="Mean prompt tokens.")] = 222.7,
+    output_mean: Annotated[float, typer.Option(metavar="N", help="Mean output tokens.")] = 196.1,
+    headroom: Annotated[str, typer.Option(metavar="SHARE", help="How much more traffic they must stand.")] = "10%",
+    slo: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GOAL", help="A latency to keep, like ttft_p99=2s.", show_default=False),
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say how many adapters of a rank and a rate fit on one GPU, with how many slots, and what they cost there."""
+    from deltaworks.cli.progress import make_counter
+    from deltaworks.errors import PlacementError
+    from deltaworks.serving.advice import alike, capacities, overheads
+    from deltaworks.serving.document import PATIENCE_MS
+    from deltaworks.serving.judge import SLOTS, parse_goal
+    from deltaworks.serving.profile import find_profile
+
+    chosen = find_profile(profile)
+    lengths = {"distribution": "sharegpt", "input_mean": input_mean, "output_mean": output_mean}
+    one = alike(rank, rate, lengths)
+    with make_counter("numbers of slots", len(SLOTS), "twin.run", quiet=quiet) as done:
+        rows = capacities(chosen, one, _share(headroom), [parse_goal(text) for text in slo or ()], done)
+    if not rows:
+        raise PlacementError(f"{chosen.name} cannot serve even one adapter of rank {rank} at {rate:g} requests/s")
+    best = max(rows, key=lambda row: (row["adapters"], -(row["ttft_p99_ms"] or 0.0)))
+    costs = overheads(chosen, rank, best["slots"])
+    if as_json:
+        print_json(
+            {"profile": chosen.name, "rank": rank, "rate": rate, "best": best, "slots": rows, "overheads": costs}
+        )
+        return
+    typer.echo(
+        f"{chosen.name}: {best['adapters']:,} adapters of rank {rank} at {rate:g} requests/s fit on one GPU, with"
+        f" --max-loras {best['slots']}\n"
+    )
+    typer.echo(f"{'slots':>6}{'adapters':>10}{'tokens/s':>10}{'TTFT p99':>11}{'ITL':>9}{'KV tokens':>11}")
+    for row in rows:
+        bar = "#" * max(round(40 * row["adapters"] / best["adapters"]), 1)
+        typer.echo(
+            f"{row['slots']:>6}{row['adapters']:>10,}{row['throughput_tps']:>10,.0f}{_time(row['ttft_p99_ms']):>11}"
+            f"{_time(row['itl_mean_ms']):>9}{row['kv_tokens']:>11,}  {bar}{' <- most' if row is best else ''}"
+        )
+    if not slo and (best["ttft_p99_ms"] or 0.0) > PATIENCE_MS:
+        typer.echo("\nnobody starves, but requests wait for slots; ask for less with --slo ttft_p99=2s")
+    typer.echo("\nwhat adapters cost there")
+    for name, sentence in costs.items():
+        typer.echo(f"  {name:<11}{sentence}")

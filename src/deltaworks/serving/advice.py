@@ -1,0 +1,149 @@
+"""How many adapters fit on one GPU, and with how many slots; and what serving adapters costs there."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from os import cpu_count
+from pathlib import Path
+from typing import Any
+
+from deltaworks.errors import WorkloadError
+from deltaworks.serving.estimate import estimate, traffic_of
+from deltaworks.serving.judge import SLOTS, Goal
+from deltaworks.serving.profile import Profile, allowed_rank
+from deltaworks.serving.simulate import Configuration, simulate
+from deltaworks.serving.twin import step_s
+from deltaworks.serving.workload import Adapter, Workload, parse_workload
+
+MOST_ADAPTERS = 4096
+_PRECISION = 0.02
+
+
+def alike(rank: int, rate: float, lengths: Any, duration_s: float = 3600.0) -> Workload:
+    """A workload of one adapter, of which more can be had with `of_adapters`.
+
+    Args:
+        rank: Its rank.
+        rate: Requests/s.
+        lengths: As a workload writes them.
+        duration_s: Seconds.
+
+    Raises:
+        WorkloadError: any of them is impossible.
+    """
+    if not rate > 0:
+        raise WorkloadError(f"rate: expected a number above 0, not {rate:g}")
+    allowed_rank(rank)
+    adapters = [{"name": "adapter", "rank": rank, "rate": rate}]
+    return parse_workload({"duration": duration_s, "lengths": lengths, "adapters": adapters}, Path(), "advice")
+
+
+def of_adapters(one: Workload, count: int) -> Workload:
+    """The same with so many adapters."""
+    adapter = one.adapters[0]
+    return replace(one, adapters=tuple(Adapter(f"adapter-{i:04}", adapter.rank, adapter.rate) for i in range(count)))
+
+
+def capacities(
+    profile: Profile, one: Workload, headroom: float, goals: Sequence[Goal], told: Callable[[int], None]
+) -> list[dict[str, Any]]:
+    """For every number of slots that memory allows and adapters use, the most adapters that the twin sees served.
+
+    Args:
+        profile: Of the GPU.
+        one: A workload of one adapter (`alike`).
+        headroom: How much more traffic they must stand, a share.
+        goals: Latencies to keep.
+        told: Told how many more numbers of slots are done.
+
+    Returns:
+        A row each: ``slots``, ``adapters``, ``throughput_tps``, ``ttft_p99_ms``, ``itl_mean_ms`` (at the plain
+        traffic), ``kv_tokens``.
+    """
+    rank = allowed_rank(one.adapters[0].rank)
+    most = profile.most_slots(rank)
+    listed = [slots for slots in SLOTS if slots <= most]
+
+    def row(slots: int) -> dict[str, Any] | None:
+        found = _most_adapters(profile, one, slots, rank, headroom, goals)
+        told(1)
+        if found is None:
+            return None
+        count, answer = found
+        return {
+            "slots": slots,
+            "adapters": count,
+            "throughput_tps": answer["throughput_tps"],
+            "ttft_p99_ms": answer["ttft_ms"]["p99"],
+            "itl_mean_ms": answer["itl_ms"]["mean"],
+            "kv_tokens": answer["kv_tokens"],
+        }
+
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        rows = [found for found in pool.map(row, listed) if found is not None]
+    # A slot for each adapter is all they can use: one row beyond the most adapters is enough.
+    most_adapters = max((found["adapters"] for found in rows), default=0)
+    enough = [i for i, found in enumerate(rows) if found["slots"] >= most_adapters]
+    return rows[: enough[0] + 1] if enough else rows
+
+
+def _most_adapters(
+    profile: Profile, one: Workload, slots: int, rank: int, headroom: float, goals: Sequence[Goal]
+) -> tuple[int, dict[str, Any]] | None:
+    """The most adapters served with so many slots, and the twin's answer at the plain traffic; None if not even one."""
+
+    def served(count: int) -> bool:
+        answer = _ask(profile, one, count, slots, rank, 1 + headroom)
+        return not answer["starved"] and all(goal.met(answer) for goal in goals)
+
+    guess = _guess(profile, one, slots, rank, 1 + headroom)
+    low, high = 0, guess
+    while high < MOST_ADAPTERS and served(high):
+        low, high = high, min(int(high * 1.3) + 1, MOST_ADAPTERS)
+    while high - low > max(1, int(low * _PRECISION)):
+        middle = (low + high) // 2
+        low, high = (middle, high) if served(middle) else (low, middle)
+    return (low, _ask(profile, one, low, slots, rank, 1.0)) if low else None
+
+
+def _guess(profile: Profile, one: Workload, slots: int, rank: int, factor: float) -> int:
+    """How many adapters the closed form sees served."""
+    low, high = 1, MOST_ADAPTERS
+    while high - low > max(1, low // 20):
+        middle = (low + high) // 2
+        traffic = traffic_of(of_adapters(one, middle), profile.output_share).scaled(factor)
+        found = estimate(traffic, profile, min(slots, middle), rank)
+        low, high = (middle, high) if found[0] < 1.0 and found[1] < 0.1 else (low, middle)
+    return low
+
+
+def _ask(profile: Profile, one: Workload, count: int, slots: int, rank: int, factor: float) -> dict[str, Any]:
+    workload = of_adapters(one, count)
+    faster = tuple(replace(a, rate=tuple((s, r * factor) for s, r in a.rate)) for a in workload.adapters)
+    return simulate(replace(workload, adapters=faster), profile, Configuration(min(slots, count), rank, count))
+
+
+def overheads(profile: Profile, rank: int, slots: int, batch: int = 128) -> dict[str, str]:
+    """The four overheads of serving adapters, each in a sentence with the profile's numbers.
+
+    Args:
+        profile: It.
+        rank: Of the adapters.
+        slots: Of the server.
+        batch: Running requests of an example.
+    """
+    allowed = allowed_rank(rank)
+    plain, left = profile.kv_tokens(0, allowed), profile.kv_tokens(slots, allowed)
+    loading, queue, costs = profile.loading, profile.scheduler, profile.costs(slots, allowed)
+    distinct = min(slots, batch)
+    with_ms, without_ms = (1000 * step_s(costs, batch, 0, 300.0 * batch, adapters, 0) for adapters in (distinct, 0))
+    return {
+        "memory": f"{slots} slots of rank {allowed} take {plain - left:,} of {plain:,} KV tokens"
+        f" ({(plain - left) / max(plain, 1):.0%}); {left:,} are left for requests",
+        "model": f"a step that decodes {batch} requests of 300 tokens takes {with_ms:.1f} ms with {distinct} adapters"
+        f" among them, and {without_ms:.1f} ms with none",
+        "loading": f"an adapter takes {loading.slot + loading.slot_rank * rank:.1f} ms from host memory into a slot,"
+        f" and {loading.disk + loading.disk_rank * rank:.0f} ms from disk before that; the step waits",
+        "scheduler": f"{queue.step + queue.running * batch:.2f} ms a step with {batch} running, and"
+        f" {1000 * queue.skipped:.2g} ms more for every thousand requests that wait for a slot",
+    }

@@ -1,0 +1,218 @@
+"""A placement for a workload that changed, moving as few adapters as can be: `deltaworks place --from OLD`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from deltaworks.errors import PlacementError
+from deltaworks.serving import partition
+from deltaworks.serving.document import Recorded
+from deltaworks.serving.judge import HOPELESS, Judge
+from deltaworks.serving.parts import Part, cut
+from deltaworks.serving.placement import Gpu, Placement, Told, check_servable, place
+from deltaworks.serving.server import F64
+
+_ROUNDS = 200
+_HOT = 0.3
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of an old placement.
+
+    Attributes:
+        placement: The new one.
+        ids: Of its GPUs.
+        moves: Each with ``adapter``, ``from``, ``to`` (lists of ids) and ``why``.
+        fresh: What placing all anew would give.
+    """
+
+    placement: Placement
+    ids: list[str]
+    moves: list[dict[str, Any]]
+    fresh: Placement
+
+
+@dataclass
+class _State:
+    """Shares of adapters on GPUs, as they change.
+
+    Attributes:
+        ids: Of the GPUs.
+        kinds: Their types.
+        shares: Of adapters by place, a dictionary for each GPU.
+        why: Why an adapter was last moved.
+    """
+
+    ids: list[str]
+    kinds: list[int]
+    shares: list[dict[int, float]]
+    why: dict[int, str] = field(default_factory=dict)
+
+    def parts(self) -> list[Part]:
+        """What each GPU serves."""
+        return cut(((g, a, s) for g, own in enumerate(self.shares) for a, s in own.items()), len(self.ids))
+
+    def move(self, adapter: int, source: int, target: int) -> None:
+        """Move what a GPU serves of an adapter to another."""
+        share = self.shares[source].pop(adapter)
+        self.shares[target][adapter] = self.shares[target].get(adapter, 0.0) + share
+
+    def copy(self) -> "_State":
+        """Another that can be changed without changing this one."""
+        return _State(list(self.ids), list(self.kinds), [dict(own) for own in self.shares], dict(self.why))
+
+
+def change(judge: Judge, old: Recorded, prices: Sequence[float] | None = None, told: Told = lambda _: None) -> Change:
+    """A placement for the judge's demand that keeps what it can of an old one.
+
+    Args:
+        judge: Of the new demand; its first profile is that of new GPUs.
+        old: The old placement.
+        prices: Of a GPU of each type; None to count GPUs.
+        told: Is told what is being done.
+
+    Raises:
+        PlacementError: an adapter cannot be served, or the old GPUs are of a type that is not given.
+    """
+    check_servable(judge)
+    adapters = judge.demand.workload.adapters
+    places = {adapter.name: i for i, adapter in enumerate(adapters)}
+    names = [profile.name for profile in judge.profiles]
+    missing = sorted({kind for _, kind, _, _ in old.gpus} - set(names))
+    if missing:
+        raise PlacementError(f"the old placement has GPUs of type {missing[0]}; give it with --profile as well")
+    state = _State(
+        [name for name, _, _, _ in old.gpus],
+        [names.index(kind) for _, kind, _, _ in old.gpus],
+        [{places[n]: s for n, s in own.items() if n in places} for _, _, own, _ in old.gpus],
+    )
+    before = state.copy()
+    weight = partition.weights(judge.traffic[0], judge.profiles[0], len(state.ids))
+    told("GPUs that would starve")
+    slots = _repair(judge, state, weight)
+    new = set(range(len(adapters))) - {a for own in state.shares for a in own}
+    told("new adapters")
+    for adapter in sorted(new, key=lambda a: (-weight[a], a)):
+        state.shares[_roomiest(judge, state, adapter, crowd=True)][adapter] = 1.0
+        state.why[adapter] = "it is new"
+    if new:
+        slots = _repair(judge, state, weight)
+    told("GPUs that could be freed")
+    fresh = place(judge, prices)
+    slots = _shrink(judge, state, slots, len(fresh.gpus), weight)
+    gpus = tuple(
+        Gpu(kind, part, judge.polished(part, kind, own) if part else 1)
+        for kind, part, own in zip(state.kinds, state.parts(), slots, strict=True)
+    )
+    return Change(
+        Placement(gpus, fresh.lower_bound, fresh.price_bound, "kept"), state.ids, _moves(adapters, before, state), fresh
+    )
+
+
+def _moves(adapters: Any, before: _State, after: _State) -> list[dict[str, Any]]:
+    found = []
+    for place_, adapter in enumerate(adapters):
+        was = sorted(before.ids[g] for g, own in enumerate(before.shares) if place_ in own)
+        now = sorted(after.ids[g] for g, own in enumerate(after.shares) if place_ in own)
+        if was != now:
+            found.append({"adapter": adapter.name, "from": was, "to": now, "why": after.why.get(place_, "")})
+    return found
+
+
+def _strain(judge: Judge, state: _State, gpu: int) -> float:
+    part = tuple(sorted(state.parts()[gpu]))
+    return judge.slots(part, state.kinds[gpu])[0][0] if part else 0.0
+
+
+def _roomiest(judge: Judge, state: _State, adapter: int, but: int = -1, *, crowd: bool = False) -> int:
+    """The GPU that strains least with one more adapter, or a new one if all would starve.
+
+    Args:
+        judge: Of the demand.
+        state: Of the placement.
+        adapter: Its place.
+        but: A GPU that is not wanted.
+        crowd: Take the one that strains least even if it would starve.
+    """
+    strains = {}
+    for gpu in range(len(state.ids)):
+        if gpu != but and adapter not in state.shares[gpu]:
+            trial = state.copy()
+            trial.shares[gpu][adapter] = 1.0
+            strains[gpu] = _strain(judge, trial, gpu)
+    best = min(strains, key=lambda g: (strains[g], g), default=None)
+    if best is None or (strains[best] > 1.0 and not crowd):
+        return _new_gpu(state)
+    return best
+
+
+def _new_gpu(state: _State) -> int:
+    numbers = {int(i.rpartition("-")[2]) for i in state.ids if i.rpartition("-")[2].isdigit()}
+    state.ids.append(f"gpu-{max(numbers, default=-1) + 1}")
+    state.kinds.append(0)
+    state.shares.append({})
+    return len(state.ids) - 1
+
+
+def _fits(judge: Judge, state: _State) -> list[int | None]:
+    parts = state.parts()
+    return list(judge.pool.map(judge.fits, parts, state.kinds))
+
+
+def _repair(judge: Judge, state: _State, weight: F64) -> list[int]:
+    """Take adapters from GPUs that the twin refuses until it accepts all; the slots of each."""
+    for _ in range(_ROUNDS):
+        slots = _fits(judge, state)
+        refused = [g for g, own in enumerate(slots) if own is None]
+        if not refused:
+            return [own or 1 for own in slots]
+        for gpu in refused:
+            own = state.shares[gpu]
+            if len(own) == 1:
+                adapter = next(iter(own))
+                target = _roomiest(judge, state, adapter, gpu)
+                state.shares[target][adapter] = own[adapter] = own[adapter] / 2
+            else:
+                # The larger the adapter, the fewer must move; all but the largest may be too small to matter.
+                adapter = max(own, key=lambda a: (weight[a] * own[a], -a))
+                if weight[adapter] * own[adapter] > sum(weight[a] * s for a, s in own.items()) / 2:
+                    adapter = sorted(own, key=lambda a: (weight[a] * own[a], -a))[-2]
+                state.move(adapter, gpu, _roomiest(judge, state, adapter, gpu))
+            state.why[adapter] = f"{state.ids[gpu]} would starve"
+    raise PlacementError("the old placement could not be mended; make a new one without --from")
+
+
+def _shrink(judge: Judge, state: _State, slots: list[int], enough: int, weight: F64) -> list[int]:
+    """Empty GPUs while there are more than needed and the twin accepts the rest."""
+    while len(state.ids) > enough:
+        for hot in (float("inf"), _HOT):
+            trial = _without(judge, state, hot, weight)
+            if max(_strain(judge, trial, g) for g in range(len(trial.ids))) > HOPELESS:
+                continue
+            found = _fits(judge, trial)
+            if None not in found:
+                state.ids, state.kinds, state.shares, state.why = trial.ids, trial.kinds, trial.shares, trial.why
+                slots = [own or 1 for own in found]
+                break
+        else:
+            break
+    return slots
+
+
+def _without(judge: Judge, state: _State, hot: float, weight: F64) -> _State:
+    """The same without the GPU of the fewest adapters; one heavier than ``hot`` is shared by all the others."""
+    trial = state.copy()
+    gone = min(range(len(trial.ids)), key=lambda g: (len(trial.shares[g]), -g))
+    others = [g for g in range(len(trial.ids)) if g != gone]
+    for adapter, share in sorted(trial.shares[gone].items(), key=lambda item: (-weight[item[0]], item[0])):
+        trial.why[adapter] = f"it frees {trial.ids[gone]}"
+        if weight[adapter] * share <= hot:
+            trial.move(adapter, gone, _roomiest(judge, trial, adapter, gone, crowd=True))
+            continue
+        del trial.shares[gone][adapter]
+        for gpu in others:
+            trial.shares[gpu][adapter] = trial.shares[gpu].get(adapter, 0.0) + share / len(others)
+    for listed in (trial.ids, trial.kinds, trial.shares):
+        del listed[gone]
+    return trial

@@ -1,0 +1,194 @@
+"""placement.json: where every adapter is served, what the twin says of it, and all that is needed to do it again."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from deltaworks.errors import PlacementError, UserError
+from deltaworks.serving.judge import Judge
+from deltaworks.serving.placement import Gpu, Placement
+from deltaworks.serving.profile import Profile, parse_profile
+from deltaworks.serving.workload import Workload, parse_workload
+
+SCHEMA = 1
+FILE = "placement.json"
+PATIENCE_MS = 10_000.0
+"""A 99th percentile of TTFT beyond which a placement is remarked upon: nobody starves, but somebody waits."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A placement as its file tells it.
+
+    Attributes:
+        content: What the file holds.
+        workload: What was placed.
+        profiles: The types of GPU, by name.
+        prices: Of a GPU of each type, by name, or None.
+        gpus: For each GPU its id, its type's name, its adapters' shares by name, and its slots.
+    """
+
+    content: Mapping[str, Any]
+    workload: Workload
+    profiles: dict[str, Profile]
+    prices: dict[str, float] | None
+    gpus: tuple[tuple[str, str, dict[str, float], int], ...]
+
+
+def describe(
+    judge: Judge,
+    placement: Placement,
+    content: Any,
+    asked: Mapping[str, Any],
+    prices: Mapping[str, float] | None,
+    ids: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """What placement.json holds.
+
+    Args:
+        judge: That accepted it.
+        placement: It.
+        content: The workload, as its file has it.
+        asked: Objective, and what else the user asked for.
+        prices: Of a GPU of each type, by name.
+        ids: Of the GPUs; None to number them.
+    """
+    names = ids or [f"gpu-{i}" for i in range(len(placement.gpus))]
+    gpus = [_gpu(judge, name, gpu) for name, gpu in zip(names, placement.gpus, strict=True)]
+    count = len(gpus)
+    found: dict[str, Any] = {
+        "schema": SCHEMA,
+        "deltaworks": version("deltaworks"),
+        **asked,
+        "headroom": judge.demand.headroom,
+        "slo": {goal.name: goal.limit_ms for goal in judge.demand.goals},
+        "gpu_count": count,
+        "lower_bound": placement.lower_bound,
+        "gap": count - placement.lower_bound,
+        "verified": all(judge.passes(gpu.part, gpu.kind, gpu.slots) for gpu in placement.gpus if gpu.part),
+        "dealt": placement.dealt,
+        "adapter_count": len(judge.demand.workload.adapters),
+        "offered_tps": sum(gpu["predicted"]["offered_tps"] for gpu in gpus),
+        "throughput_tps": sum(gpu["predicted"]["throughput_tps"] for gpu in gpus),
+        "gpus": gpus,
+        "notes": notes(gpus, judge),
+        "workload": content,
+        "profiles": {profile.name: profile.to_json() for profile in judge.profiles},
+    }
+    if prices is not None:
+        found["prices"] = dict(prices)
+        found["price"] = sum(prices[gpu["type"]] for gpu in gpus)
+        found["price_lower_bound"] = placement.price_bound
+    return found
+
+
+def _gpu(judge: Judge, name: str, gpu: Gpu) -> dict[str, Any]:
+    profile, workload = judge.profiles[gpu.kind], judge.demand.workload
+    predicted = judge.ask(gpu.part, gpu.kind, gpu.slots) if gpu.part else None
+    return {
+        "id": name,
+        "type": profile.name,
+        "adapters": [
+            {
+                "name": workload.adapters[piece.adapter].name,
+                "share": piece.share,
+                "rank": workload.adapters[piece.adapter].rank,
+                "rate": float(judge.traffic[gpu.kind].rate[piece.adapter] * piece.share),
+            }
+            for piece in gpu.part
+        ],
+        "max_loras": gpu.slots,
+        "max_cpu_loras": max(len(gpu.part), gpu.slots),
+        "max_lora_rank": judge.rank_of(gpu.part),
+        "predicted": {k: v for k, v in predicted.items() if k != "wall_s"} if predicted else idle(profile, judge),
+    }
+
+
+def idle(profile: Profile, judge: Judge) -> dict[str, Any]:
+    """What the twin would say of a GPU with nothing to do."""
+    return {
+        "throughput_tps": 0.0, "offered_tps": 0.0, "starved": False, "memory_error": False,
+        "kv_tokens": profile.kv_tokens(1, judge.rank_of(())), "adapters": {},
+        "ttft_ms": {"mean": None, "p50": None, "p99": None}, "itl_ms": {"mean": None, "p50": None, "p99": None},
+    }  # fmt: skip
+
+
+def notes(gpus: list[dict[str, Any]], judge: Judge) -> list[str]:
+    """What a user should know before using a placement."""
+    found = []
+    waits = [(gpu["predicted"]["ttft_ms"]["p99"] or 0.0, gpu["id"]) for gpu in gpus]
+    if max(waits)[0] > PATIENCE_MS and not any(goal.quantity == "ttft" for goal in judge.demand.goals):
+        found.append(
+            f"nobody starves, but one request in a hundred waits {max(waits)[0] / 1000:.0f} s or more for its first"
+            f" token on {max(waits)[1]}; ask for less with --slo ttft_p99=2s"
+        )
+    if any(a["share"] < 1 for gpu in gpus for a in gpu["adapters"]):
+        found.append("some adapters are served by several GPUs; routes.json says which share of requests each takes")
+    trace = judge.demand.workload.trace
+    if trace is not None and (plain := (trace.adapter or ()).count("")):
+        found.append(f"{plain:,} requests of the trace are for the base model itself; they are placed nowhere")
+    for profile, surrogate in zip(judge.profiles, judge.surrogates, strict=True):
+        if surrogate is None:
+            found.append(
+                f"{profile.name} has no surrogate, so slots were proposed by the closed-form estimate alone; train one"
+                " with: deltaworks surrogate train"
+            )
+    return found
+
+
+def with_traces(content: Any, origin: Path, folder: Path) -> Any:
+    """A workload's content for another folder, with the traces that it names copied there.
+
+    Args:
+        content: As its file has it.
+        origin: The folder of that file.
+        folder: Where the content will stand.
+    """
+    if isinstance(content, list):
+        return [with_traces(item, origin, folder) for item in content]
+    if not isinstance(content, Mapping):
+        return content
+
+    def kept(key: str, value: Any) -> Any:
+        if isinstance(value, str) and key in ("path", "requests"):
+            source = origin / value
+            if source.resolve() != (folder / source.name).resolve():
+                shutil.copyfile(source, folder / source.name)
+            return source.name
+        return with_traces(value, origin, folder)
+
+    return {key: kept(key, value) for key, value in content.items()}
+
+
+def read_placement(path: Path) -> Recorded:
+    """A placement from its file, or from the folder that holds it.
+
+    Raises:
+        PlacementError: it is none, or of another version.
+    """
+    file = path / FILE if path.is_dir() else path
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PlacementError(f"{file}: cannot be read as a placement: {error}") from None
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA or "gpus" not in content:
+        raise PlacementError(f"{file}: is no placement of version {SCHEMA}; make it again with `deltaworks place`")
+    try:
+        return Recorded(
+            content,
+            parse_workload(content["workload"], file.parent, f"{file}: workload"),
+            {name: parse_profile(raw, f"{file}: {name}") for name, raw in content["profiles"].items()},
+            content.get("prices"),
+            tuple(
+                (gpu["id"], gpu["type"], {a["name"]: float(a["share"]) for a in gpu["adapters"]}, int(gpu["max_loras"]))
+                for gpu in content["gpus"]
+            ),
+        )
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PlacementError(f"{file}: is damaged: {error!r}") from None

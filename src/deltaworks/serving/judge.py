@@ -1,0 +1,221 @@
+"""Whether a GPU can serve what it is given: slots that the surrogate proposes, and the twin's word on them."""
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from os import cpu_count
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from deltaworks.errors import PlacementError, did_you_mean
+from deltaworks.serving.estimate import FEATURES, Traffic, estimate, traffic_of
+from deltaworks.serving.parts import Part, part_of
+from deltaworks.serving.profile import Profile, allowed_rank
+from deltaworks.serving.simulate import Configuration, simulate
+from deltaworks.serving.surrogate import Surrogate
+from deltaworks.serving.workload import Workload
+
+SLOTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320,
+         384, 448, 512)  # fmt: skip
+"""Values of `max_loras` that are tried."""
+
+TRIES = 5
+LONGEST_WAIT = 0.15
+"""An adapter that waits for a slot longer than this share of the duration is at the edge of starvation."""
+
+FULL = 0.95
+"""A utilisation above which more slots cost more than they help."""
+
+COMFORTABLE = 0.7
+"""Slots that adapters hold on average, of those there are, at which hardly any waits for one."""
+
+GOALS = ("ttft", "itl", "tpot")
+_UTILISATION, _WAIT, _PRESSURE = (list(FEATURES).index(n) for n in ("utilisation", "slot_wait", "slot_pressure"))
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A limit on a latency, like ``ttft_p99=2s``.
+
+    Attributes:
+        quantity: One of `GOALS`.
+        statistic: ``mean``, ``p50`` or ``p99``.
+        limit_ms: Milliseconds.
+    """
+
+    quantity: str
+    statistic: str
+    limit_ms: float
+
+    @property
+    def name(self) -> str:
+        """As it is written."""
+        return f"{self.quantity}_{self.statistic}"
+
+    def met(self, answer: dict[str, Any]) -> bool:
+        """Whether an answer of `simulate` keeps to it."""
+        value = answer[f"{self.quantity}_ms"][self.statistic]
+        return value is None or value <= self.limit_ms
+
+
+def parse_goal(text: str) -> Goal:
+    """A goal from ``ttft_p99=2s``, ``itl_mean=50ms``.
+
+    Raises:
+        PlacementError: it is none.
+    """
+    match = re.fullmatch(r"\s*(\w+?)_(\w+)\s*=\s*([0-9.]+)\s*(ms|s)\s*", text)
+    if match is None:
+        raise PlacementError(f"{text!r} is no latency goal; write it like ttft_p99=2s or itl_mean=50ms")
+    quantity, statistic, value, unit = match.groups()
+    known = [f"{q}_{s}" for q in GOALS for s in ("mean", "p50", "p99")]
+    if f"{quantity}_{statistic}" not in known:
+        name = f"{quantity}_{statistic}"
+        hint = did_you_mean(name, known) or f"; known are {', '.join(known)}"
+        raise PlacementError(f"unknown latency {name!r}{hint}")
+    try:
+        limit = float(value) * (1000 if unit == "s" else 1)
+    except ValueError:
+        raise PlacementError(f"{text!r}: {value!r} is no number") from None
+    return Goal(quantity, statistic, limit)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What servers are asked, and what is accepted of them.
+
+    Attributes:
+        workload: All that is to be served.
+        headroom: How much more traffic every GPU must be able to take, a share.
+        goals: Latencies to keep.
+    """
+
+    workload: Workload
+    headroom: float = 0.1
+    goals: tuple[Goal, ...] = ()
+
+
+class Judge:
+    """Asks the surrogate and the twin about GPUs of several types; remembers what the twin said.
+
+    Args:
+        demand: What is asked.
+        profiles: The types of GPU.
+        surrogates: Of each type, None where there is none.
+        threads: At once; None for all cores.
+    """
+
+    def __init__(
+        self,
+        demand: Demand,
+        profiles: Sequence[Profile],
+        surrogates: Sequence[Surrogate | None],
+        threads: int | None = None,
+    ) -> None:
+        self.demand, self.profiles, self.surrogates = demand, tuple(profiles), tuple(surrogates)
+        self.pool = ThreadPoolExecutor(threads or cpu_count() or 1)
+        self.threads = threads or cpu_count() or 1
+        self.traffic = [traffic_of(demand.workload, p.output_share) for p in profiles]
+        self.runs = 0
+        self._said: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._lock = Lock()
+        self._workload = demand.workload
+
+    def rank_of(self, part: Part) -> int:
+        """The least maximum rank that a part needs; that of the smallest adapter if it has none."""
+        return allowed_rank(max((self._workload.adapters[p.adapter].rank for p in part), default=1))
+
+    def traffic_of(self, part: Part, kind: int, factor: float = 1.0) -> Traffic:
+        """The traffic of a part on a type of GPU."""
+        places = np.array([p.adapter for p in part], np.int64)
+        own = self.traffic[kind].of(places)
+        share = np.array([p.share for p in part]) * factor
+        return Traffic(own.rate * share, own.rank, own.prompt, own.output, own.spread, own.duration_s)
+
+    def slots(self, part: Part, kind: int) -> list[tuple[float, int]]:
+        """Numbers of slots to try for a part with all its headroom, the most promising first, each with its strain.
+
+        More slots let adapters wait less for one until the GPU has no time left; where nobody waits, fewer are better.
+        What the surrogate says does not starve comes before the rest.
+        """
+        traffic = self.traffic_of(part, kind, 1.0 + self.demand.headroom)
+        profile, surrogate, rank = self.profiles[kind], self.surrogates[kind], self.rank_of(part)
+        most = min(len(part), profile.most_slots(rank))
+        found = []
+        for slots in sorted({*(s for s in SLOTS if s < most), most} - {0}):
+            features = estimate(traffic, profile, slots, rank)
+            starved = surrogate is not None and surrogate.starvation.predict(features) > 0.5
+            wait, used = features[_WAIT] / LONGEST_WAIT, float(features[_UTILISATION])
+            crowded = features[_PRESSURE] > COMFORTABLE
+            cost = wait + 5.0 * max(used - FULL, 0.0)
+            found.append(((starved, round(float(cost), 3), bool(crowded), used), max(used, float(wait)), slots))
+        return [(strain, slots) for _, strain, slots in sorted(found)]
+
+    def ask(self, part: Part, kind: int, slots: int, factor: float = 1.0) -> dict[str, Any]:
+        """The twin's answer for a GPU, at ``factor`` times the traffic."""
+        rank = self.rank_of(part)
+        key = (part, kind, slots, rank, factor)
+        if (known := self._said.get(key)) is not None:
+            return known
+        profile = self.profiles[kind]
+        workload = part_of(self._workload, part, factor)
+        answer = simulate(workload, profile, Configuration(slots, rank, len(part)))
+        with self._lock:
+            self._said[key] = answer
+            self.runs += 1
+        return answer
+
+    def accepts(self, answer: dict[str, Any]) -> bool:
+        """Whether an answer of the twin is one to accept."""
+        return (
+            not answer["starved"] and not answer["memory_error"] and all(goal.met(answer) for goal in self.demand.goals)
+        )
+
+    def fits(self, part: Part, kind: int, tries: int = TRIES) -> int | None:
+        """Slots with which the twin accepts a GPU, with all the headroom and without, or None if none were found.
+
+        Args:
+            part: What the GPU serves.
+            kind: Its type.
+            tries: How many numbers of slots to try.
+        """
+        if not part:
+            return 1
+        for strain, slots in self.slots(part, kind)[:tries]:
+            if strain <= HOPELESS and self.passes(part, kind, slots):
+                return slots
+        return None
+
+    def passes(self, part: Part, kind: int, slots: int) -> bool:
+        """Whether the twin accepts a GPU, with all the headroom and without."""
+        # Without as well: a queue that drains under more traffic may by chance not drain under less.
+        factors = (1.0 + self.demand.headroom, 1.0) if self.demand.headroom else (1.0,)
+        return all(self.accepts(self.ask(part, kind, slots, factor)) for factor in factors)
+
+    def polished(self, part: Part, kind: int, slots: int, reach: int = 1) -> int:
+        """The slots, near some that the twin accepts, that it accepts too and whose 99th percentile of TTFT is least.
+
+        Args:
+            part: What the GPU serves.
+            kind: Its type.
+            slots: That the twin accepts.
+            reach: How many numbers of slots above and below are tried.
+        """
+        ranked = sorted(s for _, s in self.slots(part, kind))
+        at = ranked.index(slots)
+        near = [s for s in ranked[max(at - reach, 0) : at + reach + 1] if s == slots or self.passes(part, kind, s)]
+        return min(near, key=lambda s: (latency_ms(self.ask(part, kind, s)), s))
+
+
+def latency_ms(answer: dict[str, Any]) -> float:
+    """The 99th percentile of TTFT, milliseconds; infinite where nobody who asked is served."""
+    if answer["starved"] or answer["memory_error"]:
+        return float("inf")
+    return float(answer["ttft_ms"]["p99"] or 0.0)
+
+
+HOPELESS = 1.5
+"""A strain at which the twin need not be asked."""

@@ -1,0 +1,136 @@
+"""Ways to deal adapters to a given number of GPUs."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from deltaworks.serving import twin
+from deltaworks.serving.estimate import FEATURES, Traffic, estimate
+from deltaworks.serving.parts import Part, cut
+from deltaworks.serving.profile import Profile, allowed_rank
+from deltaworks.serving.server import F64, I64
+
+_STEP = list(FEATURES).index("step_ms")
+
+
+def weights(traffic: Traffic, profile: Profile, gpus: int) -> F64:
+    """The share of a GPU's time that each adapter costs, about: (adapters,) float64.
+
+    An adapter costs the time of its tokens, and for every step in which it is busy the time of one more adapter in the
+    batch; how long a step is follows from ``1 / gpus`` of all the traffic. An adapter without traffic costs next to
+    nothing.
+
+    Args:
+        traffic: Of all adapters.
+        profile: Of the GPU.
+        gpus: Over which the traffic is spread.
+    """
+    rank = allowed_rank(int(traffic.rank.max(initial=1)))
+    busy = np.flatnonzero(traffic.rate)
+    if not busy.size:
+        return np.full(traffic.rate.size, 1e-9)
+    own = traffic.of(busy[:: max(busy.size // 512, 1)])
+    sample = own.scaled(float(traffic.rate.sum() / own.rate.sum()) / gpus) if own.rate.size < 2 * gpus else own
+    count = max(round(busy.size / gpus), 1)
+    mix = sample.of(np.linspace(0, sample.rate.size - 1, min(count, sample.rate.size)).astype(np.int64))
+    mix = mix.scaled(float(traffic.rate.sum() / gpus / mix.rate.sum()))
+    slots = max(min(count, profile.most_slots(rank)), 1)
+    step_s = max(estimate(mix, profile, slots, rank)[_STEP] / 1000.0, 1e-3)
+    costs = profile.costs(slots, rank)
+    token = (costs[twin.PER_DECODE] + costs[twin.PER_RUNNING] + costs[twin.LORA_DECODE]) * traffic.output
+    token += (costs[twin.PER_PREFILL] + costs[twin.LORA_PREFILL]) * traffic.prompt
+    token += costs[twin.PER_CONTEXT] * traffic.output * (traffic.prompt + traffic.spread / 2)
+    held = 1.0 - np.exp(-traffic.rate * traffic.output * step_s)
+    return np.asarray(traffic.rate * token + held * costs[twin.PER_ADAPTER] / step_s + 1e-9)
+
+
+def balanced(weight: F64, capacity: F64, rate: F64, piece: float = 1.0) -> list[Part]:
+    """Each adapter to the GPU that is then the least loaded, heaviest adapters first (LPT).
+
+    An adapter heavier than ``piece`` of the load that each GPU should have is split into equal shares of at most that
+    much, each on another GPU.
+
+    Args:
+        weight: Of the adapters, (adapters,) float64.
+        capacity: Of the GPUs, (gpus,) float64.
+        rate: Requests/s of the adapters, (adapters,) float64: what does not ask is not split.
+        piece: How large a piece may be.
+    """
+    gpus = capacity.size
+    even = float(weight.sum() / gpus)
+    count = np.where(rate > 0, np.minimum(np.ceil(weight / (piece * even) - 1e-9), gpus), 1).astype(np.int64)
+    items = sorted(
+        ((float(weight[a] / count[a]), int(a)) for a in range(weight.size) for _ in range(count[a])),
+        key=lambda item: (-item[0], item[1]),
+    )
+    load, numbers, shares = np.zeros(gpus), np.zeros(gpus), []
+    taken: dict[int, set[int]] = {}
+    for size, adapter in items:
+        places = taken.setdefault(adapter, set())
+        after = np.round((load + size) / capacity, 12)
+        gpu = min((g for g in range(gpus) if g not in places), key=lambda g: (after[g], numbers[g], g))
+        load[gpu] += size
+        numbers[gpu] += 1
+        places.add(gpu)
+        shares.append((gpu, adapter, 1.0 / count[adapter]))
+    return cut(shares, gpus)
+
+
+def in_rows(order: I64, weight: F64, capacity: F64, smallest: float = 0.0) -> list[Part]:
+    """The adapters in an order, cut into runs of the loads that the GPUs should have.
+
+    Args:
+        order: Of the adapters, (adapters,) int64.
+        weight: Of the adapters, (adapters,) float64.
+        capacity: Of the GPUs, (gpus,) float64.
+        smallest: An adapter at a cut is split if both pieces have this share of a GPU's load or more; the whole goes
+            where more than half of it would be otherwise.
+    """
+    ends = np.cumsum(capacity) / capacity.sum() * weight.sum()
+    shares, at, gpu = [], 0.0, 0
+    for adapter in order:
+        left = float(weight[adapter])
+        while gpu + 1 < capacity.size and at + left > ends[gpu] + 1e-12:
+            here = ends[gpu] - at
+            even = ends[gpu] - (ends[gpu - 1] if gpu else 0.0)
+            if smallest > 0 and min(here, left - here) > smallest * even:
+                shares.append((gpu, int(adapter), here / float(weight[adapter])))
+                at, left = ends[gpu], left - here
+            elif here > left / 2:
+                break
+            else:
+                at = max(at, ends[gpu])
+            gpu += 1
+        shares.append((gpu, int(adapter), left / float(weight[adapter])))
+        at += left
+        while gpu + 1 < capacity.size and at >= ends[gpu] - 1e-12:
+            gpu += 1
+    return cut(shares, capacity.size)
+
+
+def by_rank(rank: F64, weight: F64, rate: F64, capacity: F64) -> list[Part]:
+    """Adapters of like rank together, for a server pays for its largest one; hot and cold ones alternate.
+
+    Args:
+        rank: Of the adapters, (adapters,) float64.
+        weight: (adapters,) float64.
+        rate: (adapters,) float64.
+        capacity: Of the GPUs, (gpus,) float64.
+    """
+    order: list[int] = []
+    for own in sorted({allowed_rank(int(r)) for r in rank}):
+        members = [i for i in np.argsort(-rate, kind="stable") if allowed_rank(int(rank[i])) == own]
+        # Every stretch of this order has its share of hot and of cold ones.
+        spread = np.argsort((np.arange(len(members)) * 0.6180339887498949) % 1.0, kind="stable")
+        order += [int(members[i]) for i in spread]
+    return in_rows(np.array(order, np.int64), weight, capacity, smallest=0.05)
+
+
+def counted(adapters: int, gpus: int) -> list[Part]:
+    """As many adapters on each GPU, in order of their names."""
+    return cut([(i * gpus // adapters, i, 1.0) for i in range(adapters)], gpus)
+
+
+def dealt(order: Sequence[int] | I64, gpus: int) -> list[Part]:
+    """Adapters dealt out in turn."""
+    return cut([(turn % gpus, int(adapter), 1.0) for turn, adapter in enumerate(order)], gpus)

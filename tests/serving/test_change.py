@@ -1,0 +1,126 @@
+"""Placements of changed workloads, what-if, advice, and the simpler ways beside ours."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_server import SMALL, check_placement, judge, workload
+
+from deltaworks.errors import PlacementError, WorkloadError
+from deltaworks.serving.advice import alike, capacities, of_adapters, overheads
+from deltaworks.serving.baselines import compare
+from deltaworks.serving.change import Change, change
+from deltaworks.serving.document import FILE, describe, read_placement
+from deltaworks.serving.judge import parse_goal
+from deltaworks.serving.placement import place
+from deltaworks.serving.simulate import Configuration, simulate
+from deltaworks.serving.what_if import what_if
+
+LENGTHS = {"distribution": "fixed", "input_mean": 100, "output_mean": 50}
+
+
+def content(**rates: float) -> dict[str, Any]:
+    adapters = [{"name": name, "rank": 8, "rate": rate} for name, rate in rates.items()]
+    return {"duration": 120, "lengths": LENGTHS, "adapters": adapters}
+
+
+BEFORE = {f"a{i:02}": 2.0 for i in range(100)}
+
+
+def changed(tmp_path: Path, **rates: float) -> tuple[Change, Any]:
+    old = judge(workload(content(**BEFORE)["adapters"]))
+    found = place(old)
+    assert len(found.gpus) > 1
+    (tmp_path / FILE).write_text(json.dumps(describe(old, found, content(**BEFORE), {}, None)))
+    asker = judge(workload(content(**rates)["adapters"]))
+    after = change(asker, read_placement(tmp_path))
+    check_placement(asker, after.placement)
+    return after, found
+
+
+def test_nothing_moves_if_nothing_changed(tmp_path: Path) -> None:
+    after, found = changed(tmp_path, **BEFORE)
+    assert after.moves == []
+    assert [gpu.part for gpu in after.placement.gpus] == [gpu.part for gpu in found.gpus]
+
+
+def test_a_new_adapter_moves_no_other(tmp_path: Path) -> None:
+    after, _ = changed(tmp_path, **BEFORE, zz=0.1)
+    assert [(m["adapter"], m["from"], m["why"]) for m in after.moves] == [("zz", [], "it is new")]
+
+
+def test_an_adapter_that_grew_makes_some_move(tmp_path: Path) -> None:
+    after, _ = changed(tmp_path, **(BEFORE | {"a00": 100.0}))
+    assert after.moves
+    assert all("would starve" in move["why"] or "it frees" in move["why"] for move in after.moves)
+    assert len(after.moves) < len(BEFORE) / 2
+
+
+def test_a_gpu_is_freed_when_traffic_falls(tmp_path: Path) -> None:
+    after, found = changed(tmp_path, **dict.fromkeys(BEFORE, 0.2))
+    assert len(after.placement.gpus) < len(found.gpus)
+    assert any("it frees gpu-" in move["why"] for move in after.moves)
+
+
+def test_what_if_answers() -> None:
+    asker = judge(workload(content(**BEFORE)["adapters"]))
+    found = place(asker)
+    answers = {answer["question"]: answer for answer in what_if(asker, found)}
+    assert list(answers) == ["one more adapter", "twice the traffic", "one more GPU", "twice the ranks"]
+    assert answers["twice the traffic"]["gpus"] > len(found.gpus)
+    assert answers["one more GPU"]["gpus"] == len(found.gpus) + 1
+    assert answers["twice the ranks"]["gpus"] >= len(found.gpus)
+
+
+def test_the_simpler_ways_need_no_fewer() -> None:
+    adapters = [
+        {"name": "hot", "count": 4, "rank": 32, "rate": 12.0},
+        {"name": "x", "count": 60, "rank": 8, "rate": 0.4},
+    ]
+    asker = judge(workload(adapters))
+    found = place(asker)
+    table = compare(asker, 0, len(found.gpus))
+    assert set(table) == {"by count", "round robin", "random", "rate-balanced", "as many as fit in memory"}
+    for row in table.values():
+        good = row["gpus"] is not None and not row["starved"] and not row["memory_errors"]
+        assert not good or row["gpus"] >= len(found.gpus)
+
+
+def test_advice_is_what_the_twin_says() -> None:
+    one = alike(8, 0.5, LENGTHS, 120.0)
+    rows = capacities(SMALL, one, 0.0, (), lambda _: None)
+    best = max(rows, key=lambda row: row["adapters"])
+    assert best["slots"] > 1
+    for row in rows[::6]:
+        slots = min(row["slots"], row["adapters"])
+        answer = simulate(of_adapters(one, row["adapters"]), SMALL, Configuration(slots, 8))
+        assert not answer["starved"]
+        assert answer["throughput_tps"] == row["throughput_tps"]
+    assert sum(row["slots"] >= best["adapters"] for row in rows) <= 1
+    quick = capacities(SMALL, one, 0.0, [parse_goal("ttft_p99=150ms")], lambda _: None)
+    assert max(row["adapters"] for row in quick) < best["adapters"]
+    assert all(row["ttft_p99_ms"] <= 150 for row in quick)
+    costs = overheads(SMALL, 8, 10)
+    assert set(costs) == {"memory", "model", "loading", "scheduler"}
+    assert "10 slots of rank 8" in costs["memory"]
+    assert "5.8 ms from host memory" in costs["loading"]
+    with pytest.raises(WorkloadError, match="rate: expected a number above 0"):
+        alike(8, 0.0, LENGTHS)
+
+
+def test_small_cases_are_proven() -> None:
+    pytest.importorskip("ortools")
+    from deltaworks.serving.exact import fewest_gpus
+
+    adapters = [{"name": "a", "count": 9, "rank": 8, "rate": 9.0}, {"name": "b", "count": 5, "rank": 32, "rate": 3.0}]
+    asker = judge(workload(adapters))
+    found = place(asker)
+    proven = fewest_gpus(asker, 0, len(found.gpus) + 1)
+    assert proven is not None
+    assert found.lower_bound <= proven
+    split = any(piece.share < 1 for gpu in found.gpus for piece in gpu.part)
+    assert split or proven == len(found.gpus)
+    many = judge(workload([{"name": f"a{i}", "rank": 8, "rate": 0.1 + i} for i in range(13)]))
+    with pytest.raises(PlacementError, match="up to 12 kinds"):
+        fewest_gpus(many, 0, 3)
