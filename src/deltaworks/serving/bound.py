@@ -72,21 +72,54 @@ class Capacities:
         return any(strain < 2 and judge.accepts(judge.ask(part, kind, slots, factor)) for strain, slots in ranked)
 
     def _sample(self, mix: F64, share: float) -> Part:
-        """Adapters that make up a share of each group, evenly chosen; the rest of a whole one as a piece."""
-        pieces: list[Piece] = []
+        """Adapters that make up a share of the traffic of each group, hot and cold ones as in the group."""
+        rate, pieces = self._judge.traffic[self._kind].rate, []
         for place in np.flatnonzero(mix):
             members = np.flatnonzero(self.groups == place)
-            pieces += spread(members, share * members.size)
+            pieces += spread(members[np.argsort(-rate[members], kind="stable")], rate, share)
         return tuple(sorted(pieces))
 
+    def prices(self, columns: F64) -> F64:
+        """What each adapter takes of a GPU at the prices of the relaxation, (adapters,) float64.
 
-def spread(members: I64, wanted: float) -> list[Piece]:
-    """So many adapters, evenly chosen among the members, again from the first where there are too few."""
-    whole = int(wanted)
-    order = np.argsort((np.arange(members.size) * 0.6180339887498949) % 1.0, kind="stable")
-    pieces = [Piece(int(members[order[i % members.size]]), 1.0, float(i // members.size)) for i in range(whole)]
-    if wanted - whole > 0.02:
-        pieces.append(Piece(int(members[order[whole % members.size]]), wanted - whole, float(whole // members.size)))
+        Args:
+            columns: What a GPU can take, in shares of the groups, (mixes, groups) float64.
+        """
+        rate = self._judge.traffic[self._kind].rate
+        found = linprog(np.ones(columns.shape[0]), -columns.T, -np.ones(columns.shape[1]), method="highs")
+        price = np.maximum(-np.asarray(found.ineqlin.marginals), 1e-9)
+        total = np.bincount(self.groups[self.groups >= 0], rate[self.groups >= 0], price.size)
+        each = np.where(self.groups >= 0, price[self.groups] / total[self.groups] * rate, 0.0)
+        return np.asarray(each + 1e-9)
+
+
+def spread(members: I64, rate: F64, share: float) -> list[Piece]:
+    """Adapters that make up a share of the traffic of some.
+
+    That share of their number, evenly chosen from the busiest to the idlest, and a piece of one so that the traffic is
+    right.
+
+    Args:
+        members: By place, the busiest first, (members,) int64.
+        rate: Of all adapters, (adapters,) float64.
+        share: Of the members' traffic; above 1 they come several times.
+    """
+    copies, rest = int(share), share - int(share)
+    pieces = [Piece(int(m), 1.0, float(copy)) for copy in range(copies) for m in members]
+    wanted = rest * float(rate[members].sum())
+    turns = np.floor(0.5 + rest * np.arange(members.size + 1)).astype(np.int64)
+    chosen = {int(m): 1.0 for m, before, after in zip(members, turns[:-1], turns[1:], strict=True) if after > before}
+    excess = sum(float(rate[m]) for m in chosen) - wanted
+    for m in list(chosen):
+        if excess > 0:
+            taken = min(float(rate[m]), excess)
+            chosen[m] -= taken / float(rate[m])
+            excess -= taken
+    for m in reversed(members.tolist()):
+        if excess < 0 and m not in chosen and (rate[m] >= -excess or m == members[0]):
+            chosen[m] = min(-excess / float(rate[m]), 1.0)
+            break
+    pieces += [Piece(m, kept, float(copies)) for m, kept in chosen.items() if kept > 0.01]
     return pieces
 
 

@@ -76,54 +76,37 @@ def balanced(weight: F64, capacity: F64, rate: F64, piece: float = 1.0) -> list[
     return cut(shares, gpus)
 
 
-def in_rows(order: I64, weight: F64, capacity: F64, smallest: float = 0.0) -> list[Part]:
-    """The adapters in an order, cut into runs of the loads that the GPUs should have.
-
-    Args:
-        order: Of the adapters, (adapters,) int64.
-        weight: Of the adapters, (adapters,) float64.
-        capacity: Of the GPUs, (gpus,) float64.
-        smallest: An adapter at a cut is split if both pieces have this share of a GPU's load or more; the whole goes
-            where more than half of it would be otherwise.
-    """
-    ends = np.cumsum(capacity) / capacity.sum() * weight.sum()
-    shares, at, gpu = [], 0.0, 0
-    for adapter in order:
-        left = float(weight[adapter])
-        while gpu + 1 < capacity.size and at + left > ends[gpu] + 1e-12:
-            here = ends[gpu] - at
-            even = ends[gpu] - (ends[gpu - 1] if gpu else 0.0)
-            if smallest > 0 and min(here, left - here) > smallest * even:
-                shares.append((gpu, int(adapter), here / float(weight[adapter])))
-                at, left = ends[gpu], left - here
-            elif here > left / 2:
-                break
-            else:
-                at = max(at, ends[gpu])
-            gpu += 1
-        shares.append((gpu, int(adapter), left / float(weight[adapter])))
-        at += left
-        while gpu + 1 < capacity.size and at >= ends[gpu] - 1e-12:
-            gpu += 1
-    return cut(shares, capacity.size)
-
-
-def by_rank(rank: F64, weight: F64, rate: F64, capacity: F64) -> list[Part]:
+def by_rank(rank: F64, weight: F64, rate: F64, capacity: F64, piece: float) -> list[Part]:
     """Adapters of like rank together, for a server pays for its largest one; hot and cold ones alternate.
+
+    They are laid out in order of rank, and the row is cut into runs of the loads that the GPUs should have.
 
     Args:
         rank: Of the adapters, (adapters,) float64.
         weight: (adapters,) float64.
-        rate: (adapters,) float64.
+        rate: (adapters,) float64: what does not ask is not split.
         capacity: Of the GPUs, (gpus,) float64.
+        piece: How large a share of a GPU's load a piece of an adapter may be.
     """
-    order: list[int] = []
+    even = float(weight.sum() / capacity.size)
+    count = np.where(rate > 0, np.maximum(np.ceil(weight / (piece * even) - 1e-9), 1), 1).astype(np.int64)
+    row: list[tuple[int, float]] = []
     for own in sorted({allowed_rank(int(r)) for r in rank}):
-        members = [i for i in np.argsort(-rate, kind="stable") if allowed_rank(int(rank[i])) == own]
+        members = [i for i in np.argsort(-weight, kind="stable") if allowed_rank(int(rank[i])) == own]
+        pieces = [(int(i), 1.0 / count[i]) for i in members for _ in range(count[i])]
         # Every stretch of this order has its share of hot and of cold ones.
-        spread = np.argsort((np.arange(len(members)) * 0.6180339887498949) % 1.0, kind="stable")
-        order += [int(members[i]) for i in spread]
-    return in_rows(np.array(order, np.int64), weight, capacity, smallest=0.05)
+        row += [
+            pieces[place] for place in np.argsort((np.arange(len(pieces)) * 0.6180339887498949) % 1.0, kind="stable")
+        ]
+    ends = np.cumsum(capacity) / capacity.sum() * weight.sum()
+    shares: dict[tuple[int, int], float] = {}
+    at = 0.0
+    for adapter, share in row:
+        middle = at + weight[adapter] * share / 2
+        gpu = min(int(np.searchsorted(ends, middle)), capacity.size - 1)
+        shares[gpu, adapter] = shares.get((gpu, adapter), 0.0) + share
+        at += float(weight[adapter] * share)
+    return cut([(gpu, adapter, share) for (gpu, adapter), share in shares.items()], capacity.size)
 
 
 def counted(adapters: int, gpus: int) -> list[Part]:

@@ -18,6 +18,7 @@ import numpy as np
 from deltaworks.errors import PlacementError
 from deltaworks.serving import partition
 from deltaworks.serving.bound import Capacities, fewest
+from deltaworks.serving.estimate import Traffic
 from deltaworks.serving.judge import HOPELESS, SLOTS, Judge, latency_ms
 from deltaworks.serving.parts import Part, Piece
 from deltaworks.serving.profile import allowed_rank
@@ -104,13 +105,14 @@ def place(
     least = 1 if alone else max(ceil(fewest(columns) - 1e-6), 2)
     bound = None if prices is None else fewest(columns, each)
     even = np.array([c.columns[0].max() for c in capacities])
+    cost = capacities[0].prices(columns)
     best = Placement((alone,), least, bound, "all on one") if alone else None
     for counts in _mixes(even, price, least):
         chosen = [kind for kind, count in enumerate(counts) for _ in range(count)]
         if best is not None and price[chosen].sum() >= price[[g.kind for g in best.gpus]].sum():
             break
         told(f"{len(chosen)} GPUs")
-        if found := attempt(judge, chosen, even[chosen]):
+        if found := attempt(judge, chosen, even[chosen], cost):
             best = Placement(found[0], least, bound, found[1])
             break
     if best is not None:
@@ -192,30 +194,44 @@ def _mixes(even: F64, price: F64, least: int) -> Iterator[tuple[int, ...]]:
         yield tuple(int(count) for count in counts[place_])
 
 
-def attempt(judge: Judge, kinds: Sequence[int], capacity: F64) -> tuple[tuple[Gpu, ...], str] | None:
+def attempt(
+    judge: Judge, kinds: Sequence[int], capacity: F64, cost: F64 | None = None
+) -> tuple[tuple[Gpu, ...], str] | None:
     """A placement on given GPUs that the twin accepts, and how it was dealt; None if none was found.
 
     Args:
         judge: Of the demand and the types.
         kinds: The type of each GPU.
         capacity: What they can take, in like units, (gpus,) float64.
+        cost: What each adapter takes of a GPU, (adapters,) float64, where that was measured.
     """
-    for name, deal in dealings(judge, kinds).items():
+    for name, deal in dealings(judge, kinds, cost).items():
         if (found := accepted(judge, deal, kinds, capacity)) is not None:
             return found, name
     return None
 
 
-def dealings(judge: Judge, kinds: Sequence[int]) -> dict[str, Deal]:
+def dealings(judge: Judge, kinds: Sequence[int], cost: F64 | None = None) -> dict[str, Deal]:
     """Ways to deal all adapters to GPUs of these types, by name, the most promising first."""
     traffic = judge.traffic[kinds[0]]
-    weight = partition.weights(traffic, judge.profiles[kinds[0]], len(kinds))
-    ways: dict[str, Deal] = {"balanced": lambda capacity: partition.balanced(weight, capacity, traffic.rate)}
-    if len({allowed_rank(int(rank)) for rank in traffic.rank}) > 1:
-        ways["by rank"] = lambda capacity: partition.by_rank(traffic.rank, weight, traffic.rate, capacity)
-    if len(kinds) > 1 and weight.max() * len(kinds) > _HOT * weight.sum():
-        ways["split"] = lambda capacity: partition.balanced(weight, capacity, traffic.rate, _HOT)
+    estimated = partition.weights(traffic, judge.profiles[kinds[0]], len(kinds))
+    mixed = len({allowed_rank(int(rank)) for rank in traffic.rank}) > 1
+    ways: dict[str, Deal] = {}
+    for suffix, weight in (("", cost), (" by estimate", estimated)):
+        if weight is not None:
+            ways |= {f"{name}{suffix}": deal for name, deal in _weighted(traffic, weight, len(kinds), mixed).items()}
     return ways | simple(judge, kinds[0])
+
+
+def _weighted(traffic: Traffic, weight: F64, gpus: int, mixed: bool) -> dict[str, Deal]:
+    """Ways that go by what each adapter costs; those that keep ranks apart only where there are several."""
+    hot = gpus > 1 and weight.max() * gpus > _HOT * weight.sum()
+    ways: dict[str, Deal] = {"balanced": lambda capacity: partition.balanced(weight, capacity, traffic.rate)}
+    if mixed:
+        ways["by rank"] = lambda capacity: partition.by_rank(traffic.rank, weight, traffic.rate, capacity, _HOT)
+    if hot:
+        ways["split"] = lambda capacity: partition.balanced(weight, capacity, traffic.rate, _HOT)
+    return ways
 
 
 def simple(judge: Judge, kind: int) -> dict[str, Deal]:
