@@ -319,7 +319,7 @@ def _compared(ways: dict[str, Any], ours: int) -> None:
     for name, row in ways.items():
         bad = [f"{row[key]} {label}" for key, label in FAILURES.items() if row[key]]
         if row["gpus"] is None:
-            bad = [f"some GPU starves, up to {4 * ours} GPUs"]
+            bad = [f"some GPU starves, up to {2 * ours} GPUs"]
         gpus = "-" if row["gpus"] is None else str(row["gpus"])
         typer.echo(f"  {name:<26}{gpus:>6}{'  ' + ', '.join(bad) if bad else ''}")
 

@@ -132,7 +132,7 @@ def _compared(placement: Mapping[str, Any]) -> str:
     for name, row in (ours | placement["compared"]).items():
         fails = [f"{row[key]} {label}" for key, label in FAILURES.items() if row[key]]
         if row["gpus"] is None:
-            fails = ["some GPU starves, up to four times as many GPUs as ours"]
+            fails = ["some GPU starves, up to twice as many GPUs as ours"]
         verdict = f"<span class='bad'>{', '.join(fails)}</span>" if fails else "<span class='good'>accepted</span>"
         gpus = "-" if row["gpus"] is None else str(row["gpus"])
         rows.append(f"<tr><td>{escape(name)}</td><td>{gpus}</td><td class='text'>{verdict}</td></tr>")

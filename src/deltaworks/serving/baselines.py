@@ -8,7 +8,7 @@ from deltaworks.serving.judge import Judge
 from deltaworks.serving.parts import Piece
 from deltaworks.serving.placement import accepted, simple
 
-_FARTHEST = 4
+FARTHEST = 2
 
 
 def compare(judge: Judge, kind: int, ours: int) -> dict[str, dict[str, Any]]:
@@ -20,14 +20,14 @@ def compare(judge: Judge, kind: int, ours: int) -> dict[str, dict[str, Any]]:
         ours: GPUs of our placement; with fewer, all but the last way were tried for it already.
 
     Returns:
-        By the way's name: ``gpus``, None if the twin accepts no number of them up to four times ours; ``starved`` and
+        By the way's name: ``gpus``, None if the twin accepts no number of them up to twice ours; ``starved`` and
         ``memory_errors``, GPUs of that number that the twin refuses.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, deal in simple(judge, kind).items():
-        enough = next(
-            (n for n in range(ours, _FARTHEST * ours + 1) if accepted(judge, deal, [kind] * n, np.ones(n))), None
-        )
+        # One by one: with one GPU more, a way that deals in turn may put two hot adapters together.
+        counts = range(ours, FARTHEST * ours + 1)
+        enough = next((n for n in counts if accepted(judge, deal, [kind] * n, np.ones(n))), None)
         found[name] = {"gpus": enough, "starved": 0, "memory_errors": 0}
     return found | {"as many as fit in memory": _filled(judge, kind)}
 
