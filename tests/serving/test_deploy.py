@@ -11,7 +11,7 @@ import yaml
 
 from deltaworks.errors import UserError
 from deltaworks.serving import deploy
-from deltaworks.serving.document import read_placement
+from deltaworks.serving.document import read_placement, with_traces
 from deltaworks.serving.profile import KvCache, Profile, StepTime
 
 PROFILE = Profile("p", "vLLM 0.11.2 (V1)", "org/model", "g", KvCache(1e5), StepTime(5))
@@ -96,3 +96,29 @@ def test_damaged_placements_are_named(tmp_path: Path, text: str, said: str) -> N
     (tmp_path / "placement.json").write_text(text)
     with pytest.raises(UserError, match=said):
         read_placement(tmp_path)
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    out, trace = tmp_path / "out", tmp_path / "t.csv"
+    with pytest.raises(FileNotFoundError):
+        deploy.write(out, {"a.txt": "1"}, {"t.csv": trace})
+    assert list(tmp_path.iterdir()) == []
+    trace.write_text("x")
+    deploy.write(out, {"a.txt": "1", "b.sh": "2"}, {"t.csv": trace})
+    assert sorted(path.name for path in out.iterdir()) == ["a.txt", "b.sh", "t.csv"]
+    (out / "mine").write_text("kept")
+    deploy.write(out, {"a.txt": "3"}, {"t.csv": out / "t.csv"})
+    assert {path.name: path.read_text() for path in out.iterdir()} == {
+        "a.txt": "3",
+        "b.sh": "2",
+        "t.csv": "x",
+        "mine": "kept",
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "t.csv"]
+
+
+def test_traces_of_one_name_do_not_meet(tmp_path: Path) -> None:
+    content = {"requests": "one/t.csv", "lengths": {"path": "two/t.csv"}, "adapters": [{"name": "path"}]}
+    moved, traces = with_traces(content, tmp_path)
+    assert moved == {"requests": "t.csv", "lengths": {"path": "t-2.csv"}, "adapters": [{"name": "path"}]}
+    assert traces == {"t.csv": tmp_path / "one" / "t.csv", "t-2.csv": tmp_path / "two" / "t.csv"}

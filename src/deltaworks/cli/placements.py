@@ -233,8 +233,7 @@ def _write(
     from deltaworks.serving import deploy
     from deltaworks.serving.document import FILE, with_traces
 
-    folder.mkdir(parents=True, exist_ok=True)
-    document["workload"] = with_traces(content, origin, folder)
+    document["workload"], traces = with_traces(content, origin)
     paths = _adapter_paths(catalog, {a["name"] for gpu in document["gpus"] for a in gpu["adapters"]})
     deploy.write(
         folder,
@@ -243,6 +242,7 @@ def _write(
             "index.html": placement_page(document),
             FILE: json.dumps(document, indent=1, ensure_ascii=False) + "\n",
         },
+        traces,
     )
 
 

@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -209,10 +211,30 @@ def _yaml(content: Any) -> str:
     return yaml.safe_dump(content, sort_keys=False, width=4096)
 
 
-def write(folder: Path, contents: Mapping[str, str]) -> None:
-    """Write files into a folder, made where it does not exist; scripts can be run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in contents.items():
-        (folder / name).write_text(text, encoding="utf-8")
-        if name.endswith(".sh"):
-            (folder / name).chmod(0o755)
+def write(folder: Path, contents: Mapping[str, str], copies: Mapping[str, Path] | None = None) -> None:
+    """Write files into a folder; scripts can be run.
+
+    A new folder appears with all of them or not at all; in one that is there, each file is replaced at once, in order.
+
+    Args:
+        folder: Where.
+        contents: Texts by the names of their files.
+        copies: Files to be copied, by the names of the copies.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        for name, source in (copies or {}).items():
+            shutil.copyfile(source, partial / name)
+        for name, text in contents.items():
+            (partial / name).write_text(text, encoding="utf-8")
+            if name.endswith(".sh"):
+                (partial / name).chmod(0o755)
+        if not folder.exists() or not any(folder.iterdir()):
+            partial.chmod(0o755)
+            partial.replace(folder)
+            return
+        for name in (*(copies or {}), *contents):
+            (partial / name).replace(folder / name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,7 +1,6 @@
 """placement.json: where every adapter is served, what the twin says of it, and all that is needed to do it again."""
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -140,28 +139,31 @@ def notes(gpus: list[dict[str, Any]], judge: Judge) -> list[str]:
     return found
 
 
-def with_traces(content: Any, origin: Path, folder: Path) -> Any:
-    """A workload's content for another folder, with the traces that it names copied there.
+def with_traces(content: Any, origin: Path) -> tuple[Any, dict[str, Path]]:
+    """A workload's content for another folder, and the traces to be copied there, by the names they get.
 
     Args:
         content: As its file has it.
         origin: The folder of that file.
-        folder: Where the content will stand.
     """
-    if isinstance(content, list):
-        return [with_traces(item, origin, folder) for item in content]
-    if not isinstance(content, Mapping):
-        return content
+    traces: dict[str, Path] = {}
 
-    def kept(key: str, value: Any) -> Any:
-        if isinstance(value, str) and key in ("path", "requests"):
-            source = origin / value
-            if source.resolve() != (folder / source.name).resolve():
-                shutil.copyfile(source, folder / source.name)
-            return source.name
-        return with_traces(value, origin, folder)
+    def moved(value: Any, key: str = "") -> Any:
+        if isinstance(value, list):
+            return [moved(item) for item in value]
+        if isinstance(value, Mapping):
+            return {name: moved(item, name) for name, item in value.items()}
+        if not isinstance(value, str) or key not in ("path", "requests"):
+            return value
+        source, number = (origin / value).resolve(), 1
+        name = source.name
+        while traces.get(name, source) != source:
+            number += 1
+            name = f"{source.stem}-{number}{source.suffix}"
+        traces[name] = source
+        return name
 
-    return {key: kept(key, value) for key, value in content.items()}
+    return moved(content), traces
 
 
 def read_placement(path: Path) -> Recorded:
