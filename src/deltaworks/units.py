@@ -1,4 +1,4 @@
-"""Amounts of data as people write and read them."""
+"""Amounts of data and times as people write and read them."""
 
 import re
 
@@ -28,3 +28,12 @@ def format_bytes(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.2f} TB"
+
+
+def format_time(milliseconds: float | None) -> str:
+    """A duration; a dash where there is none."""
+    if milliseconds is None:
+        return "-"
+    if milliseconds < 100:
+        return f"{milliseconds:.1f} ms"
+    return f"{milliseconds:.0f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:,.1f} s"

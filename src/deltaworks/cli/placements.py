@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from deltaworks.cli.options import AsJson, CatalogPath, ProfileName, Quiet, Threads, print_json
+from deltaworks.units import format_time
 
 if TYPE_CHECKING:
     from deltaworks.serving.document import Recorded
@@ -281,8 +282,8 @@ def _placement(document: dict[str, Any], output: Path | None) -> None:
         said = gpu["predicted"]
         typer.echo(
             f"{gpu['id']:<8}{gpu['type']:<26}{len(gpu['adapters']):>9,}{gpu['max_loras']:>7}{gpu['max_lora_rank']:>6}"
-            f"{said['throughput_tps']:>10,.0f}{_time(said['ttft_ms']['p50']):>11}{_time(said['ttft_ms']['p99']):>10}"
-            f"{_time(said['itl_ms']['mean']):>10}"
+            f"{said['throughput_tps']:>10,.0f}{format_time(said['ttft_ms']['p50']):>11}{format_time(said['ttft_ms']['p99']):>10}"
+            f"{format_time(said['itl_ms']['mean']):>10}"
         )
     if "moves" in document:
         moves = document["moves"]
@@ -322,12 +323,6 @@ def _compared(ways: dict[str, Any], ours: int) -> None:
             bad = [f"some GPU starves, up to {2 * ours} GPUs"]
         gpus = "-" if row["gpus"] is None else str(row["gpus"])
         typer.echo(f"  {name:<26}{gpus:>6}{'  ' + ', '.join(bad) if bad else ''}")
-
-
-def _time(milliseconds: float | None) -> str:
-    if milliseconds is None:
-        return "-"
-    return f"{milliseconds:.0f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:,.1f} s"
 
 
 def advise(
@@ -375,8 +370,8 @@ def advise(
     for row in rows:
         bar = "#" * max(round(40 * row["adapters"] / best["adapters"]), 1)
         typer.echo(
-            f"{row['slots']:>6}{row['adapters']:>10,}{row['throughput_tps']:>10,.0f}{_time(row['ttft_p99_ms']):>11}"
-            f"{_time(row['itl_mean_ms']):>9}{row['kv_tokens']:>11,}  {bar}{' <- most' if row is best else ''}"
+            f"{row['slots']:>6}{row['adapters']:>10,}{row['throughput_tps']:>10,.0f}{format_time(row['ttft_p99_ms']):>11}"
+            f"{format_time(row['itl_mean_ms']):>9}{row['kv_tokens']:>11,}  {bar}{' <- most' if row is best else ''}"
         )
     if not slo and (best["ttft_p99_ms"] or 0.0) > PATIENCE_MS:
         typer.echo("\nnobody starves, but requests wait for slots; ask for less with --slo ttft_p99=2s")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deltaworks.cli.options import AsJson, ProfileName, Quiet, Threads, print_json
+from deltaworks.units import format_time
 
 if TYPE_CHECKING:
     from deltaworks.serving.profile import Profile
@@ -174,11 +175,7 @@ def _answer(answer: dict[str, Any], profile: str, slots: int) -> None:
 def _spread(values: dict[str, float | None]) -> str:
     if values["mean"] is None:
         return "nobody was served"
-    return "   ".join(f"{key} {_time(value or 0.0)}" for key, value in values.items())
-
-
-def _time(milliseconds: float) -> str:
-    return f"{milliseconds:.1f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:,.1f} s"
+    return "   ".join(f"{key} {format_time(value or 0.0)}" for key, value in values.items())
 
 
 def profile(

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
+from deltaworks.units import format_time
+
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --good: #2a8f5b; --bad: #c0392b; --bar: #3b7dd8; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
@@ -59,7 +61,7 @@ def _subtitle(placement: Mapping[str, Any]) -> str:
     headroom = placement["headroom"]
     parts = ["the digital twin sees no GPU starved or out of memory" if placement["verified"] else "NOT verified"]
     parts.append(f"with {headroom:.0%} more traffic than asked" if headroom else "at the traffic asked")
-    parts += [f"{name} at most {_time(limit)}" for name, limit in placement["slo"].items()]
+    parts += [f"{name} at most {format_time(limit)}" for name, limit in placement["slo"].items()]
     return ", ".join(parts)
 
 
@@ -70,7 +72,7 @@ def _facts(placement: Mapping[str, Any]) -> str:
         (str(placement["gpu_count"]), _plural(placement["gpu_count"], "GPU")),
         (str(placement["lower_bound"]), "lower bound"),
         (f"{through:,.0f}", f"tokens/s of {offered:,.0f} asked"),
-        (_time(worst), "TTFT, 99th percentile, worst GPU"),
+        (format_time(worst), "TTFT, 99th percentile, worst GPU"),
     ]
     if "price" in placement:
         facts.append((f"{placement['price']:g}", f"price; at least {placement['price_lower_bound'] or 0:.3g}"))
@@ -97,8 +99,8 @@ def _gpus(gpus: list[Any]) -> str:
             f"<td><details><summary>{len(gpu['adapters']):,}</summary>{inner}</details></td>"
             f"<td>{gpu['max_loras']}</td><td>{gpu['max_lora_rank']}</td><td>{said['kv_tokens']:,}</td>"
             f"<td class='text'><span class='bar' style='width:{width}px'></span> {said['throughput_tps']:,.0f}</td>"
-            f"<td>{_time(said['ttft_ms']['p50'])}</td><td>{_time(said['ttft_ms']['p99'])}</td>"
-            f"<td>{_time(said['itl_ms']['mean'])}</td></tr>"
+            f"<td>{format_time(said['ttft_ms']['p50'])}</td><td>{format_time(said['ttft_ms']['p99'])}</td>"
+            f"<td>{format_time(said['itl_ms']['mean'])}</td></tr>"
         )
     head = (
         "id",
@@ -142,7 +144,7 @@ def _compared(placement: Mapping[str, Any]) -> str:
 def _what_if(answers: list[Any]) -> str:
     rows = [
         f"<tr><td>{escape(a['question'])}</td><td class='text'>{escape(a['answer'])}</td>"
-        f"<td>{'-' if a['gpus'] is None else a['gpus']}</td><td>{_time(a['ttft_p99_ms'])}</td></tr>"
+        f"<td>{'-' if a['gpus'] is None else a['gpus']}</td><td>{format_time(a['ttft_p99_ms'])}</td></tr>"
         for a in answers
     ]
     return _table(("question", "answer", "GPUs", "TTFT p99"), rows, text=("answer",))
@@ -155,9 +157,3 @@ def _table(head: Iterable[str], rows: Iterable[str], text: tuple[str, ...] = ())
 
 def _plural(count: int, word: str) -> str:
     return word if count == 1 else f"{word}s"
-
-
-def _time(milliseconds: float | None) -> str:
-    if milliseconds is None:
-        return "-"
-    return f"{milliseconds:.0f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:,.1f} s"

@@ -40,7 +40,7 @@ class Capacities:
 
     def __init__(self, judge: Judge, kind: int, *, evenly: bool = False) -> None:
         self._judge, self._kind = judge, kind
-        self.groups = group(judge, kind)
+        self.groups = group(judge)
         count = int(self.groups.max(initial=0)) + 1
         mixes = [np.ones(count)]
         if not evenly:
@@ -123,9 +123,12 @@ def spread(members: I64, rate: F64, share: float) -> list[Piece]:
     return pieces
 
 
-def group(judge: Judge, kind: int) -> I64:
-    """Sorts the adapters with traffic by allowed rank and rate into at most `GROUPS` groups of like load; others -1."""
-    traffic = judge.traffic[kind]
+def group(judge: Judge) -> I64:
+    """Sorts the adapters with traffic by allowed rank and rate into groups of like load; others are in group -1.
+
+    There are at most `GROUPS`, or one for each rank; all types of GPU have the same.
+    """
+    traffic = judge.traffic[0]
     rank = np.array([allowed_rank(int(r)) for r in traffic.rank])
     load = traffic.rate * (traffic.prompt + traffic.output)
     ranks = sorted(set(rank[traffic.rate > 0].tolist()))

@@ -29,10 +29,8 @@ def weights(traffic: Traffic, profile: Profile, gpus: int) -> F64:
     busy = np.flatnonzero(traffic.rate)
     if not busy.size:
         return np.full(traffic.rate.size, 1e-9)
-    own = traffic.of(busy[:: max(busy.size // 512, 1)])
-    sample = own.scaled(float(traffic.rate.sum() / own.rate.sum()) / gpus) if own.rate.size < 2 * gpus else own
     count = max(round(busy.size / gpus), 1)
-    mix = sample.of(np.linspace(0, sample.rate.size - 1, min(count, sample.rate.size)).astype(np.int64))
+    mix = traffic.of(busy[np.linspace(0, busy.size - 1, count).astype(np.int64)])
     mix = mix.scaled(float(traffic.rate.sum() / gpus / mix.rate.sum()))
     slots = max(min(count, profile.most_slots(rank)), 1)
     step_s = max(estimate(mix, profile, slots, rank)[_STEP] / 1000.0, 1e-3)

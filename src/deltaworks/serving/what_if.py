@@ -12,6 +12,7 @@ from deltaworks.serving.parts import Piece
 from deltaworks.serving.placement import Gpu, Placement, Told, place, place_on
 from deltaworks.serving.profile import RANKS
 from deltaworks.serving.workload import Adapter, Workload
+from deltaworks.units import format_time
 
 
 def what_if(judge: Judge, placement: Placement, told: Told = lambda _: None) -> list[dict[str, Any]]:
@@ -73,7 +74,9 @@ def _another_gpu(judge: Judge, placement: Placement) -> dict[str, Any]:
     before = _latency(judge, placement.gpus)
     found = place_on(judge, kinds, ways=1)
     after = _latency(judge, found.gpus)
-    return _told(judge, found.gpus, f"the 99th percentile of TTFT goes from {_seconds(before)} to {_seconds(after)}")
+    return _told(
+        judge, found.gpus, f"the 99th percentile of TTFT goes from {format_time(before)} to {format_time(after)}"
+    )
 
 
 def _larger_ranks(judge: Judge, placement: Placement) -> dict[str, Any]:
@@ -97,7 +100,3 @@ def _told(judge: Judge, gpus: Any, answer: str) -> dict[str, Any]:
 
 def _latency(judge: Judge, gpus: Any) -> float:
     return max((latency_ms(judge.ask(gpu.part, gpu.kind, gpu.slots)) for gpu in gpus if gpu.part), default=0.0)
-
-
-def _seconds(milliseconds: float) -> str:
-    return f"{milliseconds / 1000:.1f} s" if milliseconds >= 1000 else f"{milliseconds:.0f} ms"
