@@ -49,6 +49,15 @@ def test_no_more_tasks_in_flight_than_slots() -> None:
     assert most <= 3
 
 
+def test_it_tells_where_the_time_went() -> None:
+    slots = [Slot() for _ in range(2)]
+    pipeline: Pipeline[int, Slot] = Pipeline(slots, lambda *_: None, lambda *_: time.sleep(0.01), lambda *_: None, 1, 1)
+    pipeline.run(range(20))
+    assert pipeline.busy_s["compute"] >= 0.2
+    assert pipeline.waited_s["read"] > pipeline.busy_s["read"]
+    assert pipeline.waited_s["write"] > pipeline.busy_s["write"]
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_an_error_stops_everything(stage: int) -> None:
     seen: list[int] = []

@@ -42,7 +42,7 @@ def test_a_day_of_work(shell: Shell, tmp_path: Path) -> None:
         "error_bound",
         "output",
     }
-    after = {"expert_bytes_read", "base_bytes_read", "output_bytes_written", "measured_error", "wall_s"}
+    after = {"expert_bytes_read", "base_bytes_read", "output_bytes_written", "measured_error", "wall_s", "stages"}
     assert before < planned.keys()
     assert before | after == merged.keys() == direct.keys()
     assert planned["plan_digest"] == merged["plan_digest"] == direct["plan_digest"]
@@ -55,6 +55,14 @@ def test_a_day_of_work(shell: Shell, tmp_path: Path) -> None:
     assert {m["name"] for m in listed["models"]} == {"b", "e0", "expert1", "expert2"}
     assert {Path(s["path"]).name for s in listed["snapshots"]} == {"out", "out2"}
     assert "expert2" in shell.run("list").stdout
+
+
+def test_where_the_time_went(shell: Shell) -> None:
+    done = shell.run("merge", "ties.yml", "out", "--profile-run", "--quiet", "--json")
+    stages = json.loads(done.stdout)["stages"]
+    assert min(stages[f"{stage}_s"] for stage in ("read", "compute", "write")) > 0
+    assert stages["fsync_s"] + stages["hash_s"] <= stages["write_s"] + 0.001
+    assert [line.split()[0] for line in done.stderr.splitlines()] == ["read", "compute", "write", "in"]
 
 
 def test_mistakes_exit_with_two(shell: Shell, tmp_path: Path) -> None:

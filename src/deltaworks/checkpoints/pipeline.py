@@ -2,8 +2,11 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
+
+STAGES = ("read", "compute", "write")
 
 Task = TypeVar("Task")
 Slot = TypeVar("Slot")
@@ -23,6 +26,10 @@ class Pipeline(Generic[Task, Slot]):
         write: empties it.
         readers: number of reader threads.
         workers: number of compute threads.
+
+    Attributes:
+        busy_s: seconds that the threads of each of `STAGES` worked, all of its threads together.
+        waited_s: seconds that they waited: readers for free buffers, the others for work.
     """
 
     def __init__(
@@ -44,6 +51,7 @@ class Pipeline(Generic[Task, Slot]):
         self._lock = threading.Lock()
         self._error: BaseException | None = None
         self.stopping = threading.Event()
+        self.busy_s, self.waited_s = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0)
 
     def run(self, tasks: Iterable[Task]) -> None:
         """Handle every task; returns when all are written."""
@@ -72,8 +80,18 @@ class Pipeline(Generic[Task, Slot]):
                 self._filled.put(None)
             self._done.put(None)
 
+    def _spent(self, stage: str, waiting: float, started: float) -> float:
+        """Count what a thread did since ``waiting``: it waited until ``started`` and has worked since; returns now."""
+        now = time.perf_counter()
+        with self._lock:
+            self.waited_s[stage] += started - waiting
+            self.busy_s[stage] += now - started
+        return now
+
     def _reading(self, tasks: Iterator[Task]) -> None:
+        last_s = time.perf_counter()
         while (slot := self._free.get()) is not None and not self.stopping.is_set():
+            started = time.perf_counter()
             with self._lock:
                 task = next(tasks, None)
                 if task is None:
@@ -87,11 +105,15 @@ class Pipeline(Generic[Task, Slot]):
                 return
             self._read(task, slot)
             self._filled.put((task, slot))
+            last_s = self._spent("read", last_s, started)
 
     def _computing(self) -> None:
+        last_s = time.perf_counter()
         while (item := self._filled.get()) is not None and not self.stopping.is_set():
+            started = time.perf_counter()
             self._compute(*item)
             self._done.put(item)
+            last_s = self._spent("compute", last_s, started)
         with self._lock:
             self._computing_left -= 1
             last = not self._computing_left
@@ -99,6 +121,9 @@ class Pipeline(Generic[Task, Slot]):
             self._done.put(None)
 
     def _writing(self) -> None:
+        last_s = time.perf_counter()
         while (item := self._done.get()) is not None and not self.stopping.is_set():
+            started = time.perf_counter()
             self._write(*item)
             self._free.put(item[1])
+            last_s = self._spent("write", last_s, started)

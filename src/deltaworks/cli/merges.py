@@ -11,6 +11,7 @@ from deltaworks.units import format_bytes
 
 if TYPE_CHECKING:
     from deltaworks.merging.budget import Budget
+    from deltaworks.merging.execute import StageTimes
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A mergekit YAML file.")]
 Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to appear; it must not exist.")]
@@ -56,6 +57,7 @@ Balanced = Annotated[
 VerifyError = Annotated[
     bool, typer.Option("--verify-error", help="Measure what the budget cost; reads every expert in full.")
 ]
+ProfileRun = Annotated[bool, typer.Option("--profile-run", help="Print where the time went, on standard error.")]
 
 
 def attach(app: typer.Typer) -> None:
@@ -80,6 +82,7 @@ def merge(
     allow_nonfinite: AllowNonfinite = False,
     block_size: BlockSize = None,
     threads: Threads = None,
+    profile_run: ProfileRun = False,
     catalog: CatalogPath = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -116,6 +119,8 @@ def merge(
         models = plan_inputs(opened, made, progress)
         result = run_plan(opened, made, models, out, options, force=force, verify_error=verify_error, progress=progress)
     _print_result(result.to_json(), as_json=as_json)
+    if profile_run:
+        _print_stages(result.stages)
 
 
 def plan(
@@ -188,6 +193,7 @@ def run(
     allow_nonfinite: AllowNonfinite = False,
     block_size: BlockSize = None,
     threads: Threads = None,
+    profile_run: ProfileRun = False,
     catalog: CatalogPath = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -209,6 +215,8 @@ def run(
             opened, loaded, models, out, options, force=force, verify_error=verify_error, progress=progress
         )
     _print_result(result.to_json(), as_json=as_json)
+    if profile_run:
+        _print_stages(result.stages)
 
 
 def verify(
@@ -247,6 +255,19 @@ def _print_result(result: dict[str, Any], *, as_json: bool) -> None:
         )
         where = f"merged into {result['output']} in {result['wall_s']:.1f} s"
         typer.echo(f"{where}: read {experts} from experts and {base} from the base, wrote {written}{_error(result)}")
+
+
+def _print_stages(stages: "StageTimes") -> None:
+    """Where the time went, a line a stage, on standard error."""
+    rows = [
+        ("read", stages.readers, stages.read_s, stages.read_waited_s, "for buffers"),
+        ("compute", stages.workers, stages.compute_s, stages.compute_waited_s, "for what is read"),
+        ("write", 1, stages.write_s, stages.write_waited_s, "for what is computed"),
+    ]
+    for stage, threads, busy, waited, why in rows:
+        each = f"{threads} thread{'s' if threads > 1 else ''}"
+        typer.echo(f"{stage:<9}{each:<11}{busy:8.3f} s at work{waited:9.3f} s waiting {why}", err=True)
+    typer.echo(f"in write: {stages.fsync_s:.3f} s flushing, {stages.hash_s:.3f} s hashing", err=True)
 
 
 def _error(result: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Execution: stream the blocks of a plan through its operations into the shards of the output."""
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from deltaworks.catalog.models import Model
 from deltaworks.checkpoints.codec import decode_reference
 from deltaworks.checkpoints.dtypes import BY_CODE
-from deltaworks.checkpoints.pipeline import Pipeline
+from deltaworks.checkpoints.pipeline import STAGES, Pipeline
 from deltaworks.checkpoints.reader import ByteCounter
 from deltaworks.checkpoints.source import Source
 from deltaworks.checkpoints.writer import OutputTensor, ShardLayout, ShardWriter, plan_shards
@@ -42,6 +43,30 @@ class Reads:
         return {i: Source(models[i], counters[i]) for i in sorted(used)}
 
 
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """Where the time of a merge went, in seconds; of all the threads of a stage together.
+
+    Attributes:
+        read_s, compute_s, write_s: at work; a reader also waits in there for passes before its own.
+        read_waited_s: readers, for free buffers: the stages after them are slower.
+        compute_waited_s, write_waited_s: for work: the stages before them are slower.
+        fsync_s, hash_s: parts of `write_s`: flushing finished files, and hashing them.
+        readers, workers: threads of those stages; one writes.
+    """
+
+    read_s: float
+    compute_s: float
+    write_s: float
+    read_waited_s: float
+    compute_waited_s: float
+    write_waited_s: float
+    fsync_s: float
+    hash_s: float
+    readers: int
+    workers: int
+
+
 class _Slot:
     """The buffers of one block and of what becomes of it."""
 
@@ -64,8 +89,8 @@ def execute(
     reads: Reads,
     finished: Callable[[ShardLayout, int], None],
     progress: Progress,
-) -> None:
-    """Write some shards of a plan.
+) -> StageTimes:
+    """Write some shards of a plan; returns where the time went.
 
     What is written hangs on the plan and its inputs alone: not on threads, block size or which shards are asked for.
 
@@ -101,6 +126,14 @@ def execute(
     finally:
         progress.finish()
         stages.close()
+    return StageTimes(
+        **{f"{stage}_s": round(pipeline.busy_s[stage], 4) for stage in STAGES},
+        **{f"{stage}_waited_s": round(pipeline.waited_s[stage], 4) for stage in STAGES},
+        fsync_s=round(stages.fsync_s, 4),
+        hash_s=round(stages.hash_s, 4),
+        readers=READERS,
+        workers=threads,
+    )
 
 
 class _Stages:
@@ -121,6 +154,7 @@ class _Stages:
         self._plan, self._streams, self._shard_of, self._folder = plan, streams, shard_of, folder
         self._options, self._finished, self._progress = options, finished, progress
         self.is_stopping: Callable[[], bool] = bool
+        self.fsync_s = self.hash_s = 0.0
         self._writers: dict[str, ShardWriter] = {}
         self._left: dict[str, int] = {}
         self._left_of_tensor = {s.tensor.name: s.blocks for s in streams}
@@ -170,8 +204,12 @@ class _Stages:
             stream.close()
         self._left[shard.name] -= 1
         if not self._left[shard.name]:
+            started = time.perf_counter()
             self._writers.pop(shard.name).finish()
+            flushed = time.perf_counter()
             self._finished(shard, sum(s.expert_bytes for s in self._streams if self._shard_of[s.tensor.name] is shard))
+            self.fsync_s += flushed - started
+            self.hash_s += time.perf_counter() - flushed
 
     def close(self) -> None:
         """Close every file."""

@@ -24,7 +24,7 @@ from deltaworks.checkpoints.sidecars import copy_sidecars, write_chat_template, 
 from deltaworks.checkpoints.writer import ShardLayout, fsync_folder, storage_error
 from deltaworks.errors import ChangedError, DeltaworksError, OutputError, VerificationError
 from deltaworks.merging.card import model_card
-from deltaworks.merging.execute import Reads, execute, output_shards
+from deltaworks.merging.execute import Reads, StageTimes, execute, output_shards
 from deltaworks.merging.measured_error import measure_error
 from deltaworks.merging.plan import Plan, save_plan
 from deltaworks.merging.prepare import MergeOptions
@@ -53,6 +53,7 @@ class MergeResult:
         predicted_error, error_bound: the plan's.
         measured_error: the real one, where it was measured.
         wall_s: seconds this run took.
+        stages: where they went.
     """
 
     output: str
@@ -67,6 +68,7 @@ class MergeResult:
     error_bound: float | None
     measured_error: float | None
     wall_s: float
+    stages: StageTimes
 
     def to_json(self) -> dict[str, Any]:
         """As the command line prints it."""
@@ -140,7 +142,7 @@ def run_plan(
         def finished(shard: ShardLayout, expert_bytes: int) -> None:
             staging.record(shard, hash_file(staging.folder / shard.name, ByteCounter(), Silent()), expert_bytes)
 
-        execute(plan, models, todo, staging.folder, options, staging.reads, finished, progress)
+        stages = execute(plan, models, todo, staging.folder, options, staging.reads, finished, progress)
         if changed := next((m for m in models if not untouched(m)), None):
             staging.forget()
             raise ChangedError(f"{changed.path} changed while it was being read; nothing was committed: merge again")
@@ -167,6 +169,7 @@ def run_plan(
         error_bound=plan.error_bound,
         measured_error=measured,
         wall_s=round(time.monotonic() - started, 3),
+        stages=stages,
     )
 
 
