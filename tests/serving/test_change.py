@@ -10,7 +10,8 @@ from small_server import SMALL, check_placement, judge, workload
 from deltaworks.errors import PlacementError, WorkloadError
 from deltaworks.serving.advice import alike, capacities, of_adapters, overheads
 from deltaworks.serving.baselines import compare
-from deltaworks.serving.change import Change, change
+from deltaworks.serving.change import Change, _roomiest, change
+from deltaworks.serving.change import _State as change_state
 from deltaworks.serving.document import FILE, describe, read_placement
 from deltaworks.serving.judge import parse_goal
 from deltaworks.serving.placement import place
@@ -124,3 +125,19 @@ def test_small_cases_are_proven() -> None:
     many = judge(workload([{"name": f"a{i}", "rank": 8, "rate": 0.1 + i} for i in range(13)]))
     with pytest.raises(PlacementError, match="up to 12 kinds"):
         fewest_gpus(many, 0, 3)
+
+
+def test_an_adapter_goes_where_there_is_room() -> None:
+    asker = judge(workload(content(**BEFORE)["adapters"]))
+    shares = [dict.fromkeys(range(start, stop), 1.0) for start, stop in ((0, 10), (10, 90), (90, 100))]
+    state = change_state(["gpu-0", "gpu-1", "gpu-2"], [0, 0, 0], shares)
+    # Both others are alike but for their numbers: the first is taken, as long as both are asked about the same.
+    assert _roomiest(asker, state, 50, 1.0, 1) == 0
+    del shares[2][99]
+    assert _roomiest(asker, state, 50, 1.0, 1) == 2
+
+
+def test_a_tiny_workload_on_several_types_needs_no_bound() -> None:
+    asker = judge(workload([{"name": "a", "count": 3, "rank": 8, "rate": 0.01}]), 0.1, (), SMALL, SMALL)
+    assert len(place(asker, [2.0, 1.0]).gpus) == 1
+    assert asker.runs < 20

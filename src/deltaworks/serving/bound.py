@@ -23,6 +23,7 @@ from deltaworks.serving.server import F64, I64
 GROUPS = 4
 _PRECISION = 0.03
 _TRIES = 5
+_PLENTY = 50.0
 
 
 class Capacities:
@@ -52,7 +53,7 @@ class Capacities:
     def _capacity(self, mix: F64) -> float:
         """The share of a mix of groups at which every number of slots that was tried starves."""
         low, high = 0.0, 1.0
-        while self._fits(mix, high):
+        while high < _PLENTY and self._fits(mix, high):
             low, high = high, high * 1.6
         while high - low > _PRECISION * high:
             middle = (low + high) / 2 if low else high / 2

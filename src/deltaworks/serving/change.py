@@ -94,7 +94,7 @@ def change(judge: Judge, old: Recorded, prices: Sequence[float] | None = None, t
     new = set(range(len(adapters))) - {a for own in state.shares for a in own}
     told("new adapters")
     for adapter in sorted(new, key=lambda a: (-weight[a], a)):
-        state.shares[_roomiest(judge, state, adapter, crowd=True)][adapter] = 1.0
+        state.shares[_roomiest(judge, state, adapter, 1.0, crowd=True)][adapter] = 1.0
         state.why[adapter] = "it is new"
     if new:
         slots = _repair(judge, state, weight)
@@ -112,11 +112,11 @@ def change(judge: Judge, old: Recorded, prices: Sequence[float] | None = None, t
 
 def _moves(adapters: Any, before: _State, after: _State) -> list[dict[str, Any]]:
     found = []
-    for place_, adapter in enumerate(adapters):
-        was = sorted(before.ids[g] for g, own in enumerate(before.shares) if place_ in own)
-        now = sorted(after.ids[g] for g, own in enumerate(after.shares) if place_ in own)
+    for index, adapter in enumerate(adapters):
+        was = sorted(before.ids[g] for g, own in enumerate(before.shares) if index in own)
+        now = sorted(after.ids[g] for g, own in enumerate(after.shares) if index in own)
         if was != now:
-            found.append({"adapter": adapter.name, "from": was, "to": now, "why": after.why.get(place_, "")})
+            found.append({"adapter": adapter.name, "from": was, "to": now, "why": after.why.get(index, "")})
     return found
 
 
@@ -125,21 +125,28 @@ def _strain(judge: Judge, state: _State, gpu: int) -> float:
     return judge.slots(part, state.kinds[gpu])[0][0] if part else 0.0
 
 
-def _roomiest(judge: Judge, state: _State, adapter: int, but: int = -1, *, crowd: bool = False) -> int:
-    """The GPU that strains least with one more adapter, or a new one if all would starve.
+def _roomiest(
+    judge: Judge, state: _State, adapter: int, share: float, source: int | None = None, *, crowd: bool = False
+) -> int:
+    """The GPU that strains least with a share of an adapter more, or a new one if all would starve.
 
     Args:
         judge: Of the demand.
         state: Of the placement.
         adapter: Its place.
-        but: A GPU that is not wanted.
+        share: Of its requests.
+        source: The GPU that gives the share away; None if nobody does.
         crowd: Take the one that strains least even if it would starve.
     """
     strains = {}
     for gpu in range(len(state.ids)):
-        if gpu != but and adapter not in state.shares[gpu]:
+        if gpu != source and adapter not in state.shares[gpu]:
             trial = state.copy()
-            trial.shares[gpu][adapter] = 1.0
+            trial.shares[gpu][adapter] = share
+            if source is not None:
+                trial.shares[source][adapter] -= share
+                if trial.shares[source][adapter] <= 0:
+                    del trial.shares[source][adapter]
             strains[gpu] = _strain(judge, trial, gpu)
     best = min(strains, key=lambda g: (strains[g], g), default=None)
     if best is None or (strains[best] > 1.0 and not crowd):
@@ -171,14 +178,14 @@ def _repair(judge: Judge, state: _State, weight: F64) -> list[int]:
             own = state.shares[gpu]
             if len(own) == 1:
                 adapter = next(iter(own))
-                target = _roomiest(judge, state, adapter, gpu)
+                target = _roomiest(judge, state, adapter, own[adapter] / 2, gpu)
                 state.shares[target][adapter] = own[adapter] = own[adapter] / 2
             else:
                 # The larger the adapter, the fewer must move; all but the largest may be too small to matter.
                 adapter = max(own, key=lambda a: (weight[a] * own[a], -a))
                 if weight[adapter] * own[adapter] > sum(weight[a] * s for a, s in own.items()) / 2:
                     adapter = sorted(own, key=lambda a: (weight[a] * own[a], -a))[-2]
-                state.move(adapter, gpu, _roomiest(judge, state, adapter, gpu))
+                state.move(adapter, gpu, _roomiest(judge, state, adapter, own[adapter], gpu))
             state.why[adapter] = f"{state.ids[gpu]} would starve"
     raise PlacementError("the old placement could not be mended; make a new one without --from")
 
@@ -208,7 +215,7 @@ def _without(judge: Judge, state: _State, hot: float, weight: F64) -> _State:
     for adapter, share in sorted(trial.shares[gone].items(), key=lambda item: (-weight[item[0]], item[0])):
         trial.why[adapter] = f"it frees {trial.ids[gone]}"
         if weight[adapter] * share <= hot:
-            trial.move(adapter, gone, _roomiest(judge, trial, adapter, gone, crowd=True))
+            trial.move(adapter, gone, _roomiest(judge, trial, adapter, share, gone, crowd=True))
             continue
         del trial.shares[gone][adapter]
         for gpu in others:

@@ -92,8 +92,8 @@ def place(
         if (slots := judge.fits(whole(judge), int(kind), tries=len(SLOTS))) is not None:
             alone = Gpu(int(kind), whole(judge), slots)
             break
-    if alone is not None and kinds == 1:
-        bound = None if prices is None else float(price[0])
+    if alone is not None and price[alone.kind] == price.min():
+        bound = None if prices is None else float(price.min())
         return Placement(_polished(judge, [alone]), 1, bound, "all on one")
     if kinds == 1 and (found := attempt(judge, [0, 0], np.ones(2))):
         bound = None if prices is None else 2 * float(price[0])
@@ -190,8 +190,8 @@ def _mixes(even: F64, price: F64, least: int) -> Iterator[tuple[int, ...]]:
         return
     counts = np.array(list(product(*(range(m + 1) for m in most))))
     counts = counts[(counts.sum(1) >= least) & (counts @ even >= 0.95)]
-    for place_ in np.lexsort((counts.sum(1), counts @ price)):
-        yield tuple(int(count) for count in counts[place_])
+    for index in np.lexsort((counts.sum(1), counts @ price)):
+        yield tuple(int(count) for count in counts[index])
 
 
 def attempt(
