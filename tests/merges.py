@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 from deltaworks.catalog.histogram import BINS, Histogram, drain
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.checkpoint import open_checkpoint
-from deltaworks.checkpoints.codec import decode_reference, encode_reference
+from deltaworks.checkpoints.codec import TILE, decode_reference, encode_reference
 from deltaworks.checkpoints.reader import ByteCounter
 from deltaworks.checkpoints.source import Source
+from deltaworks.merging.methods.operation import Block, Inputs
 from deltaworks.merging.plan import Plan
 from deltaworks.merging.prepare import MergeOptions, plan_inputs, prepare_plan
 from deltaworks.merging.recipe import parse_recipe
@@ -69,3 +70,18 @@ def whole_tensor_bytes(catalog: Catalog, plan: Plan) -> dict[str, NDArray[np.uin
     for source in sources:
         source.close()
     return result
+
+
+def block(
+    rows: NDArray[np.uint8],
+    codes: NDArray[np.int64],
+    start: int,
+    count: int,
+    scratch: NDArray[np.float32],
+    out: NDArray[np.uint8],
+    out_code: int,
+) -> Block:
+    """A block that was read in full, to the front of every row."""
+    present = np.ones((len(rows), max(1, -(-count // TILE))), np.bool_)
+    inputs = Inputs(rows, codes, np.zeros(len(rows), np.int64), present, 0)
+    return Block(inputs, start, count, scratch, out, out_code)

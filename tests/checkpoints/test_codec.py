@@ -4,7 +4,7 @@ from numpy.typing import NDArray
 
 from deltaworks.checkpoints.codec import decode, decode_reference, encode, encode_reference
 from deltaworks.checkpoints.dtypes import BY_CODE, FLOATS, DType, float_dtype, promote
-from deltaworks.checkpoints.jit import fma_reference
+from deltaworks.checkpoints.vector import fma_reference
 from deltaworks.errors import UserError
 
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}

@@ -61,8 +61,8 @@ def test_where_the_time_went(shell: Shell) -> None:
     done = shell.run("merge", "ties.yml", "out", "--profile-run", "--quiet", "--json")
     stages = json.loads(done.stdout)["stages"]
     assert min(stages[f"{stage}_s"] for stage in ("read", "compute", "write")) > 0
-    assert stages["fsync_s"] + stages["hash_s"] <= stages["write_s"] + 0.001
-    assert [line.split()[0] for line in done.stderr.splitlines()] == ["read", "compute", "write", "in"]
+    assert stages["fsync_s"] > 0 < stages["hash_s"]
+    assert [line.split()[0] for line in done.stderr.splitlines()] == ["read", "compute", "write", "hash", "fsync"]
 
 
 def test_mistakes_exit_with_two(shell: Shell, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from families import BF16, random_tensors, read_model, recipe, tuned, write_mode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from merges import METHODS, merge
+from merges import block as block_of
 from numpy.typing import NDArray
 
 from deltaworks.catalog.models import Model
@@ -28,7 +29,6 @@ from deltaworks.checkpoints.reader import ByteCounter
 from deltaworks.checkpoints.source import Source
 from deltaworks.errors import BudgetError, DeltaworksError
 from deltaworks.merging.budget import Budget, parse_budget
-from deltaworks.merging.methods.operation import Block
 from deltaworks.merging.plan import Plan, PlannedTensor
 from deltaworks.merging.prepare import MergeOptions, plan_inputs, prepare_plan
 from deltaworks.merging.recipe import parse_recipe
@@ -178,7 +178,7 @@ def on_whole_tensors(plan: Plan, tensor: PlannedTensor, models: Sequence[Model])
         row[: len(raw)] = raw
     codes = np.array([c for _, c in inputs])
     scratch = np.empty((len(inputs) + 3, TILE), np.float32)
-    block = Block(rows, codes, 0, tensor.count, scratch, np.zeros(size * 8, np.uint8), tensor.dtype.code)
+    block = block_of(rows, codes, 0, tensor.count, scratch, np.zeros(size * 8, np.uint8), tensor.dtype.code)
     operation = tensor.operation
     for _ in range(operation.passes):
         operation = operation.settle([operation.measure(block)], size)

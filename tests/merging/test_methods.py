@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from merges import block as block_of
 from merges import drained
 from numpy.typing import NDArray
 
@@ -25,7 +26,7 @@ from deltaworks.merging.methods.delta import (
     random_key,
     random_reference,
 )
-from deltaworks.merging.methods.operation import Block, Operation
+from deltaworks.merging.methods.operation import Operation
 from deltaworks.merging.methods.spherical import Slerp
 from deltaworks.merging.methods.weighted import WeightedSum
 
@@ -47,7 +48,7 @@ def stream(
                 row[: len(part)] = part
             scratch = np.full((len(raws) + 3, TILE), np.nan, np.float32)
             codes = np.array([d.code for d in dtypes])
-            blocks.append(Block(rows, codes, start, count, scratch, np.zeros(block_size * 8, np.uint8), out.code))
+            blocks.append(block_of(rows, codes, start, count, scratch, np.zeros(block_size * 8, np.uint8), out.code))
         settled = operation
         for _ in range(operation.passes):
             settled = settled.settle([settled.measure(b) for b in reversed(blocks)], block_size)
@@ -209,12 +210,12 @@ def test_what_is_not_finite_is_counted() -> None:
 
 def test_copies_must_agree() -> None:
     a, b = np.arange(16, dtype=np.uint8), np.arange(16, dtype=np.uint8)
-    block = Block(
+    block = block_of(
         np.stack([a, b]), np.array([-1, -1]), 0, 16, np.empty((5, TILE), np.float32), np.empty(16, np.uint8), -1
     )
     Copy(8).merge(block)
     np.testing.assert_array_equal(block.out, a)
-    block.rows[1, 3] ^= 1
+    block.inputs.rows[1, 3] ^= 1
     with pytest.raises(CheckpointError, match="integers cannot be averaged"):
         Copy(8).merge(block)
 
@@ -225,8 +226,9 @@ def test_lower_bits_parity() -> None:
     upper = int(np.abs(expert - base).view(np.uint32)[17] >> 16)
     wanted = lower_bits_reference(base, expert, upper)
     found = np.empty(5000, np.uint16)
-    scratch = np.empty((2, TILE), np.float32)
-    raws = [x.view(np.uint8) for x in (base, expert)]
-    count = collect_lower_bits(raws[0], F32.code, raws[1], F32.code, 5000, upper, scratch, found)
+    rows = np.stack([np.pad(x, (0, 8)).view(np.uint8) for x in (base, expert)])
+    codes = np.array([F32.code, F32.code])
+    block = block_of(rows, codes, 0, 5000, np.empty((5, TILE), np.float32), np.empty(0, np.uint8), -1)
+    count = collect_lower_bits(block.inputs, 1, 5000, upper, block.scratch, found)
     assert count == len(wanted) > 0
     np.testing.assert_array_equal(found[:count], wanted)

@@ -22,11 +22,12 @@ from deltaworks.catalog.statistics import (
 )
 from deltaworks.catalog.storage import measure_read_cost
 from deltaworks.catalog.store import Catalog
+from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.header import TensorInfo
-from deltaworks.checkpoints.pipeline import Pipeline
-from deltaworks.checkpoints.reader import ByteCounter
-from deltaworks.checkpoints.source import Source
+from deltaworks.checkpoints.pipeline import READS_IN_FLIGHT, Pipeline
+from deltaworks.checkpoints.reader import ByteCounter, page_aligned
+from deltaworks.checkpoints.source import Source, place_in_row
 from deltaworks.checkpoints.writer import storage_error
 from deltaworks.errors import UserError
 from deltaworks.progress import Progress, Silent
@@ -70,8 +71,8 @@ class _Block:
 
 class _Slot:
     def __init__(self, nbytes: int) -> None:
-        self.base = np.empty(nbytes, np.uint8)
-        self.expert = np.empty(nbytes, np.uint8)
+        self.rows = page_aligned(2, nbytes + 2 * PAGE)
+        self.base, self.expert = self.rows
         self.scratch = np.empty((3, TILE), np.float32)
         self.histogram = np.zeros(BINS, np.uint32)
         self.bins = np.empty(BINS, np.uint16)
@@ -120,17 +121,18 @@ def analyze(
     counter = ByteCounter()
     path = catalog.statistics_file(expert.fingerprint, base.fingerprint)
     widest = max((t.dtype.bits for pair in pairs for t in pair), default=8) // 8
-    slots = [_Slot(block_size * widest) for _ in range(threads + 3)]
+    slots = [_Slot(block_size * widest) for _ in range(threads + READS_IN_FLIGHT + 2)]
     measure_read_cost(catalog, expert)
     progress.start(f"analyze {expert.name}", sum(b.nbytes + e.nbytes for b, e in pairs))
     with (
-        Source(base, counter, sequential=True) as base_source,
-        Source(expert, counter, sequential=True) as expert_source,
+        Source(base, counter, direct=True) as base_source,
+        Source(expert, counter, direct=True) as expert_source,
     ):
         writer = StatisticsWriter(path, block_size)
         stages = _Stages(base_source, expert_source, pairs, block_size, writer, progress)
         try:
-            Pipeline(slots, stages.read, stages.compute, stages.write, 2, threads).run(_blocks(pairs, block_size))
+            pipeline = Pipeline(slots, stages.read, stages.compute, lambda *_: None, stages.commit, threads)
+            pipeline.run(_blocks(pairs, block_size))
             writer.commit()
         except OSError as error:
             raise storage_error(path, error) from error
@@ -169,8 +171,12 @@ class _Stages:
     def read(self, task: _Block, slot: _Slot) -> None:
         """Fill the slot with the block of base and expert."""
         start = task.block * self._block_size
-        self._base.read(task.base, start, task.count, slot.base)
-        self._expert.read(task.expert, start, task.count, slot.expert)
+        found = []
+        for source, tensor, row in ((self._base, task.base, slot.rows[0]), (self._expert, task.expert, slot.rows[1])):
+            place = place_in_row(tensor, start)
+            source.read_row(tensor, start, task.count, row, place)
+            found.append(row[place : place + (len(row) - place) // 8 * 8])
+        slot.base, slot.expert = found
 
     def compute(self, task: _Block, slot: _Slot) -> None:
         """Measure the block in the slot."""
@@ -191,7 +197,7 @@ class _Stages:
         )
         slot.used = drain(slot.histogram, slot.bins, slot.counts)
 
-    def write(self, task: _Block, slot: _Slot) -> None:
+    def commit(self, task: _Block, slot: _Slot) -> None:
         """Take the result over, and hand on every tensor that is complete, in order."""
         # Only this thread allocates: what many threads allocate and one frees ends up scattered.
         histogram = Histogram(slot.bins[: slot.used].copy(), slot.counts[: slot.used].copy())

@@ -11,6 +11,17 @@ from numpy.typing import NDArray
 
 from deltaworks.checkpoints.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
 from deltaworks.checkpoints.jit import kernel
+from deltaworks.checkpoints.vector import (
+    LANES,
+    MAGNITUDE,
+    NOT_FINITE,
+    bits,
+    lanes_set,
+    load,
+    select,
+    splat,
+    store,
+)
 
 TILE = 2048
 """Elements a kernel works on at once: a few float32 tiles fit in the first-level cache."""
@@ -94,13 +105,15 @@ def encode(values: NDArray[np.float32], count: int, code: int, raw: NDArray[np.u
     Returns:
         How many of the written elements are NaN or infinite.
     """
-    bits = values.view(np.uint32)[:count]
+    patterns = values.view(np.uint32)[:count]
     wrong = np.uint32(0)
     one, zero = np.uint32(1), np.uint32(0)
     if code == _BF16:
         bf16 = raw.view(np.uint16)[start : start + count]
-        for i in range(count):
-            b = bits[i]
+        whole = count - count % LANES
+        wrong += _encode_bf16(values, whole, bf16)
+        for i in range(whole, count):
+            b = patterns[i]
             r = (b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & one)) >> np.uint32(16)
             nan = (b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
             r = ((b >> np.uint32(16)) | np.uint32(0x0040)) if nan else r
@@ -109,33 +122,50 @@ def encode(values: NDArray[np.float32], count: int, code: int, raw: NDArray[np.u
     elif code == _F32:
         f32 = raw.view(np.uint32)[start : start + count]
         for i in range(count):
-            b = bits[i]
+            b = patterns[i]
             wrong += one if (b & np.uint32(0x7F800000)) == np.uint32(0x7F800000) else zero
             f32[i] = b
     elif code == _F64:
         f64 = raw.view(np.float64)[start : start + count]
         for i in range(count):
-            wrong += one if (bits[i] & np.uint32(0x7F800000)) == np.uint32(0x7F800000) else zero
+            wrong += one if (patterns[i] & np.uint32(0x7F800000)) == np.uint32(0x7F800000) else zero
             f64[i] = np.float64(values[i])
     elif code == _E4M3:
         bytes_ = raw[start : start + count]
         for i in range(count):
-            small = _round_small(bits[i], 4, 3, np.uint32(0x7E), np.uint32(0x7F), np.uint32(0x7F))
+            small = _round_small(patterns[i], 4, 3, np.uint32(0x7E), np.uint32(0x7F), np.uint32(0x7F))
             wrong += one if small == np.uint32(0x7F) else zero
-            bytes_[i] = np.uint8(small | ((bits[i] >> np.uint32(24)) & np.uint32(0x80)))
+            bytes_[i] = np.uint8(small | ((patterns[i] >> np.uint32(24)) & np.uint32(0x80)))
     elif code == _E5M2:
         bytes_ = raw[start : start + count]
         for i in range(count):
-            small = _round_small(bits[i], 5, 2, np.uint32(0x7B), np.uint32(0x7C), np.uint32(0x7E))
+            small = _round_small(patterns[i], 5, 2, np.uint32(0x7B), np.uint32(0x7C), np.uint32(0x7E))
             wrong += one if small >= np.uint32(0x7C) else zero
-            bytes_[i] = np.uint8(small | ((bits[i] >> np.uint32(24)) & np.uint32(0x80)))
+            bytes_[i] = np.uint8(small | ((patterns[i] >> np.uint32(24)) & np.uint32(0x80)))
     else:
         f16 = raw.view(np.uint16)[start : start + count]
         for i in range(count):
-            small = _round_small(bits[i], 5, 10, np.uint32(0x7BFF), np.uint32(0x7C00), np.uint32(0x7E00))
+            small = _round_small(patterns[i], 5, 10, np.uint32(0x7BFF), np.uint32(0x7C00), np.uint32(0x7E00))
             wrong += one if small >= np.uint32(0x7C00) else zero
-            f16[i] = np.uint16(small | ((bits[i] >> np.uint32(16)) & np.uint32(0x8000)))
+            f16[i] = np.uint16(small | ((patterns[i] >> np.uint32(16)) & np.uint32(0x8000)))
     return int(wrong)
+
+
+@kernel
+def _encode_bf16(values: NDArray[np.float32], whole: int, out: NDArray[np.uint16]) -> np.uint32:
+    """The first `whole` (a multiple of LANES) of `values` as BF16; returns how many of them are not finite."""
+    wrong, table = 0, values.reshape(1, values.size)
+    below_half, one, sixteen = splat(np.uint32(0x7FFF)), splat(np.uint32(1)), splat(np.uint32(16))
+    exponent, quiet = splat(np.uint32(0x7F80)), splat(np.uint32(0x40))
+    magnitude, not_finite = splat(MAGNITUDE), splat(NOT_FINITE)
+    for i in range(0, whole, LANES):
+        b = bits(load(table, 0, i))
+        upper = b >> sixteen
+        rounded = (b + below_half + (upper & one)) >> sixteen
+        rounded = select((b & magnitude) > not_finite, upper | quiet, rounded)
+        wrong += lanes_set((rounded & exponent) == exponent)
+        store(out, i, rounded)
+    return np.uint32(wrong)
 
 
 @kernel

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.dtypes import DTYPES, DType
 from deltaworks.checkpoints.reader import RangeReader
 from deltaworks.errors import CheckpointError
@@ -120,7 +121,10 @@ def _tensor(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
 
 
 def write_header(tensors: list[tuple[str, DType, tuple[int, ...]]]) -> tuple[bytes, list[int]]:
-    """The bytes before the data of a file that holds `tensors` in this order, and each one's absolute offset."""
+    """The bytes before the data of a file that holds `tensors` in this order, and each one's absolute offset.
+
+    The data begin at a page, so that they can be written around the page cache.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets, end = [], 0
     for name, dtype, shape in tensors:
@@ -129,6 +133,6 @@ def write_header(tensors: list[tuple[str, DType, tuple[int, ...]]]) -> tuple[byt
         offsets.append(end)
         end += nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % PAGE)
     prefix = struct.pack("<Q", len(text)) + text
     return prefix, [len(prefix) + o for o in offsets]

@@ -1,35 +1,38 @@
-"""Streams blocks through reader, compute and writer threads over a fixed set of buffers."""
+"""Streams blocks from reading through computing and writing to committing, over a fixed set of buffers."""
 
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, TypeVar
 
-STAGES = ("read", "compute", "write")
+STAGES = ("read", "compute", "write", "commit")
+
+READS_IN_FLIGHT = 4
+"""Threads beyond one a core: while these wait for a device, the others compute."""
 
 Task = TypeVar("Task")
 Slot = TypeVar("Slot")
 
 
 class Pipeline(Generic[Task, Slot]):
-    """Three stages, joined by queues; a slot (its buffers) travels with a task and is then used again.
+    """Threads that each take a task through all stages; a slot (its buffers) travels with it and is then used again.
 
-    Memory is what the slots hold, however many tasks there are. Tasks start in order and may finish in any. The first
-    exception of any stage stops all of them and is raised by `run`. The thread that calls `run` is the writer, so what
-    `write` touches needs no lock.
+    A task stays with its thread, so what was read is still in the core's cache when it is computed. Memory is what the
+    slots hold, however many tasks there are. Tasks start in order, and are committed in that order, by the thread that
+    calls `run`; in between they overtake each other. The first exception of any stage stops all and is raised by `run`.
 
     Args:
-        slots: the buffers; at least one a thread keeps every stage busy.
+        slots: the buffers; more than threads where the commits of fast tasks wait for a slow one before them.
         read: fills a slot for a task.
-        compute: works inside the slot.
-        write: empties it.
-        readers: number of reader threads.
-        workers: number of compute threads.
+        compute: works inside the slot; at most one a core at a time.
+        write: takes the result out of it.
+        commit: is told that all this is done.
+        cores: how many compute at a time.
 
     Attributes:
-        busy_s: seconds that the threads of each of `STAGES` worked, all of its threads together.
-        waited_s: seconds that they waited: readers for free buffers, the others for work.
+        busy_s: seconds that each of `STAGES` worked, all threads together.
+        waited_s: seconds that threads waited before each: for a free slot, for a core, not at all, for the next task.
+        threads: how many there are.
     """
 
     def __init__(
@@ -38,92 +41,113 @@ class Pipeline(Generic[Task, Slot]):
         read: Callable[[Task, Slot], None],
         compute: Callable[[Task, Slot], None],
         write: Callable[[Task, Slot], None],
-        readers: int,
-        workers: int,
+        commit: Callable[[Task, Slot], None],
+        cores: int,
     ) -> None:
-        self._read, self._compute, self._write = read, compute, write
-        self._readers, self._workers = readers, workers
-        self._free: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
-        for slot in slots:
-            self._free.put(slot)
-        self._filled: queue.SimpleQueue[tuple[Task, Slot] | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[tuple[Task, Slot] | None] = queue.SimpleQueue()
+        self._stages = read, compute, write
+        self._commit = commit
+        # The slot used last is the one whose buffers are still in a cache.
+        self._free, self._is_free = list(slots), threading.Semaphore(len(slots))
+        self._cores = threading.Semaphore(cores)
+        self.threads = min(cores + READS_IN_FLIGHT, len(slots))
         self._lock = threading.Lock()
+        self._done: dict[int, tuple[Task, Slot]] = {}
+        self._is_done = threading.Condition(self._lock)
+        self._started = self._ended = 0
         self._error: BaseException | None = None
         self.stopping = threading.Event()
         self.busy_s, self.waited_s = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0)
 
     def run(self, tasks: Iterable[Task]) -> None:
-        """Handle every task; returns when all are written."""
+        """Handle every task; returns when all are committed."""
         iterator = iter(tasks)
-        stages = [(self._reading, (iterator,))] * self._readers + [(self._computing, ())] * self._workers
-        threads = [threading.Thread(target=self._guarded, args=stage, daemon=True) for stage in stages]
-        self._reading_left, self._computing_left = self._readers, self._workers
+
+        def take() -> Task | None:
+            return next(iterator, None)
+
+        threads = [threading.Thread(target=self._working, args=(take,), daemon=True) for _ in range(self.threads)]
         for thread in threads:
             thread.start()
-        self._guarded(self._writing, ())
+        try:
+            self._committing()
+        except BaseException as error:  # raised again below
+            self._fail(error)
         for thread in threads:
             thread.join()
         if self._error is not None:
             raise self._error
 
-    def _guarded(self, stage: Callable[..., None], arguments: tuple[Iterator[Task], ...]) -> None:
-        try:
-            stage(*arguments)
-        except BaseException as error:  # raised again by run
-            with self._lock:
-                self._error = self._error or error
+    def _fail(self, error: BaseException) -> None:
+        with self._lock:
+            self._error = self._error or error
             self.stopping.set()
-            for _ in range(self._readers):
-                self._free.put(None)
-            for _ in range(self._workers):
-                self._filled.put(None)
-            self._done.put(None)
+            self._is_done.notify_all()
+        self._is_free.release(self.threads)
+        self._cores.release(self.threads)
 
-    def _spent(self, stage: str, waiting: float, started: float) -> float:
-        """Count what a thread did since ``waiting``: it waited until ``started`` and has worked since; returns now."""
-        now = time.perf_counter()
+    def _working(self, take: Callable[[], Task | None]) -> None:
+        busy, waited = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0)
+        try:
+            while self._handle_next(take, busy, waited):
+                pass
+        except BaseException as error:  # raised again by run
+            self._fail(error)
         with self._lock:
-            self.waited_s[stage] += started - waiting
-            self.busy_s[stage] += now - started
-        return now
+            for stage in STAGES:
+                self.busy_s[stage] += busy[stage]
+                self.waited_s[stage] += waited[stage]
+            self._ended += 1
+            self._is_done.notify_all()
 
-    def _reading(self, tasks: Iterator[Task]) -> None:
+    def _handle_next(self, take: Callable[[], Task | None], busy: dict[str, float], waited: dict[str, float]) -> bool:
+        """Take one task through the stages; False where there is none, or all is to stop."""
+        read, compute, write = self._stages
+        times = [time.perf_counter()]
+        self._is_free.acquire()
+        times.append(time.perf_counter())
+        with self._lock:
+            task = None if self.stopping.is_set() else take()
+            number = self._started
+            self._started += task is not None
+        if task is None:
+            self._is_free.release()
+            return False
+        slot = self._free.pop()
+        read(task, slot)
+        times.append(time.perf_counter())
+        with self._cores:
+            times.append(time.perf_counter())
+            if self.stopping.is_set():
+                return False
+            compute(task, slot)
+        times.append(time.perf_counter())
+        write(task, slot)
+        times.append(time.perf_counter())
+        with self._lock:
+            self._done[number] = task, slot
+            self._is_done.notify_all()
+        for at, stage in ((0, "read"), (2, "compute")):
+            waited[stage] += times[at + 1] - times[at]
+            busy[stage] += times[at + 2] - times[at + 1]
+        busy["write"] += times[5] - times[4]
+        return True
+
+    def _committing(self) -> None:
+        number = 0
         last_s = time.perf_counter()
-        while (slot := self._free.get()) is not None and not self.stopping.is_set():
-            started = time.perf_counter()
+        while True:
             with self._lock:
-                task = next(tasks, None)
-                if task is None:
-                    self._reading_left -= 1
-                    last = not self._reading_left
-            if task is None:
-                # The slot goes to the other readers, which must see the end too.
-                self._free.put(slot)
-                for _ in range(self._workers if last else 0):
-                    self._filled.put(None)
-                return
-            self._read(task, slot)
-            self._filled.put((task, slot))
-            last_s = self._spent("read", last_s, started)
-
-    def _computing(self) -> None:
-        last_s = time.perf_counter()
-        while (item := self._filled.get()) is not None and not self.stopping.is_set():
+                while number not in self._done and self._ended < self.threads and not self.stopping.is_set():
+                    self._is_done.wait()
+                if self.stopping.is_set() or number not in self._done:
+                    return
+                task, slot = self._done.pop(number)
             started = time.perf_counter()
-            self._compute(*item)
-            self._done.put(item)
-            last_s = self._spent("compute", last_s, started)
-        with self._lock:
-            self._computing_left -= 1
-            last = not self._computing_left
-        if last:
-            self._done.put(None)
-
-    def _writing(self) -> None:
-        last_s = time.perf_counter()
-        while (item := self._done.get()) is not None and not self.stopping.is_set():
-            started = time.perf_counter()
-            self._write(*item)
-            self._free.put(item[1])
-            last_s = self._spent("write", last_s, started)
+            self._commit(task, slot)
+            self._free.append(slot)
+            self._is_free.release()
+            number += 1
+            now = time.perf_counter()
+            self.waited_s["commit"] += started - last_s
+            self.busy_s["commit"] += now - started
+            last_s = now

@@ -6,6 +6,7 @@ from typing import Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.checkpoint import Checkpoint
 from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.checkpoints.reader import ByteCounter, RangeReader
@@ -16,25 +17,34 @@ class _HasCheckpoint(Protocol):
     def checkpoint(self) -> Checkpoint: ...
 
 
+def place_in_row(tensor: TensorInfo, start: int) -> int:
+    """The byte of a row to which a block that begins with element `start` is best read: where it lies in its page."""
+    place = (tensor.offset + tensor.dtype.nbytes(start)) % PAGE
+    return place if tensor.dtype.is_float and place * 8 % tensor.dtype.bits == 0 else 0
+
+
 class Source:
     """The open weight files of one model; safe to share between threads.
 
     Args:
         model: anything with a checkpoint.
         counter: every byte read is added to it.
-        sequential: all of the model will be read, in order.
+        direct: what the page cache does not hold may be read around it.
     """
 
-    def __init__(self, model: _HasCheckpoint, counter: ByteCounter, *, sequential: bool = False) -> None:
+    def __init__(self, model: _HasCheckpoint, counter: ByteCounter, *, direct: bool = False) -> None:
         path = model.checkpoint.path
-        self._files = {
-            s.name: RangeReader(path / s.name, counter, sequential=sequential) for s in model.checkpoint.shards
-        }
+        self._files = {s.name: RangeReader(path / s.name, counter, direct=direct) for s in model.checkpoint.shards}
 
     def read(self, tensor: TensorInfo, start: int, count: int, out: NDArray[np.uint8]) -> None:
         """Read elements `start` to `start + count` of `tensor` into the front of `out` (uint8)."""
         nbytes = tensor.dtype.nbytes(count)
         self._files[tensor.file].read_into(out[:nbytes], tensor.offset + tensor.dtype.nbytes(start))
+
+    def read_row(self, tensor: TensorInfo, start: int, count: int, row: NDArray[np.uint8], place: int) -> None:
+        """Read elements `start` to `start + count` to byte `place` of `row`; see `RangeReader.read_row`."""
+        offset = tensor.offset + tensor.dtype.nbytes(start)
+        self._files[tensor.file].read_row(row, place, offset, tensor.dtype.nbytes(count))
 
     def close(self) -> None:
         """Close every file."""

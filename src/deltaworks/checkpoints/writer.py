@@ -3,13 +3,16 @@
 import errno
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 
+from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.dtypes import DType
 from deltaworks.checkpoints.header import write_header
 from deltaworks.errors import DeltaworksError
@@ -52,7 +55,8 @@ class ShardLayout:
 def plan_shards(tensors: Iterable[OutputTensor], shard_bytes: int) -> list[ShardLayout]:
     """Deal tensors, in order, to files of at most `shard_bytes` of data; a larger tensor gets a file of its own.
 
-    Inside a file, tensors of wider elements come first, so that every one is aligned to its element.
+    Inside a file, tensors that fill whole pages come first, so that they begin at one; then those of wider elements, so
+    that every one is aligned to its element.
     """
     groups: list[list[OutputTensor]] = [[]]
     size = 0
@@ -64,7 +68,7 @@ def plan_shards(tensors: Iterable[OutputTensor], shard_bytes: int) -> list[Shard
         size += tensor.nbytes
     layouts = []
     for number, group in enumerate(groups, 1):
-        group.sort(key=lambda t: -t.dtype.bits)
+        group.sort(key=lambda t: (t.nbytes % PAGE != 0, -t.dtype.bits))
         header, offsets = write_header([(t.name, t.dtype, t.shape) for t in group])
         name = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
         layouts.append(
@@ -81,43 +85,78 @@ def storage_error(path: Path, error: OSError) -> DeltaworksError:
 
 
 class ShardWriter:
-    """One open output file. Space for all of it is taken at once, so a full disk is met before any work."""
+    """One open output file; blocks land in any order and from any thread.
+
+    Space for all of it is taken at once, so a full disk is met before any work. Whole pages are written around the
+    page cache where the file system can, which costs a tenth of the processor time.
+    """
 
     def __init__(self, path: Path, layout: ShardLayout) -> None:
         self.path = path
         self.layout = layout
+        self._hasher = blake3(layout.header)
+        self._hashed = len(layout.header)
+        self._direct_fd = -1
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
             _allocate(self._fd, layout.nbytes)
             os.pwrite(self._fd, layout.header, 0)
         except OSError as error:
             raise storage_error(path, error) from error
+        with suppress(OSError, AttributeError):  # the file system cannot, or the system has no such flag
+            self._direct_fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
+
+    def place(self, tensor: str, start_byte: int) -> int:
+        """The byte of a row of `page_aligned` from which on `write` takes data fastest."""
+        return (self.layout.offsets[tensor] + start_byte) % PAGE
 
     def write(self, tensor: str, start_byte: int, data: NDArray[np.uint8]) -> None:
         """Write `data` (uint8, contiguous) to `tensor`, `start_byte` after its first byte."""
-        view = data.data
         position = self.layout.offsets[tensor] + start_byte
+        # Only whole pages can go around the cache; where data lie askew in memory, that is for the system to find.
+        lead, end = -position % PAGE, (position + len(data)) // PAGE * PAGE - position
+        if self._direct_fd >= 0 and lead < end and self._write(self._direct_fd, data[lead:end].data, position + lead):
+            self._write(self._fd, data[:lead].data, position)
+            self._write(self._fd, data[end:].data, position + end)
+        else:
+            self._write(self._fd, data.data, position)
+
+    def _write(self, fd: int, view: memoryview, position: int) -> bool:
+        """Whether `view` was written; False where it cannot go this way."""
         while view:
             try:
-                done = os.pwrite(self._fd, view, position)
+                done = os.pwrite(fd, view, position)
             except OSError as error:
+                if error.errno == errno.EINVAL and fd == self._direct_fd:
+                    return False
                 raise storage_error(self.path, error) from error
+            if fd == self._direct_fd and done % PAGE:
+                return False
             view, position = view[done:], position + done
+        return True
 
-    def finish(self) -> None:
-        """Flush to the device and close."""
+    def hash(self, tensor: str, start_byte: int, data: NDArray[np.uint8]) -> None:
+        """Add `data` to the hash of the file; they must come in the order of the file."""
+        assert self._hashed == self.layout.offsets[tensor] + start_byte, "blocks are hashed out of order"
+        self._hasher.update(data.data)
+        self._hashed += len(data)
+
+    def finish(self) -> str:
+        """Flush to the device and close; returns the BLAKE3 of what was written, in hex."""
         try:
             os.fsync(self._fd)
         except OSError as error:
             raise storage_error(self.path, error) from error
         finally:
             self.close()
+        return self._hasher.hexdigest()
 
     def close(self) -> None:
         """Close without a flush."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        for fd in (self._fd, self._direct_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._direct_fd = -1
 
 
 def _allocate(fd: int, nbytes: int) -> None:

@@ -260,14 +260,15 @@ def _print_result(result: dict[str, Any], *, as_json: bool) -> None:
 def _print_stages(stages: "StageTimes") -> None:
     """Where the time went, a line a stage, on standard error."""
     rows = [
-        ("read", stages.readers, stages.read_s, stages.read_waited_s, "for buffers"),
-        ("compute", stages.workers, stages.compute_s, stages.compute_waited_s, "for what is read"),
-        ("write", 1, stages.write_s, stages.write_waited_s, "for what is computed"),
+        ("read", f"{stages.threads} threads", stages.read_s, stages.read_waited_s, "for buffers"),
+        ("compute", f"{stages.cores} at a time", stages.compute_s, stages.compute_waited_s, "for a core"),
+        ("write", f"{stages.threads} threads", stages.write_s, 0.0, ""),
+        ("hash", "1 thread", stages.hash_s, stages.commit_waited_s, "for what is written"),
+        ("fsync", "the same", stages.fsync_s, 0.0, ""),
     ]
     for stage, threads, busy, waited, why in rows:
-        each = f"{threads} thread{'s' if threads > 1 else ''}"
-        typer.echo(f"{stage:<9}{each:<11}{busy:8.3f} s at work{waited:9.3f} s waiting {why}", err=True)
-    typer.echo(f"in write: {stages.fsync_s:.3f} s flushing, {stages.hash_s:.3f} s hashing", err=True)
+        waiting = f"{waited:9.3f} s waiting {why}" if why else ""
+        typer.echo(f"{stage:<9}{threads:<12}{busy:8.3f} s at work{waiting}", err=True)
 
 
 def _error(result: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Execution: stream the blocks of a plan through its operations into the shards of the output."""
 
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,12 +9,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deltaworks.catalog.models import Model
+from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.codec import decode_reference
 from deltaworks.checkpoints.dtypes import BY_CODE
-from deltaworks.checkpoints.pipeline import STAGES, Pipeline
-from deltaworks.checkpoints.reader import ByteCounter
+from deltaworks.checkpoints.pipeline import READS_IN_FLIGHT, Pipeline
+from deltaworks.checkpoints.reader import ByteCounter, page_aligned
 from deltaworks.checkpoints.source import Source
 from deltaworks.checkpoints.writer import OutputTensor, ShardLayout, ShardWriter, plan_shards
 from deltaworks.errors import CheckpointError, NonFiniteError
@@ -25,8 +28,7 @@ from deltaworks.progress import Progress
 
 Slot = TypeVar("Slot")
 
-READERS = 2
-_BUFFER_BYTES = 512 << 20
+_BUFFER_BYTES = 256 << 20
 
 
 @dataclass(slots=True)
@@ -40,7 +42,7 @@ class Reads:
         """The open files of every model that the plan reads weights of, by its place in the plan."""
         used = {i.model for t in plan.tensors for i in (*t.inputs, *([t.stand_in] if t.stand_in else []))}
         counters = [self.base if m.role == "base" else self.expert for m in plan.models]
-        return {i: Source(models[i], counters[i]) for i in sorted(used)}
+        return {i: Source(models[i], counters[i], direct=True) for i in sorted(used)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +51,23 @@ class StageTimes:
 
     Attributes:
         read_s, compute_s, write_s: at work; a reader also waits in there for passes before its own.
-        read_waited_s: readers, for free buffers: the stages after them are slower.
-        compute_waited_s, write_waited_s: for work: the stages before them are slower.
-        fsync_s, hash_s: parts of `write_s`: flushing finished files, and hashing them.
-        readers, workers: threads of those stages; one writes.
+        read_waited_s: for free buffers: blocks wait for others before them to be committed.
+        compute_waited_s: for a free core.
+        hash_s, fsync_s: hashing what was written, in order, and flushing finished files; one thread does it.
+        commit_waited_s: that thread, for the next block.
+        threads, cores: how many threads there are, and how many of them compute at a time.
     """
 
     read_s: float
     compute_s: float
     write_s: float
+    hash_s: float
+    fsync_s: float
     read_waited_s: float
     compute_waited_s: float
-    write_waited_s: float
-    fsync_s: float
-    hash_s: float
-    readers: int
-    workers: int
+    commit_waited_s: float
+    threads: int
+    cores: int
 
 
 class _Slot:
@@ -72,7 +75,12 @@ class _Slot:
 
     def __init__(self, streams: Sequence[TensorStream], out_bytes: int) -> None:
         self.rows = Rows(streams)
-        self.out = np.empty(out_bytes, np.uint8)
+        self._out = page_aligned(1, out_bytes + 2 * PAGE)[0]
+        self.out = self._out
+
+    def place_out(self, place: int) -> None:
+        """Have the result begin at a byte of a page."""
+        self.out = self._out[place : place + (len(self._out) - place) // 8 * 8]
 
 
 def output_shards(plan: Plan) -> list[ShardLayout]:
@@ -87,7 +95,7 @@ def execute(
     folder: Path,
     options: MergeOptions,
     reads: Reads,
-    finished: Callable[[ShardLayout, int], None],
+    finished: Callable[[ShardLayout, str, int], None],
     progress: Progress,
 ) -> StageTimes:
     """Write some shards of a plan; returns where the time went.
@@ -101,8 +109,8 @@ def execute(
         folder: where.
         options: block size, threads, and whether NaN may be written.
         reads: bytes read are added to it.
-        finished: called with each shard when it is complete and flushed, one at a time, and with the bytes of experts
-            that went into it.
+        finished: called with each shard when it is complete and flushed, one at a time, with its BLAKE3 and the bytes
+            of experts that went into it.
         progress: told of the bytes that went through.
 
     Raises:
@@ -116,9 +124,9 @@ def execute(
     streams = [TensorStream(plan, by_name[name], models, block_size, folder) for name in shard_of]
     threads = options.threads or os.cpu_count() or 1
     stages = _Stages(plan, models, streams, shard_of, folder, reads, options, finished, progress)
-    out_bytes = max((s.tensor.dtype.nbytes(-(-min(s.block_size, s.elements) // 8) * 8) for s in streams), default=8)
+    out_bytes = max((s.tensor.dtype.nbytes(min(s.block_size, s.elements)) for s in streams), default=8)
     slots = make_slots(lambda: _Slot(streams, out_bytes), Rows(streams).nbytes + out_bytes, threads)
-    pipeline = Pipeline(slots, stages.read, stages.compute, stages.write, READERS, threads)
+    pipeline = Pipeline(slots, stages.read, stages.compute, stages.write, stages.commit, threads)
     stages.is_stopping = pipeline.stopping.is_set
     progress.start("merge", sum(s.input_bytes(i) * (1 + s.passes) for s in streams for i in range(s.blocks)))
     try:
@@ -127,12 +135,12 @@ def execute(
         progress.finish()
         stages.close()
     return StageTimes(
-        **{f"{stage}_s": round(pipeline.busy_s[stage], 4) for stage in STAGES},
-        **{f"{stage}_waited_s": round(pipeline.waited_s[stage], 4) for stage in STAGES},
-        fsync_s=round(stages.fsync_s, 4),
+        **{f"{stage}_s": round(pipeline.busy_s[stage], 4) for stage in ("read", "compute", "write")},
+        **{f"{stage}_waited_s": round(pipeline.waited_s[stage], 4) for stage in ("read", "compute", "commit")},
         hash_s=round(stages.hash_s, 4),
-        readers=READERS,
-        workers=threads,
+        fsync_s=round(stages.fsync_s, 4),
+        threads=pipeline.threads,
+        cores=threads,
     )
 
 
@@ -148,7 +156,7 @@ class _Stages:
         folder: Path,
         reads: Reads,
         options: MergeOptions,
-        finished: Callable[[ShardLayout, int], None],
+        finished: Callable[[ShardLayout, str, int], None],
         progress: Progress,
     ) -> None:
         self._plan, self._streams, self._shard_of, self._folder = plan, streams, shard_of, folder
@@ -156,8 +164,8 @@ class _Stages:
         self.is_stopping: Callable[[], bool] = bool
         self.fsync_s = self.hash_s = 0.0
         self._writers: dict[str, ShardWriter] = {}
+        self._lock = threading.Lock()
         self._left: dict[str, int] = {}
-        self._left_of_tensor = {s.tensor.name: s.blocks for s in streams}
         for stream in streams:
             name = shard_of[stream.tensor.name].name
             self._left[name] = self._left.get(name, 0) + stream.blocks
@@ -177,39 +185,61 @@ class _Stages:
         if task.stage is not None:
             stream.measure(slot.rows, task.index, task.stage)
             return
-        block = stream.block(slot.rows, task.index, slot.out, stream.tensor.dtype.code)
+        tensor = stream.tensor
+        slot.place_out(self._writer(tensor.name).place(tensor.name, self._start(task)))
+        block = stream.block(slot.rows, task.index, slot.out, tensor.dtype.code)
         try:
             wrong = stream.operation.merge(block)
         except CheckpointError as error:
-            raise CheckpointError(f"tensor {stream.tensor.name!r}: {error}") from error
+            raise CheckpointError(f"tensor {tensor.name!r}: {error}") from error
         if wrong and not self._options.allow_nonfinite:
             raise _nonfinite(stream, block, self._plan)
 
     def write(self, task: Task, slot: _Slot) -> None:
-        """Write the merged block, and finish its shard when it was the last."""
+        """Write the merged block."""
+        if task.stage is None:
+            name = task.streams[0].tensor.name
+            self._writer(name).write(name, self._start(task), self._merged(task, slot))
+
+    def commit(self, task: Task, slot: _Slot) -> None:
+        """Hash the merged block, and finish its shard when it was the last."""
         (stream,) = task.streams
         self._progress.advance(stream.input_bytes(task.index))
         if task.stage is not None:
             return
         tensor = stream.tensor
         shard = self._shard_of[tensor.name]
-        if shard.name not in self._writers:
-            self._writers[shard.name] = ShardWriter(self._folder / shard.name, shard)
-        nbytes = tensor.dtype.nbytes(stream.count(task.index))
-        self._writers[shard.name].write(
-            tensor.name, tensor.dtype.nbytes(task.index * stream.block_size), slot.out[:nbytes]
-        )
-        self._left_of_tensor[tensor.name] -= 1
-        if not self._left_of_tensor[tensor.name]:
+        started = time.perf_counter()
+        self._writers[shard.name].hash(tensor.name, self._start(task), self._merged(task, slot))
+        hashed = time.perf_counter()
+        self.hash_s += hashed - started
+        if task.index == stream.blocks - 1:
             stream.close()
         self._left[shard.name] -= 1
         if not self._left[shard.name]:
-            started = time.perf_counter()
-            self._writers.pop(shard.name).finish()
-            flushed = time.perf_counter()
-            self._finished(shard, sum(s.expert_bytes for s in self._streams if self._shard_of[s.tensor.name] is shard))
-            self.fsync_s += flushed - started
-            self.hash_s += time.perf_counter() - flushed
+            digest = self._writers.pop(shard.name).finish()
+            expert_bytes = sum(s.expert_bytes for s in self._streams if self._shard_of[s.tensor.name] is shard)
+            self._finished(shard, digest, expert_bytes)
+            self.fsync_s += time.perf_counter() - hashed
+
+    def _writer(self, tensor: str) -> ShardWriter:
+        shard = self._shard_of[tensor]
+        with self._lock:
+            if shard.name not in self._writers:
+                self._writers[shard.name] = ShardWriter(self._folder / shard.name, shard)
+            return self._writers[shard.name]
+
+    @staticmethod
+    def _start(task: Task) -> int:
+        """Where a block begins in its output tensor, in bytes."""
+        (stream,) = task.streams
+        return stream.tensor.dtype.nbytes(task.index * stream.block_size)
+
+    @staticmethod
+    def _merged(task: Task, slot: _Slot) -> NDArray[np.uint8]:
+        (stream,) = task.streams
+        merged: NDArray[np.uint8] = slot.out[: stream.tensor.dtype.nbytes(stream.count(task.index))]
+        return merged
 
     def close(self) -> None:
         """Close every file."""
@@ -221,15 +251,15 @@ class _Stages:
             stream.close()
 
 
-def make_slots(make: Callable[[], Slot], nbytes: int, threads: int) -> list[Slot]:
+def make_slots(make: Callable[[], Slot], nbytes: int, cores: int) -> list[Slot]:
     """Buffers enough to keep every thread busy; fewer, but two, where they would be too large."""
-    return [make() for _ in range(max(2, min(threads + READERS + 1, _BUFFER_BYTES // max(1, nbytes))))]
+    return [make() for _ in range(max(2, min(cores + READS_IN_FLIGHT + 2, _BUFFER_BYTES // max(1, nbytes))))]
 
 
 def _nonfinite(stream: TensorStream, block: Block, plan: Plan) -> NonFiniteError:
-    for row, code, (model, name) in zip(block.rows, block.codes, stream.tensor.inputs, strict=True):
-        dtype = BY_CODE[int(code)]
-        if not np.isfinite(decode_reference(row[: dtype.nbytes(block.count)], dtype)).all():
+    for k, (model, name) in enumerate(stream.tensor.inputs):
+        dtype = BY_CODE[int(block.inputs.codes[k])]
+        if not np.isfinite(decode_reference(block.raw(k, dtype.bits), dtype)).all():
             return NonFiniteError(
                 f"{plan.models[model].name} holds NaN or infinity in tensor {name!r}; mend or leave out this model,"
                 " or merge all the same with --allow-nonfinite"

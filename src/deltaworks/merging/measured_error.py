@@ -13,7 +13,7 @@ from deltaworks.catalog.models import Model
 from deltaworks.checkpoints.dtypes import F32
 from deltaworks.checkpoints.pipeline import Pipeline
 from deltaworks.checkpoints.reader import ByteCounter
-from deltaworks.merging.execute import READERS, Reads, make_slots
+from deltaworks.merging.execute import Reads, make_slots
 from deltaworks.merging.methods.copying import Copy
 from deltaworks.merging.methods.weighted import WeightedSum
 from deltaworks.merging.plan import Plan, PlannedTensor
@@ -73,14 +73,8 @@ def measure_error(
     elements = max(s.block_size for s in streams)
     one = _Slot(streams, elements)
     nbytes = sum(r.nbytes for r in one.rows) + one.out.nbytes
-    pipeline = Pipeline(
-        make_slots(lambda: _Slot(streams, elements), nbytes, threads),
-        stages.read,
-        stages.compute,
-        stages.write,
-        READERS,
-        threads,
-    )
+    slots = make_slots(lambda: _Slot(streams, elements), nbytes, threads)
+    pipeline = Pipeline(slots, stages.read, stages.compute, lambda *_: None, stages.commit, threads)
     stages.is_stopping = pipeline.stopping.is_set
     progress.start(
         "measure the error", sum(s.input_bytes(i) * (1 + s.passes) for s in streams for i in range(s.blocks))
@@ -147,7 +141,7 @@ class _Stages:
         slot.lost = float(np.square(planned - full).sum())
         slot.full = float(np.square(full - base).sum())
 
-    def write(self, task: Task, slot: _Slot) -> None:
+    def commit(self, task: Task, slot: _Slot) -> None:
         for stream in task.streams:
             self._progress.advance(stream.input_bytes(task.index))
         if task.stage is None:

@@ -139,10 +139,7 @@ def run_plan(
         todo = [s for s in shards if not staging.take_over(s, progress)]
         _check_space(out, sum(s.nbytes for s in todo))
 
-        def finished(shard: ShardLayout, expert_bytes: int) -> None:
-            staging.record(shard, hash_file(staging.folder / shard.name, ByteCounter(), Silent()), expert_bytes)
-
-        stages = execute(plan, models, todo, staging.folder, options, staging.reads, finished, progress)
+        stages = execute(plan, models, todo, staging.folder, options, staging.reads, staging.record, progress)
         if changed := next((m for m in models if not untouched(m)), None):
             staging.forget()
             raise ChangedError(f"{changed.path} changed while it was being read; nothing was committed: merge again")

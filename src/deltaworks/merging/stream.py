@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +16,14 @@ from deltaworks.catalog.analyze import LARGEST_BLOCK, check_block_size
 from deltaworks.catalog.models import Model
 from deltaworks.catalog.statistics import DEFAULT_BLOCK_SIZE
 from deltaworks.catalog.storage import ReadCost
+from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.header import TensorInfo
-from deltaworks.checkpoints.source import Source
+from deltaworks.checkpoints.reader import page_aligned
+from deltaworks.checkpoints.source import Source, place_in_row
 from deltaworks.checkpoints.writer import storage_error
 from deltaworks.errors import CheckpointError
-from deltaworks.merging.methods.operation import Block, Operation
+from deltaworks.merging.methods.operation import Block, Inputs, Operation
 from deltaworks.merging.plan import Plan, PlannedTensor
 
 
@@ -29,23 +31,20 @@ class Rows:
     """The buffers of one block of one tensor: a row for each input and one for what stands in for omitted blocks."""
 
     def __init__(self, streams: Sequence["TensorStream"]) -> None:
-        elements = max((min(s.block_size, -(-s.elements // 8) * 8) for s in streams), default=8) or 8
+        elements = max((min(s.block_size, s.elements) for s in streams), default=0)
         inputs = max((len(s.infos) for s in streams), default=1)
         bits = max((t.dtype.bits for s in streams for t in s.infos), default=8)
-        self.raw = np.empty((inputs, elements * bits // 8), np.uint8)
+        # A block begins somewhere in the first page, and is loaded in whole vectors.
+        self.raw = page_aligned(inputs, elements * bits // 8 + 2 * PAGE)
         self.codes = np.zeros(inputs, np.int64)
+        self.places = np.zeros(inputs, np.int64)
+        self.present = np.ones((inputs, -(-elements // TILE) or 1), np.bool_)
         self.scratch = np.empty((inputs + 3, TILE), np.float32)
 
     @property
     def nbytes(self) -> int:
         """Size of the buffers."""
         return self.raw.nbytes + self.scratch.nbytes
-
-
-class _Piece(NamedTuple):
-    start: int
-    stop: int
-    is_read: bool
 
 
 class TensorStream:
@@ -75,16 +74,14 @@ class TensorStream:
         self._ranges = [
             None if r is None else [(a * plan.block_size, b * plan.block_size) for a, b in r] for r in tensor.reads
         ] or [None] * len(self.infos)
-        self._stand_in = len(self.infos)
+        self._stand_in = 0
         if tensor.reads and tensor.stand_in is not None:
             if tensor.stand_in in tensor.inputs:
                 self._stand_in = tensor.inputs.index(tensor.stand_in)
             else:
+                self._stand_in = len(self.infos)
                 self.infos.append(_info(models[tensor.stand_in.model], tensor.stand_in.tensor, tensor))
                 self.places.append(tensor.stand_in.model)
-            if len({t.dtype for t in self.infos}) > 1:
-                # A block then has the element type of the model it is read from, so it cannot be half of each.
-                block_size = min(block_size, plan.block_size)
         self.block_size = block_size
         self.blocks = max(1, -(-self.elements // block_size))
         self.operation: Operation = tensor.operation
@@ -116,58 +113,53 @@ class TensorStream:
         return stage == 0 or self._settled[stage - 1].wait(timeout)
 
     def fill(self, sources: Mapping[int, Source], rows: Rows, index: int, stage: int) -> None:
-        """Read a block of every input; what the plan omits becomes the stand-in's."""
+        """Read a block of every input, as far as the plan reads it, and of the stand-in where it omits any."""
         start, count = index * self.block_size, self.count(index)
-        pieces = [self._pieces(r, start, start + count) for r in self._ranges]
-        order = list(range(len(pieces)))
-        if any(not p.is_read for row in pieces for p in row) and self._stand_in < len(self.infos):
-            order = [self._stand_in, *(r for r in order if r != self._stand_in)]
-        for r in order:
-            info = self.infos[r]
-            rows.codes[r] = info.dtype.code
-            for piece in pieces[r] if r < len(pieces) else [_Piece(start, start + count, is_read=True)]:
-                if piece.is_read:
-                    self._read(sources, rows.raw[r], r, start, piece, stage)
-                else:
-                    base = self.infos[self._stand_in].dtype
-                    rows.codes[r] = base.code
-                    part = slice(base.nbytes(piece.start - start), base.nbytes(piece.stop - start))
-                    rows.raw[r, part] = rows.raw[self._stand_in, part]
-
-    def _pieces(self, ranges: list[tuple[int, int]] | None, start: int, stop: int) -> list[_Piece]:
-        if ranges is None:
-            return [_Piece(start, stop, is_read=True)]
-        pieces = []
-        i = max(0, bisect_right(ranges, (start, 1 << 62)) - 1)
-        place = start
-        while place < stop:
-            while i < len(ranges) and ranges[i][1] <= place:
-                i += 1
-            a, b = ranges[i] if i < len(ranges) else (stop, stop)
-            if a > place:
-                pieces.append(_Piece(place, min(a, stop), is_read=False))
-                place = min(a, stop)
-            if place < stop:
-                pieces.append(_Piece(place, min(b, stop), is_read=True))
-                place = min(b, stop)
-        return pieces
+        is_whole = True
+        places = [place_in_row(info, start) for info in self.infos]
+        for r, (info, place) in enumerate(zip(self.infos, places, strict=True)):
+            rows.codes[r], rows.places[r] = info.dtype.code, place * 8 // info.dtype.bits
+        for r, ranges in enumerate(self._ranges):
+            info, present = self.infos[r], rows.present[r]
+            if ranges is None:
+                present[:] = True
+                self._read(sources, rows.raw[r], r, places[r], start, count, stage)
+                continue
+            present[:] = False
+            found = 0
+            for a, b in _inside(ranges, start, start + count):
+                present[(a - start) // TILE : -(-(b - start) // TILE)] = True
+                self._read(sources, rows.raw[r], r, places[r] + info.dtype.nbytes(a - start), a, b - a, stage)
+                found += b - a
+            is_whole &= found == count
+        if self._stand_in >= len(self._ranges) and not is_whole:
+            r = self._stand_in
+            self._read(sources, rows.raw[r], r, places[r], start, count, stage)
 
     def _read(
-        self, sources: Mapping[int, Source], row: NDArray[np.uint8], r: int, start: int, piece: _Piece, stage: int
+        self,
+        sources: Mapping[int, Source],
+        row: NDArray[np.uint8],
+        r: int,
+        place: int,
+        first: int,
+        count: int,
+        stage: int,
     ) -> None:
-        dtype = self.infos[r].dtype
-        part = row[dtype.nbytes(piece.start - start) : dtype.nbytes(piece.stop - start)]
+        """Read `count` elements of input `r` from `first` on to byte `place` of its row."""
+        info = self.infos[r]
         spooled = self.passes > 0 and r < len(self._is_expert) and self._is_expert[r]
+        part = row[place : place + info.dtype.nbytes(count)]
         if stage > 0 and spooled:
-            os.preadv(self._spool(), [part.data], self._spool_place(r, piece.start))
+            os.preadv(self._spool(), [part.data], self._spool_place(r, first))
             return
-        sources[self.places[r]].read(self.infos[r], piece.start, piece.stop - piece.start, part)
+        sources[self.places[r]].read_row(info, first, count, row, place)
         if spooled:
-            view, place = part.data, self._spool_place(r, piece.start)
+            view, at = part.data, self._spool_place(r, first)
             try:
                 while len(view):
-                    done = os.pwrite(self._spool(), view, place)
-                    view, place = view[done:], place + done
+                    done = os.pwrite(self._spool(), view, at)
+                    view, at = view[done:], at + done
             except OSError as error:
                 raise storage_error(self._spool_folder, error) from error
 
@@ -183,10 +175,9 @@ class TensorStream:
 
     def block(self, rows: Rows, index: int, out: NDArray[np.uint8], out_code: int) -> Block:
         """A filled block as operations take it."""
-        inputs = len(self.tensor.inputs)
+        n, inputs = len(self.infos), len(self.tensor.inputs)
         return Block(
-            rows.raw[:inputs],
-            rows.codes[:inputs],
+            Inputs(rows.raw[:n], rows.codes[:n], rows.places[:n], rows.present[:inputs], self._stand_in),
             index * self.block_size,
             self.count(index),
             rows.scratch,
@@ -211,6 +202,16 @@ class TensorStream:
         if self._spool_fd >= 0:
             os.close(self._spool_fd)
             self._spool_fd = -1
+
+
+def _inside(ranges: list[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The parts of some ranges, which are sorted and apart, between `start` and `stop`."""
+    for i in range(max(0, bisect_right(ranges, (start, 1 << 62)) - 1), len(ranges)):
+        a, b = ranges[i]
+        if a >= stop:
+            return
+        if b > start:
+            yield max(a, start), min(b, stop)
 
 
 def _info(model: Model, name: str, tensor: PlannedTensor) -> TensorInfo:

@@ -28,12 +28,11 @@ class Copy(Operation):
 
     def merge(self, block: Block) -> int:
         """Fill `block.out`."""
-        nbytes = block.count * self.element_bits // 8
-        first = block.rows[0, :nbytes]
-        for other in block.rows[1 : len(block.codes), :nbytes]:
-            if not np.array_equal(first, other):
+        first = block.raw(0, self.element_bits)
+        for k in range(1, len(block.inputs.present)):
+            if not np.array_equal(first, block.raw(k, self.element_bits)):
                 raise CheckpointError("an integer tensor differs between the models, and integers cannot be averaged")
-        block.out[:nbytes] = first
+        block.out[: len(first)] = first
         return 0
 
     def reference(self, inputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:

@@ -8,19 +8,46 @@ took part, scaled and added to the base.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
 from deltaworks.catalog.histogram import Cut, Interval, kept_elements, pack_cut, place_ties, unpack_cut
-from deltaworks.checkpoints.codec import TILE, decode, encode
+from deltaworks.checkpoints.codec import TILE, encode
 from deltaworks.checkpoints.jit import kernel
-from deltaworks.merging.methods.operation import Block, Operation, exact_sums, lane_sum, tile_sum_reference
+from deltaworks.checkpoints.vector import (
+    LANES,
+    MAGNITUDE,
+    NOT_FINITE,
+    ONE,
+    ZERO,
+    bits,
+    lanes_set,
+    largest,
+    load,
+    maximum,
+    ramp,
+    select,
+    splat,
+    store,
+    sum_in_order,
+    widen,
+)
+from deltaworks.merging.methods.operation import (
+    Block,
+    Inputs,
+    Operation,
+    exact_sums,
+    find_rows,
+    stage,
+    tile_sum_reference,
+)
 
-_KEEP, _TRIM, _DROP, _NOTHING = range(4)
 SMALLEST_MASS = 1e-7
+_NEVER = np.uint32(0xFFFFFFFE)
+"""A threshold above every magnitude, and so is the next."""
 
 
 class Sparsify(StrEnum):
@@ -88,7 +115,7 @@ class DeltaSum(Operation):
         if self._has_open_cuts:
             return [self._inside(block, k) for k in range(len(self.weights))]
         sums = np.empty((-(-block.count // TILE), 2 * len(self.weights)), np.float64)
-        delta_masses(block.rows, block.codes, block.start, block.count, *self._thinning(block), block.scratch, sums)
+        delta_masses(block.inputs, block.start, block.count, self._thinning(block), block.scratch, sums)
         return sums
 
     def _inside(self, block: Block, k: int) -> NDArray[np.uint16]:
@@ -96,8 +123,7 @@ class DeltaSum(Operation):
         if not isinstance(cut, Interval):
             return np.empty(0, np.uint16)
         found = np.empty(block.count, np.uint16)
-        base, expert = ((block.rows[r], int(block.codes[r])) for r in (0, k + 1))
-        count = collect_lower_bits(*base, *expert, block.count, cut.bin >> 1, block.scratch, found)
+        count = collect_lower_bits(block.inputs, k + 1, block.count, cut.bin >> 1, block.scratch, found)
         return found[:count].copy()
 
     def settle(self, parts: Sequence[Any], block_size: int) -> Self:
@@ -115,11 +141,10 @@ class DeltaSum(Operation):
     def merge(self, block: Block) -> int:
         """Fill `block.out`."""
         return merge_deltas(
-            block.rows,
-            block.codes,
+            block.inputs,
             block.start,
             block.count,
-            *self._thinning(block),
+            self._thinning(block),
             np.array(self.scales or [1.0] * len(self.weights), np.float32),
             np.array(self.weights, np.float32),
             self.consensus,
@@ -130,35 +155,36 @@ class DeltaSum(Operation):
             block.out_code,
         )
 
-    def _thinning(
-        self, block: Block
-    ) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.int64], NDArray[np.uint64]]:
-        """Per expert, for the kernels: mode; threshold; [start, quota, end] of ties; [key, limit] of randomness."""
+    def _thinning(self, block: Block) -> "Thinning":
+        """What of each delta stays in a block."""
         n = len(self.weights)
-        modes = np.full(n, _KEEP, np.int64)
-        thresholds = np.zeros(n, np.uint32)
-        ties = np.zeros((n, 3), np.int64)
-        streams = np.zeros((n, 2), np.uint64)
+        result = Thinning(
+            self.sparsify is Sparsify.RANDOM,
+            np.zeros(n, np.uint32),
+            np.zeros((n, 3), np.int64),
+            np.zeros(n, np.uint64),
+            np.full(n, ~np.uint64(0)),
+        )
+        result.ties[:, 0] = block.count
         for k, density in enumerate(self.densities):
             if self.sparsify is Sparsify.NONE or density >= 1:
                 continue
             if density <= 0:
-                modes[k] = _NOTHING
+                result.thresholds[k] = _NEVER
             elif self.sparsify is Sparsify.RANDOM:
-                modes[k] = _DROP
-                streams[k] = self.keys[k], int(density * 2.0**64)
+                result.keys[k], result.last[k] = self.keys[k], int(density * 2.0**64) - 1
             else:
                 cut = self.cuts[k]
                 assert isinstance(cut, Cut)
-                modes[k], thresholds[k], ties[k, 0] = _TRIM, cut.threshold, block.count
+                result.thresholds[k] = cut.threshold
                 if cut.start < block.start:
                     # The equals that stay all stand in earlier blocks; here the threshold itself is trimmed.
-                    thresholds[k] += 1
+                    result.thresholds[k] += 1
                 elif cut.start < block.start + block.count:
                     # Where the block of the last equals was omitted, none of a later block takes their place.
                     start = cut.start - block.start
-                    ties[k] = start, cut.quota, start + cut.align
-        return modes, thresholds, ties, streams
+                    result.ties[k] = start, cut.quota, start + cut.align
+        return result
 
     def reference(self, inputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         """The same with NumPy."""
@@ -263,31 +289,29 @@ def lower_bits_reference(base: NDArray[np.float32], expert: NDArray[np.float32],
 
 @kernel
 def collect_lower_bits(
-    base: NDArray[np.uint8],
-    base_code: int,
-    expert: NDArray[np.uint8],
-    expert_code: int,
-    count: int,
-    upper: int,
-    scratch: NDArray[np.float32],
-    out: NDArray[np.uint16],
+    inputs: Inputs, k: int, count: int, upper: int, scratch: NDArray[np.float32], out: NDArray[np.uint16]
 ) -> int:
-    """Write the lower 16 bits, not zero, of every magnitude whose upper 16 bits are `upper`; returns how many."""
-    b, d = scratch[0], scratch[1]
-    bits = d.view(np.uint32)
+    """Write the lower 16 bits, not zero, of every magnitude of delta `k` whose upper 16 are `upper`; says how many."""
+    rows = np.empty(len(inputs.present), np.int64)
+    patterns = scratch[1].view(np.uint32)
+    lower, sixteen, wanted = splat(np.uint32(0xFFFF)), splat(np.uint32(16)), splat(np.uint32(upper))
     found = 0
     for start in range(0, count, TILE):
         n = min(TILE, count - start)
-        decode(base, base_code, start, n, b)
-        decode(expert, expert_code, start, n, d)
-        for i in range(n):
-            d[i] = d[i] - b[i]
-        for i in range(n):
-            magnitude = bits[i] & np.uint32(0x7FFFFFFF)
-            lower = magnitude & np.uint32(0xFFFF)
-            if (magnitude >> np.uint32(16)) == np.uint32(upper) and lower != np.uint32(0):
-                out[found] = np.uint16(lower)
-                found += 1
+        find_rows(inputs, start // TILE, rows)
+        stage(inputs, rows[0], start, n, scratch[0])
+        stage(inputs, rows[k], start, n, scratch[1])
+        for i in range(0, n, LANES):
+            d = load(scratch, 1, i) - load(scratch, 0, i)
+            magnitude = bits(d) & splat(MAGNITUDE)
+            inside = ((magnitude >> sixteen) == wanted) & ((magnitude & lower) != splat(np.uint32(0)))
+            if lanes_set(inside):
+                store(scratch[1], i, d)
+                for j in range(i, i + LANES):
+                    part = patterns[j] & np.uint32(0xFFFF)
+                    if (patterns[j] & MAGNITUDE) >> np.uint32(16) == np.uint32(upper) and part != np.uint32(0):
+                        out[found] = np.uint16(part)
+                        found += 1
     return found
 
 
@@ -310,102 +334,202 @@ def random_stream(key: int, places: NDArray[np.int64]) -> NDArray[np.uint64]:
         return z ^ (z >> np.uint64(31))
 
 
-@kernel
-def _thin(
-    d: NDArray[np.float32],
-    n: int,
-    start: int,
-    first: int,
-    mode: int,
-    threshold: int,
-    tie_start: int,
-    tie_quota: int,
-    tie_end: int,
-    key: int,
-    limit: int,
-) -> int:
-    """Thin out a tile of a delta in place.
+class Thinning(NamedTuple):
+    """What of the deltas stays in one block, as kernels take it.
 
-    `d` holds the `n` elements from `start` in the block whose first element has the flat index `first`; the rest is
-    as `DeltaSum._thinning` says. Returns the tie quota left for the tiles that follow.
+    Attributes:
+        at_random: whether by chance.
+        thresholds: uint32, [experts]; magnitudes (their float32 bits) from here on stay.
+        ties: int64, [experts, 3]; from an element of the block on only so many magnitudes that equal the threshold
+            stay, the first, and none from a later element on.
+        keys: uint64, [experts]; of the random streams.
+        last: uint64, [experts]; the largest random number with which an element stays.
     """
-    bits = d.view(np.uint32)
-    if mode == _TRIM:
-        for i in range(n):
-            d[i] = d[i] if (bits[i] & np.uint32(0x7FFFFFFF)) >= np.uint32(threshold) else np.float32(0.0)
-        if start + n > tie_start:
-            for i in range(max(0, tie_start - start), n):
-                if (bits[i] & np.uint32(0x7FFFFFFF)) == np.uint32(threshold):
-                    if tie_quota > 0 and start + i < tie_end:
-                        tie_quota -= 1
-                    else:
-                        d[i] = np.float32(0.0)
-    elif mode == _DROP:
-        for i in range(n):
-            z = np.uint64(key) + np.uint64(first + start + i + 1) * np.uint64(0x9E3779B97F4A7C15)
-            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            z = z ^ (z >> np.uint64(31))
-            d[i] = d[i] if z < np.uint64(limit) else np.float32(0.0)
-    elif mode == _NOTHING:
-        d[:n] = np.float32(0.0)
-    return tie_quota
+
+    at_random: bool
+    thresholds: NDArray[np.uint32]
+    ties: NDArray[np.int64]
+    keys: NDArray[np.uint64]
+    last: NDArray[np.uint64]
+
+
+class Tile(NamedTuple):
+    """The deltas that take part in one tile, as kernels take them: one entry an expert, at the front of each array.
+
+    Attributes:
+        rows: int64, [experts + 1]; where to load the base and then the experts from; see `load`.
+        places: int64, [experts + 1]; likewise.
+        experts: int64, [experts]; which they are.
+        thresholds: uint32, [experts]; see `Thinning`.
+        equals: int64, [experts]; how many magnitudes of each that equal its threshold stay.
+    """
+
+    rows: NDArray[np.int64]
+    places: NDArray[np.int64]
+    experts: NDArray[np.int64]
+    thresholds: NDArray[np.uint32]
+    equals: NDArray[np.int64]
+
+
+@kernel
+def _find_tile(inputs: Inputs, start: int, n: int, rows: NDArray[np.int64], tile: Tile) -> tuple[int, bool]:
+    """Fill in `tile` but its thresholds; returns how many experts take part, and whether it can be loaded as it is."""
+    half = find_rows(inputs, start // TILE, rows) and n % LANES == 0
+    tile.rows[0], tile.places[0] = rows[0], inputs.places[rows[0]] + start
+    found = 0
+    for k in range(1, len(rows)):
+        # What reads as the base has no delta.
+        if rows[k] != rows[0]:
+            tile.rows[found + 1], tile.places[found + 1] = rows[k], inputs.places[rows[k]] + start
+            tile.experts[found] = k - 1
+            found += 1
+    return found, half
+
+
+@kernel
+def _stage_tile(inputs: Inputs, start: int, n: int, found: int, tile: Tile, scratch: NDArray[np.float32]) -> None:
+    """Bring what a tile is made of to `scratch`, base first, and have it loaded from there."""
+    for a in range(found + 1):
+        stage(inputs, tile.rows[a], start, n, scratch[a])
+        tile.rows[a], tile.places[a] = a, 0
+
+
+@kernel
+def _set_thresholds(
+    table: NDArray[Any], start: int, n: int, found: int, thinning: Thinning, quotas: NDArray[np.int64], tile: Tile
+) -> bool:
+    """Fill in the thresholds of `tile`, and take what stays of their equals from `quotas`.
+
+    Returns:
+        Whether equals stay in one part of the tile and not in another; then nothing was taken from `quotas`.
+    """
+    torn = False
+    for a in range(found):
+        k = tile.experts[a]
+        tile.thresholds[a], tile.equals[a] = thinning.thresholds[k], 0
+        begin, end = thinning.ties[k, 0], thinning.ties[k, 2]
+        if start + n <= begin:
+            continue
+        if quotas[k] == 0 or start >= end:
+            tile.thresholds[a] += np.uint32(1)
+            continue
+        tile.equals[a] = _equals(table, n, a, tile)
+        torn |= tile.equals[a] > quotas[k] or start < begin or start + n > end
+    if not torn:
+        for a in range(found):
+            quotas[tile.experts[a]] -= tile.equals[a]
+    return torn
+
+
+@kernel
+def _equals(table: NDArray[Any], n: int, a: int, tile: Tile) -> int:
+    """How many magnitudes of a delta in the tile equal its threshold."""
+    found = 0
+    for i in range(0, n, LANES):
+        d = load(table, tile.rows[a + 1], tile.places[a + 1] + i) - load(table, tile.rows[0], tile.places[0] + i)
+        found += lanes_set((bits(d) & splat(MAGNITUDE)) == splat(tile.thresholds[a]))
+    return found
+
+
+@kernel
+def _drop_equals(
+    scratch: NDArray[np.float32],
+    start: int,
+    n: int,
+    found: int,
+    thinning: Thinning,
+    quotas: NDArray[np.int64],
+    tile: Tile,
+) -> None:
+    """Set to the base's, in a staged tile, the elements whose magnitudes equal the threshold and do not stay."""
+    delta = np.empty(1, np.float32)
+    pattern = delta.view(np.uint32)
+    for a in range(found):
+        k = tile.experts[a]
+        x = scratch[a + 1]
+        for i in range(max(0, thinning.ties[k, 0] - start), n):
+            delta[0] = x[i] - scratch[0, i]
+            if pattern[0] & MAGNITUDE == thinning.thresholds[k]:
+                if quotas[k] > 0 and start + i < thinning.ties[k, 2]:
+                    quotas[k] -= 1
+                else:
+                    x[i] = scratch[0, i]
 
 
 @kernel
 def delta_masses(
-    rows: NDArray[np.uint8],
-    codes: NDArray[np.int64],
+    inputs: Inputs,
     first: int,
     count: int,
-    modes: NDArray[np.int64],
-    thresholds: NDArray[np.uint32],
-    ties: NDArray[np.int64],
-    streams: NDArray[np.uint64],
+    thinning: Thinning,
     scratch: NDArray[np.float32],
     sums: NDArray[np.float64],
 ) -> None:
     """Per tile and expert: the sum of a delta's magnitudes, before and after thinning."""
-    magnitudes = np.empty(TILE, np.float64)
-    quotas = ties[:, 1].copy()
-    b, d = scratch[0], scratch[1]
+    experts = len(thinning.keys)
+    quotas = thinning.ties[:, 1].copy()
+    rows = np.empty(experts + 1, np.int64)
+    tile = Tile(rows.copy(), rows.copy(), rows.copy(), np.zeros(experts, np.uint32), rows.copy())
+    halves = inputs.rows.view(np.uint16)
+    sums[:] = 0.0
     for start in range(0, count, TILE):
         n = min(TILE, count - start)
-        decode(rows[0], codes[0], start, n, b)
-        for k in range(len(modes)):
-            decode(rows[k + 1], codes[k + 1], start, n, d)
-            for i in range(n):
-                d[i] = d[i] - b[i]
-                magnitudes[i] = abs(np.float64(d[i]))
-            sums[start // TILE, 2 * k] = lane_sum(magnitudes, n)
-            quotas[k] = _thin(
-                d,
-                n,
-                start,
-                first,
-                modes[k],
-                thresholds[k],
-                ties[k, 0],
-                quotas[k],
-                ties[k, 2],
-                streams[k, 0],
-                streams[k, 1],
-            )
-            for i in range(n):
-                magnitudes[i] = abs(np.float64(d[i]))
-            sums[start // TILE, 2 * k + 1] = lane_sum(magnitudes, n)
+        found, half = _find_tile(inputs, start, n, rows, tile)
+        own = sums[start // TILE]
+        if half and not _set_thresholds(halves, start, n, found, thinning, quotas, tile):
+            _masses_tile(halves, n, found, thinning, first + start, tile, own)
+            continue
+        _stage_tile(inputs, start, n, found, tile, scratch)
+        torn = _set_thresholds(scratch, start, n, found, thinning, quotas, tile)
+        _masses_tile(scratch, n, found, thinning, first + start, tile, own)
+        if torn:
+            before = own.copy()
+            _drop_equals(scratch, start, n, found, thinning, quotas, tile)
+            _masses_tile(scratch, n, found, thinning, first + start, tile, own)
+            own[::2] = before[::2]
+
+
+@kernel
+def _masses_tile(
+    table: NDArray[Any],
+    n: int,
+    found: int,
+    thinning: Thinning,
+    place: int,
+    tile: Tile,
+    sums: NDArray[np.float64],
+) -> None:
+    """Sums of magnitudes in a tile that begins at the flat index `place`, before thinning and after."""
+    magnitude, zero = splat(MAGNITUDE), splat(ZERO)
+    for a in range(found):
+        k = tile.experts[a]
+        before, after = splat(0.0), splat(0.0)
+        for i in range(0, n, LANES):
+            d = load(table, tile.rows[a + 1], tile.places[a + 1] + i) - load(table, tile.rows[0], tile.places[0] + i)
+            stays = (bits(d) & magnitude) >= splat(tile.thresholds[a])
+            if thinning.at_random:
+                stays = stays & _stays(thinning, k, place + i)
+            d = select(d < zero, zero - d, d)
+            before = before + widen(d)
+            after = after + widen(select(stays, d, zero))
+        sums[2 * k], sums[2 * k + 1] = sum_in_order(before), sum_in_order(after)
+
+
+@kernel
+def _stays(thinning: Thinning, k: int, place: int) -> Any:
+    """Which of sixteen elements from the flat index `place` on stay of delta `k`, by chance."""
+    z = splat(thinning.keys[k]) + ramp(np.uint64(place + 1)) * splat(np.uint64(0x9E3779B97F4A7C15))
+    z = (z ^ (z >> splat(np.uint64(30)))) * splat(np.uint64(0xBF58476D1CE4E5B9))
+    z = (z ^ (z >> splat(np.uint64(27)))) * splat(np.uint64(0x94D049BB133111EB))
+    return (z ^ (z >> splat(np.uint64(31)))) <= splat(thinning.last[k])
 
 
 @kernel
 def merge_deltas(
-    rows: NDArray[np.uint8],
-    codes: NDArray[np.int64],
+    inputs: Inputs,
     first: int,
     count: int,
-    modes: NDArray[np.int64],
-    thresholds: NDArray[np.uint32],
-    ties: NDArray[np.int64],
-    streams: NDArray[np.uint64],
+    thinning: Thinning,
     scales: NDArray[np.float32],
     weights: NDArray[np.float32],
     consensus: bool,
@@ -415,72 +539,87 @@ def merge_deltas(
     out: NDArray[np.uint8],
     out_code: int,
 ) -> int:
-    """Merge one block; see `Block`, `DeltaSum` and `DeltaSum._thinning` for the arguments."""
+    """Merge one block; see `Block`, `DeltaSum` and `Thinning` for the arguments."""
     wrong = 0
-    quotas = ties[:, 1].copy()
     experts = len(weights)
-    base, total, divisor = scratch[experts], scratch[experts + 1], scratch[experts + 2]
-    everyone = np.float32(0.0)
+    quotas = thinning.ties[:, 1].copy()
+    rows = np.empty(experts + 1, np.int64)
+    tile = Tile(rows.copy(), rows.copy(), rows.copy(), np.zeros(experts, np.uint32), rows.copy())
+    halves, total = inputs.rows.view(np.uint16), scratch[experts + 1]
+    scaled = False
+    for k in range(experts):
+        scaled |= scales[k] != ONE
+    everyone = ZERO
     for k in range(experts):
         everyone += weights[k]
     if abs(everyone) < np.float32(1e-8):
-        everyone = np.float32(1.0)
-    zero = np.float32(0.0)
+        everyone = ONE
+    how = (consensus, normalize, everyone, scale)
     for start in range(0, count, TILE):
         n = min(TILE, count - start)
-        decode(rows[0], codes[0], start, n, base)
-        total[:] = zero
-        for k in range(experts):
-            d = scratch[k]
-            decode(rows[k + 1], codes[k + 1], start, n, d)
-            bits, largest = d.view(np.uint32), np.uint32(0)
-            for i in range(n):
-                d[i] = d[i] - base[i]
-                largest = max(largest, bits[i] & np.uint32(0x7FFFFFFF))
-            # Thinning or the vote could drop a NaN, which would then go unnoticed.
-            wrong += 1 if largest >= np.uint32(0x7F800000) else 0
-            quotas[k] = _thin(
-                d,
-                n,
-                start,
-                first,
-                modes[k],
-                thresholds[k],
-                ties[k, 0],
-                quotas[k],
-                ties[k, 2],
-                streams[k, 0],
-                streams[k, 1],
+        found, half = _find_tile(inputs, start, n, rows, tile)
+        if half and not _set_thresholds(halves, start, n, found, thinning, quotas, tile):
+            largest_ = _merge_tile(halves, n, found, thinning, first + start, tile, scaled, scales, weights, how, total)
+        else:
+            _stage_tile(inputs, start, n, found, tile, scratch)
+            if _set_thresholds(scratch, start, n, found, thinning, quotas, tile):
+                _drop_equals(scratch, start, n, found, thinning, quotas, tile)
+            largest_ = _merge_tile(
+                scratch, n, found, thinning, first + start, tile, scaled, scales, weights, how, total
             )
-            w, s = weights[k], scales[k]
-            if s != np.float32(1.0):
-                for i in range(n):
-                    d[i] = d[i] * s
-            for i in range(n):
-                d[i] = d[i] * w
-                total[i] += d[i]
-        if consensus:
-            divisor[:] = zero
-            mixed = scratch[experts + 3]
-            mixed[:] = zero
-            for k in range(experts):
-                d, w = scratch[k], weights[k]
-                for i in range(n):
-                    along = d[i] if total[i] >= zero else -d[i]
-                    mixed[i] += d[i] if along > zero else zero
-                    divisor[i] += w if along > zero else zero
-            if normalize:
-                for i in range(n):
-                    mixed[i] = mixed[i] / (divisor[i] if divisor[i] != zero else np.float32(1.0))
-            for i in range(n):
-                total[i] = mixed[i]
-        elif normalize:
-            for i in range(n):
-                total[i] = total[i] / everyone
-        if scale != np.float32(1.0):
-            for i in range(n):
-                total[i] = total[i] * scale
-        for i in range(n):
-            total[i] = base[i] + total[i]
+        # Thinning or the vote could drop a NaN, which would then go unnoticed.
+        wrong += 1 if largest_ >= NOT_FINITE else 0
         wrong += encode(total, n, out_code, out, start)
     return wrong
+
+
+@kernel
+def _merge_tile(
+    table: NDArray[Any],
+    n: int,
+    found: int,
+    thinning: Thinning,
+    place: int,
+    tile: Tile,
+    scaled: bool,
+    scales: NDArray[np.float32],
+    weights: NDArray[np.float32],
+    how: tuple[bool, bool, np.float32, np.float32],
+    out: NDArray[np.float32],
+) -> Any:
+    """Merge a tile that begins at the flat index `place`; returns the largest magnitude met, as bits."""
+    consensus, normalize, everyone, scale = how
+    zero, one, magnitude = splat(ZERO), splat(ONE), splat(MAGNITUDE)
+    top = splat(np.uint32(0))
+    for i in range(0, n, LANES):
+        base = load(table, tile.rows[0], tile.places[0] + i)
+        # Both signs are summed while the vote is open.
+        total = positive = negative = for_positive = for_negative = zero
+        for a in range(found):
+            k = tile.experts[a]
+            d = load(table, tile.rows[a + 1], tile.places[a + 1] + i) - base
+            size = bits(d) & magnitude
+            top = maximum(top, size)
+            stays = size >= splat(tile.thresholds[a])
+            if thinning.at_random:
+                stays = stays & _stays(thinning, k, place + i)
+            if scaled:
+                d = d * splat(scales[k])
+            weight = splat(weights[k])
+            d = d * weight
+            total = select(stays, total + d, total)
+            if consensus:
+                up, down = stays & (d > zero), stays & (d < zero)
+                positive, negative = select(up, positive + d, positive), select(down, negative + d, negative)
+                for_positive = select(up, for_positive + weight, for_positive)
+                for_negative = select(down, for_negative + weight, for_negative)
+        if consensus:
+            elected = total >= zero
+            total = select(elected, positive, negative)
+            if normalize:
+                divisor = select(elected, for_positive, for_negative)
+                total = total / select(divisor != zero, divisor, one)
+        elif normalize:
+            total = total / splat(everyone)
+        store(out, i, base + total * splat(scale))
+    return largest(top)

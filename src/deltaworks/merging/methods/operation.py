@@ -4,15 +4,35 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaworks.checkpoints.codec import TILE
+from deltaworks.checkpoints.codec import TILE, decode, decode_reference, encode_reference
+from deltaworks.checkpoints.dtypes import BF16, BY_CODE
 from deltaworks.checkpoints.jit import kernel
+from deltaworks.checkpoints.vector import LANES, ZERO
 
-LANES = 16
+_BF16 = BF16.code
+
+
+class Inputs(NamedTuple):
+    """The raw elements of one block of several models, as kernels take them.
+
+    Attributes:
+        rows: uint8, [rows, bytes]; one row an input, and one more for the stand-in where it is no input.
+        codes: int64, [rows]; the element type of each.
+        places: int64, [rows]; the element of each row at which the block begins.
+        present: bool, [inputs, tiles]; whether a tile of the block was read. One that was not reads as the stand-in's.
+        stand_in: the row of the stand-in.
+    """
+
+    rows: NDArray[np.uint8]
+    codes: NDArray[np.int64]
+    places: NDArray[np.int64]
+    present: NDArray[np.bool_]
+    stand_in: int
 
 
 @dataclass(slots=True)
@@ -20,22 +40,36 @@ class Block:
     """One block of one tensor on its way through a kernel.
 
     Attributes:
-        rows: uint8, [inputs, bytes]; the raw elements of each input, at the front of its row.
-        codes: int64, [inputs]; the element type of each.
+        inputs: what was read.
         start: flat index of the block's first element in its tensor.
         count: elements in the block.
         scratch: float32, [inputs + 3, TILE].
-        out: uint8; raw elements of the output, at the front.
+        out: uint8, a multiple of 8 bytes; raw elements of the output, at the front.
         out_code: element type of the output.
     """
 
-    rows: NDArray[np.uint8]
-    codes: NDArray[np.int64]
+    inputs: Inputs
     start: int
     count: int
     scratch: NDArray[np.float32]
     out: NDArray[np.uint8]
     out_code: int
+
+    def raw(self, k: int, bits: int) -> NDArray[np.uint8]:
+        """The bytes of input `k` (uint8), whose elements have `bits`, with the stand-in's where it was not read."""
+        own = self._row(k, bits)
+        present = np.repeat(self.inputs.present[k], TILE * bits // 8)[: len(own)]
+        if present.all():
+            return own
+        dtype, other = (BY_CODE.get(int(self.inputs.codes[r])) for r in (k, self.inputs.stand_in))
+        stand_in = self._row(self.inputs.stand_in, other.bits if other else bits)
+        if dtype and other and other is not dtype:
+            stand_in = encode_reference(decode_reference(stand_in, other), dtype)
+        return np.where(present, own, stand_in)
+
+    def _row(self, r: int, bits: int) -> NDArray[np.uint8]:
+        start = int(self.inputs.places[r]) * bits // 8
+        return self.inputs.rows[r, start : start + self.count * bits // 8]
 
 
 class Operation(ABC):
@@ -85,22 +119,26 @@ class Operation(ABC):
 
 
 @kernel
-def lane_sum(values: NDArray[np.float64], count: int) -> float:
-    """Sum of `count` values in a fixed order: sixteen interleaved lanes, then the lanes one after another.
+def find_rows(inputs: Inputs, tile: int, rows: NDArray[np.int64]) -> bool:
+    """Write to `rows` (int64, [inputs]) the row that each input is taken from in a tile of the block.
 
-    The order is the same however the loop is vectorised, so sums are reproducible on every machine.
+    Returns:
+        Whether every row of the block holds BF16, so that vectors can be loaded from it as it is.
     """
-    lanes = np.zeros(LANES, np.float64)
-    whole = count - count % LANES
-    for i in range(0, whole, LANES):
-        for lane in range(LANES):
-            lanes[lane] += values[i + lane]
-    for i in range(whole, count):
-        lanes[i - whole] += values[i]
-    total = 0.0
-    for lane in range(LANES):
-        total += lanes[lane]
-    return total
+    for k in range(len(rows)):
+        rows[k] = k if inputs.present[k, tile] else inputs.stand_in
+    half = True
+    for code in inputs.codes:
+        half &= code == _BF16
+    return half
+
+
+@kernel
+def stage(inputs: Inputs, row: int, start: int, n: int, out: NDArray[np.float32]) -> None:
+    """Elements `start` to `start + n` of a row as float32 in `out` ([TILE]), with zeros up to a whole vector."""
+    decode(inputs.rows[row], inputs.codes[row], inputs.places[row] + start, n, out)
+    for i in range(n, -(-n // LANES) * LANES):
+        out[i] = ZERO
 
 
 def exact_sums(parts: Sequence[NDArray[np.float64]]) -> list[float]:
@@ -109,7 +147,7 @@ def exact_sums(parts: Sequence[NDArray[np.float64]]) -> list[float]:
 
 
 def tile_sum_reference(values: NDArray[np.float64]) -> float:
-    """The sum over a whole tensor as the kernels take it: `lane_sum` of every tile, then the tiles exactly."""
+    """The sum over a whole tensor as the kernels take it: the lanes of every tile in order, then the tiles exactly."""
     return math.fsum(_lane_sum_reference(values[i : i + TILE]) for i in range(0, len(values), TILE))
 
 

@@ -8,9 +8,18 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaworks.checkpoints.codec import TILE, decode, encode
+from deltaworks.checkpoints.codec import TILE, encode
 from deltaworks.checkpoints.jit import kernel
-from deltaworks.merging.methods.operation import Block, Operation, exact_sums, lane_sum, tile_sum_reference
+from deltaworks.checkpoints.vector import LANES, load, narrow, splat, store, sum_in_order, widen
+from deltaworks.merging.methods.operation import (
+    Block,
+    Inputs,
+    Operation,
+    exact_sums,
+    find_rows,
+    stage,
+    tile_sum_reference,
+)
 
 NEARLY_PARALLEL = 0.9995
 SMALLEST_NORM = 1e-8
@@ -42,7 +51,7 @@ class Slerp(Operation):
     def measure(self, block: Block) -> NDArray[np.float64]:
         """Partial sums of a block: first squared, second squared, inner product; [tiles, 3]."""
         sums = np.empty((-(-block.count // TILE), 3), np.float64)
-        inner_products(block.rows, block.codes, block.count, block.scratch, sums)
+        inner_products(block.inputs, block.count, block.scratch, sums)
         return sums
 
     def settle(self, parts: Sequence[NDArray[np.float64]], block_size: int) -> Self:
@@ -54,7 +63,7 @@ class Slerp(Operation):
     def merge(self, block: Block) -> int:
         """Fill `block.out`."""
         assert self.coefficients is not None
-        return blend(block.rows, block.codes, block.count, *self.coefficients, block.scratch, block.out, block.out_code)
+        return blend(block.inputs, block.count, *self.coefficients, block.scratch, block.out, block.out_code)
 
     def reference(self, inputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         """The same with NumPy."""
@@ -86,8 +95,7 @@ def slerp_coefficients(t: float, first: float, second: float, product: float) ->
 
 @kernel
 def blend(
-    rows: NDArray[np.uint8],
-    codes: NDArray[np.int64],
+    inputs: Inputs,
     count: int,
     first: float,
     second: float,
@@ -97,39 +105,35 @@ def blend(
 ) -> int:
     """The first input times `first` plus the second times `second`; see `Block` for the other arguments."""
     wrong = 0
-    a, b = scratch[0], scratch[1]
+    rows = np.empty(2, np.int64)
+    total = scratch[2]
     for start in range(0, count, TILE):
         n = min(TILE, count - start)
-        decode(rows[0], codes[0], start, n, a)
-        decode(rows[1], codes[1], start, n, b)
-        for i in range(n):
-            a[i] = np.float32(first * np.float64(a[i]) + second * np.float64(b[i]))
-        wrong += encode(a, n, out_code, out, start)
+        find_rows(inputs, start // TILE, rows)
+        stage(inputs, rows[0], start, n, scratch[0])
+        stage(inputs, rows[1], start, n, scratch[1])
+        for i in range(0, n, LANES):
+            a, b = widen(load(scratch, 0, i)), widen(load(scratch, 1, i))
+            store(total, i, narrow(splat(first) * a + splat(second) * b))
+        wrong += encode(total, n, out_code, out, start)
     return wrong
 
 
 @kernel
-def inner_products(
-    rows: NDArray[np.uint8],
-    codes: NDArray[np.int64],
-    count: int,
-    scratch: NDArray[np.float32],
-    sums: NDArray[np.float64],
-) -> None:
+def inner_products(inputs: Inputs, count: int, scratch: NDArray[np.float32], sums: NDArray[np.float64]) -> None:
     """Per tile: the first input squared, the second squared, their product, summed."""
-    products = np.empty(TILE, np.float64)
-    a, b = scratch[0], scratch[1]
+    rows = np.empty(2, np.int64)
     for start in range(0, count, TILE):
         n = min(TILE, count - start)
-        decode(rows[0], codes[0], start, n, a)
-        decode(rows[1], codes[1], start, n, b)
+        find_rows(inputs, start // TILE, rows)
+        stage(inputs, rows[0], start, n, scratch[0])
+        stage(inputs, rows[1], start, n, scratch[1])
+        first, second, product = splat(0.0), splat(0.0), splat(0.0)
+        for i in range(0, n, LANES):
+            a, b = widen(load(scratch, 0, i)), widen(load(scratch, 1, i))
+            first = first + a * a
+            second = second + b * b
+            product = product + a * b
         tile = start // TILE
-        for i in range(n):
-            products[i] = np.float64(a[i]) * np.float64(a[i])
-        sums[tile, 0] = lane_sum(products, n)
-        for i in range(n):
-            products[i] = np.float64(b[i]) * np.float64(b[i])
-        sums[tile, 1] = lane_sum(products, n)
-        for i in range(n):
-            products[i] = np.float64(a[i]) * np.float64(b[i])
-        sums[tile, 2] = lane_sum(products, n)
+        sums[tile, 0], sums[tile, 1] = sum_in_order(first), sum_in_order(second)
+        sums[tile, 2] = sum_in_order(product)

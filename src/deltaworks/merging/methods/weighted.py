@@ -7,9 +7,10 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaworks.checkpoints.codec import TILE, decode, encode
-from deltaworks.checkpoints.jit import fma, fma_reference, kernel
-from deltaworks.merging.methods.operation import Block, Operation
+from deltaworks.checkpoints.codec import TILE, encode
+from deltaworks.checkpoints.jit import kernel
+from deltaworks.checkpoints.vector import LANES, ZERO, fma, fma_reference, load, splat, store
+from deltaworks.merging.methods.operation import Block, Inputs, Operation, find_rows, stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +29,7 @@ class WeightedSum(Operation):
     def merge(self, block: Block) -> int:
         """Fill `block.out`."""
         weights = np.array(self.weights, np.float32)
-        return weighted_sum(
-            block.rows, block.codes, block.count, weights, self.divisor, block.scratch, block.out, block.out_code
-        )
+        return weighted_sum(block.inputs, block.count, weights, self.divisor, block.scratch, block.out, block.out_code)
 
     def reference(self, inputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         """The same with NumPy."""
@@ -60,8 +59,7 @@ class WeightedSum(Operation):
 
 @kernel
 def weighted_sum(
-    rows: NDArray[np.uint8],
-    codes: NDArray[np.int64],
+    inputs: Inputs,
     count: int,
     weights: NDArray[np.float32],
     divisor: np.float32,
@@ -71,18 +69,38 @@ def weighted_sum(
 ) -> int:
     """Sum the inputs, each times its weight, and divide; see `Block` for the arguments."""
     wrong = 0
-    total, x = scratch[0], scratch[1]
-    one = divisor == np.float32(1.0)
+    models = len(weights)
+    halves, total = inputs.rows.view(np.uint16), scratch[models]
+    rows, places = np.empty(models, np.int64), np.empty(models, np.int64)
     for start in range(0, count, TILE):
         n = min(TILE, count - start)
-        total[:] = np.float32(0.0)
-        for k in range(len(weights)):
-            decode(rows[k], codes[k], start, n, x)
-            w = weights[k]
-            for i in range(n):
-                total[i] = fma(w, x[i], total[i])
-        if not one:
-            for i in range(n):
-                total[i] = total[i] / divisor
+        half = find_rows(inputs, start // TILE, rows)
+        if half and n % LANES == 0:
+            for k in range(models):
+                places[k] = inputs.places[rows[k]] + start
+            _sum_tile(halves, rows, places, n, weights, divisor, total)
+        else:
+            for k in range(models):
+                stage(inputs, rows[k], start, n, scratch[k])
+                rows[k], places[k] = k, 0
+            _sum_tile(scratch, rows, places, n, weights, divisor, total)
         wrong += encode(total, n, out_code, out, start)
     return wrong
+
+
+@kernel
+def _sum_tile(
+    table: NDArray[Any],
+    rows: NDArray[np.int64],
+    places: NDArray[np.int64],
+    n: int,
+    weights: NDArray[np.float32],
+    divisor: np.float32,
+    out: NDArray[np.float32],
+) -> None:
+    """The weighted sum of `n` elements, from `places` on in `rows` of a table that `load` takes."""
+    for i in range(0, n, LANES):
+        total = splat(ZERO)
+        for k in range(len(weights)):
+            total = fma(splat(weights[k]), load(table, rows[k], places[k] + i), total)
+        store(out, i, total / splat(divisor))

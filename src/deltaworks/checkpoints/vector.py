@@ -1,0 +1,259 @@
+"""Sixteen elements at a time, inside compiled kernels.
+
+A compiler vectorises a loop only where it can prove that it may, and the loops of merges, which choose, compare and
+add in many rows at once, are past what it proves. So kernels say it: a vector is a value with operators, `load` and
+`store` move it, and LLVM maps it to whatever the machine has (one AVX-512 register, two of AVX2, four of NEON).
+
+Every operation is IEEE arithmetic, lane by lane, so a kernel gives the same bits on every machine. Types:
+
+=========  ==========================================================================
+F32        float32; ``+ - * /``, ``> < >= !=`` (false where one is NaN, but ``!=``)
+F64        float64; ``+ - *``
+U32, U64   unsigned integers; ``+ * & ^ >>``, comparisons
+MASK       the results of comparisons; ``&``
+=========  ==========================================================================
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
+from numpy.typing import NDArray
+
+LANES = 16
+
+
+class _Vector(types.Type):
+    """Numba's type of sixteen values."""
+
+    def __init__(self, name: str, element: ir.Type) -> None:
+        self.ir: Final = ir.VectorType(element, LANES)
+        super().__init__(name=f"{name}x{LANES}")
+
+
+F32 = _Vector("float32", ir.FloatType())
+F64 = _Vector("float64", ir.DoubleType())
+U32 = _Vector("uint32", ir.IntType(32))
+U64 = _Vector("uint64", ir.IntType(64))
+MASK = _Vector("bool", ir.IntType(1))
+_OF = {types.float32: F32, types.float64: F64, types.uint32: U32, types.uint64: U64}
+
+
+@register_model(_Vector)
+class _Model(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: _Vector) -> None:
+        super().__init__(manager, kind, kind.ir)  # type: ignore[no-untyped-call]
+
+
+def _define(function: Callable[..., Any], kinds: tuple[Any, ...], result: Any, generate: Callable[..., Any]) -> None:
+    """Teach Numba what a function or an operator makes of arguments of these kinds: ``generate(builder, *values)``."""
+
+    @type_callable(function)
+    def resolve(_: Any) -> Any:
+        # Numba looks at the number of parameters, so it cannot be any.
+        return (
+            lambda x: result if (x,) == kinds else None,
+            lambda x, y: result if (x, y) == kinds else None,
+            lambda x, y, z: result if (x, y, z) == kinds else None,
+        )[len(kinds) - 1]
+
+    @lower_builtin(function, *kinds)  # type: ignore[no-untyped-call, untyped-decorator]
+    def lower(_: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Any]) -> Any:
+        del signature
+        return generate(builder, *values)
+
+
+def _builder(name: str, *leading: Any) -> Callable[..., Any]:
+    """What calls a method of LLVM's builder."""
+    return lambda builder, *values: getattr(builder, name)(*leading, *values)
+
+
+def _call(name: str, result: ir.Type) -> Callable[..., Any]:
+    """What calls one of LLVM's own functions."""
+
+    def generate(builder: ir.IRBuilder, *values: Any) -> Any:
+        kind = ir.FunctionType(result, [v.type for v in values])
+        function = cgutils.get_or_insert_function(builder.module, kind, name)  # type: ignore[no-untyped-call]
+        return builder.call(function, values)
+
+    return generate
+
+
+for _kind in (F32, F64):
+    for _function, _name in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
+        _define(_function, (_kind, _kind), _kind, _builder(_name))
+_define(operator.truediv, (F32, F32), F32, _builder("fdiv"))
+for _kind in (U32, U64):
+    for _function, _name in ((operator.add, "add"), (operator.mul, "mul"), (operator.rshift, "lshr")):
+        _define(_function, (_kind, _kind), _kind, _builder(_name))
+for _kind in (U32, U64, MASK):
+    for _function, _name in ((operator.and_, "and_"), (operator.or_, "or_"), (operator.xor, "xor")):
+        _define(_function, (_kind, _kind), _kind, _builder(_name))
+for _function, _name in ((operator.gt, ">"), (operator.lt, "<"), (operator.ge, ">="), (operator.le, "<=")):
+    _define(_function, (F32, F32), MASK, _builder("fcmp_ordered", _name))
+    for _kind in (U32, U64):
+        _define(_function, (_kind, _kind), MASK, _builder("icmp_unsigned", _name))
+_define(operator.ne, (F32, F32), MASK, _builder("fcmp_unordered", "!="))
+_define(operator.eq, (U32, U32), MASK, _builder("icmp_unsigned", "=="))
+_define(operator.ne, (U32, U32), MASK, _builder("icmp_unsigned", "!="))
+
+
+def splat(x: Any) -> Any:
+    """A vector of sixteen `x` (float32, float64, uint32 or uint64)."""
+    raise NotImplementedError
+
+
+def select(mask: Any, x: Any, y: Any) -> Any:
+    """`x` where `mask` is set, else `y`."""
+    raise NotImplementedError
+
+
+def bits(x: Any) -> Any:
+    """The bit patterns of F32 as U32."""
+    raise NotImplementedError
+
+
+def widen(x: Any) -> Any:
+    """F32 as F64, exactly."""
+    raise NotImplementedError
+
+
+def narrow(x: Any) -> Any:
+    """F64 rounded to F32."""
+    raise NotImplementedError
+
+
+def fma(x: Any, y: Any, z: Any) -> Any:
+    """``x * y + z`` in F32, rounded once (IEEE 754 fusedMultiplyAdd)."""
+    raise NotImplementedError
+
+
+def maximum(x: Any, y: Any) -> Any:
+    """The larger of U32, lane by lane."""
+    raise NotImplementedError
+
+
+def largest(x: Any) -> Any:
+    """The largest lane of U32, as uint32."""
+    raise NotImplementedError
+
+
+def lanes_set(mask: Any) -> Any:
+    """How many lanes are set, as int64."""
+    raise NotImplementedError
+
+
+def sum_in_order(x: Any) -> Any:
+    """The sum of the lanes of F64, as float64: from the first to the last, starting at zero."""
+    raise NotImplementedError
+
+
+def ramp(x: Any) -> Any:
+    """U64 that counts up from `x` (uint64)."""
+    raise NotImplementedError
+
+
+def _splat(builder: ir.IRBuilder, value: Any) -> Any:
+    kind = ir.VectorType(value.type, LANES)
+    index = ir.IntType(32)
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(index, 0))
+    places = ir.Constant(ir.VectorType(index, LANES), [0] * LANES)
+    return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), places)
+
+
+def _sum_in_order(builder: ir.IRBuilder, value: Any) -> Any:
+    total = ir.Constant(ir.DoubleType(), 0.0)
+    for lane in range(LANES):
+        total = builder.fadd(total, builder.extract_element(value, ir.Constant(ir.IntType(32), lane)))
+    return total
+
+
+for _scalar, _kind in ((types.float32, F32), (types.float64, F64), (types.uint32, U32), (types.uint64, U64)):
+    _define(splat, (_scalar,), _kind, _splat)
+    _define(select, (MASK, _kind, _kind), _kind, _builder("select"))
+_define(bits, (F32,), U32, lambda b, x: b.bitcast(x, U32.ir))
+_define(widen, (F32,), F64, lambda b, x: b.fpext(x, F64.ir))
+_define(narrow, (F64,), F32, lambda b, x: b.fptrunc(x, F32.ir))
+_define(fma, (F32, F32, F32), F32, _call(f"llvm.fma.v{LANES}f32", F32.ir))
+_define(maximum, (U32, U32), U32, lambda b, x, y: b.select(b.icmp_unsigned(">", x, y), x, y))
+_define(largest, (U32,), types.uint32, _call(f"llvm.vector.reduce.umax.v{LANES}i32", ir.IntType(32)))
+_define(
+    lanes_set,
+    (MASK,),
+    types.int64,
+    lambda b, x: b.zext(b.ctpop(b.bitcast(x, ir.IntType(LANES))), ir.IntType(64)),
+)
+_define(sum_in_order, (F64,), types.float64, _sum_in_order)
+_define(ramp, (types.uint64,), U64, lambda b, x: b.add(_splat(b, x), ir.Constant(U64.ir, list(range(LANES)))))
+
+
+def _address(context: Any, builder: ir.IRBuilder, array: Any, values: Sequence[Any], to: ir.Type) -> Any:
+    """A pointer to elements of a contiguous array, of which `values` are its own, the row where it has any, a place."""
+    struct = context.make_array(array)(context, builder, values[0])
+    place = values[-1]
+    if array.ndim == 2:
+        width = cgutils.unpack_tuple(builder, struct.shape, 2)[1]  # type: ignore[no-untyped-call]
+        place = builder.add(builder.mul(values[1], width), place)
+    return builder.bitcast(builder.gep(struct.data, [place]), to.as_pointer())
+
+
+_HALVES = ir.VectorType(ir.IntType(16), LANES)
+
+
+@intrinsic
+def _load(context: Any, array: Any, row: Any, place: Any) -> Any:
+    del context, row, place
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Any]) -> Any:
+        if array.dtype == types.float32:
+            return builder.load(_address(context, builder, signature.args[0], values, F32.ir), align=4)
+        raw = builder.load(_address(context, builder, signature.args[0], values, _HALVES), align=2)
+        upper = builder.shl(builder.zext(raw, U32.ir), ir.Constant(U32.ir, [16] * LANES))
+        return builder.bitcast(upper, F32.ir)
+
+    return F32(array, types.intp, types.intp), generate
+
+
+@intrinsic
+def _store(context: Any, array: Any, place: Any, value: Any) -> Any:
+    del context, place
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Any]) -> Any:
+        data, to = values[2], F32.ir
+        if value is U32:
+            data, to = builder.trunc(data, _HALVES), _HALVES
+        builder.store(data, _address(context, builder, signature.args[0], values[:2], to), align=2)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, value), generate
+
+
+load: Any = _load
+"""``load(table, row, place)``: F32 from a contiguous table ([rows, elements]) of float32, or of BF16 as uint16."""
+store: Any = _store
+"""``store(array, place, x)``: F32 to a float32 array, or the lower halves of U32 to a uint16 array (one dimension)."""
+
+ZERO, ONE = np.float32(0.0), np.float32(1.0)
+MAGNITUDE = np.uint32(0x7FFFFFFF)
+"""Mask of the bits of a float32 without its sign."""
+NOT_FINITE = np.uint32(0x7F800000)
+"""The smallest magnitude, as bits, that is infinite or NaN."""
+
+
+def fma_reference(first: np.float32, second: NDArray[np.float32], addend: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`fma` with NumPy: the product is exact in float64, and the sum is rounded to odd so that rounding twice is safe.
+
+    Source: Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", IEEE Transactions on Computers 2008.
+    """
+    product = np.float64(first) * second.astype(np.float64)
+    other = addend.astype(np.float64)
+    total = product + other
+    part = total - product
+    error = (product - (total - part)) + (other - part)
+    inexact = (error != 0) & (total.view(np.int64) & 1 == 0)
+    return np.where(inexact, np.nextafter(total, np.copysign(np.inf, error)), total).astype(np.float32)
