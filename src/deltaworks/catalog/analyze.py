@@ -27,7 +27,7 @@ from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.checkpoints.pipeline import READS_IN_FLIGHT, Pipeline
 from deltaworks.checkpoints.reader import ByteCounter, page_aligned
-from deltaworks.checkpoints.source import Source, place_in_row
+from deltaworks.checkpoints.source import Source, are_cached, place_in_row
 from deltaworks.checkpoints.writer import storage_error
 from deltaworks.errors import UserError
 from deltaworks.progress import Progress, Silent
@@ -125,8 +125,8 @@ def analyze(
     measure_read_cost(catalog, expert)
     progress.start(f"analyze {expert.name}", sum(b.nbytes + e.nbytes for b, e in pairs))
     with (
-        Source(base, counter, direct=True) as base_source,
-        Source(expert, counter, direct=True) as expert_source,
+        Source(base, counter, direct=not are_cached([base])) as base_source,
+        Source(expert, counter, direct=not are_cached([expert])) as expert_source,
     ):
         writer = StatisticsWriter(path, block_size)
         stages = _Stages(base_source, expert_source, pairs, block_size, writer, progress)

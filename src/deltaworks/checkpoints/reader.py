@@ -84,14 +84,12 @@ class RangeReader:
             self._open_direct()
 
     def _open_direct(self) -> None:
-        cached = cached_bytes(self._fd, 0, self.size)
         # Asking before every read is for files of which a part is cached.
-        self._asks = bool(cached)
-        if cached is not None and cached < self.size:
-            with suppress(OSError):  # the file system cannot
-                self._direct_fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-                # What is left for the page cache is ends of ranges, a page each: nothing beyond will be wanted.
-                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
+        self._asks = bool(cached_bytes(self._fd, 0, self.size))
+        with suppress(OSError, AttributeError):  # the file system cannot, or the system has no such flag
+            self._direct_fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            # What is left for the page cache is ends of ranges, a page each: nothing beyond will be wanted.
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
         self._goes_direct = self._direct_fd >= 0
 
     @property

@@ -1,12 +1,13 @@
 """A model's weight files, open for reading blocks of tensors."""
 
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaworks.checkpoints.cached import PAGE
+from deltaworks.checkpoints.cached import PAGE, cached_bytes
 from deltaworks.checkpoints.checkpoint import Checkpoint
 from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.checkpoints.reader import ByteCounter, RangeReader
@@ -21,6 +22,20 @@ def place_in_row(tensor: TensorInfo, start: int) -> int:
     """The byte of a row to which a block that begins with element `start` is best read: where it lies in its page."""
     place = (tensor.offset + tensor.dtype.nbytes(start)) % PAGE
     return place if tensor.dtype.is_float and place * 8 % tensor.dtype.bits == 0 else 0
+
+
+def are_cached(models: Iterable[_HasCheckpoint]) -> bool:
+    """Whether the page cache holds most of the weight files of some models.
+
+    Then they are best read through it, which brings in the rest; else around it, but for what is there.
+    """
+    found = total = 0
+    for model in models:
+        for shard in model.checkpoint.shards:
+            with (model.checkpoint.path / shard.name).open("rb") as file:
+                found += cached_bytes(file.fileno(), 0, shard.size) or 0
+            total += shard.size
+    return found * 2 > total
 
 
 class Source:

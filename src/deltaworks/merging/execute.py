@@ -17,7 +17,7 @@ from deltaworks.checkpoints.codec import decode_reference
 from deltaworks.checkpoints.dtypes import BY_CODE
 from deltaworks.checkpoints.pipeline import READS_IN_FLIGHT, Pipeline
 from deltaworks.checkpoints.reader import ByteCounter, page_aligned
-from deltaworks.checkpoints.source import Source
+from deltaworks.checkpoints.source import Source, are_cached
 from deltaworks.checkpoints.writer import OutputTensor, ShardLayout, ShardWriter, plan_shards
 from deltaworks.errors import CheckpointError, NonFiniteError
 from deltaworks.merging.methods.operation import Block
@@ -38,11 +38,16 @@ class Reads:
     expert: ByteCounter
     base: ByteCounter
 
-    def sources(self, plan: Plan, models: Sequence[Model]) -> dict[int, Source]:
-        """The open files of every model that the plan reads weights of, by its place in the plan."""
-        used = {i.model for t in plan.tensors for i in (*t.inputs, *([t.stand_in] if t.stand_in else []))}
+    def sources(self, plan: Plan, models: Sequence[Model]) -> tuple[dict[int, Source], bool]:
+        """The open files of every model that the plan reads weights of, by its place in the plan.
+
+        Returns:
+            Them, and whether most of what they hold is in memory.
+        """
+        used = sorted({i.model for t in plan.tensors for i in (*t.inputs, *([t.stand_in] if t.stand_in else []))})
         counters = [self.base if m.role == "base" else self.expert for m in plan.models]
-        return {i: Source(models[i], counters[i], direct=True) for i in sorted(used)}
+        cached = are_cached(models[i] for i in used)
+        return {i: Source(models[i], counters[i], direct=not cached) for i in used}, cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +131,9 @@ def execute(
     stages = _Stages(plan, models, streams, shard_of, folder, reads, options, finished, progress)
     out_bytes = max((s.tensor.dtype.nbytes(min(s.block_size, s.elements)) for s in streams), default=8)
     slots = make_slots(lambda: _Slot(streams, out_bytes), Rows(streams).nbytes + out_bytes, threads)
-    pipeline = Pipeline(slots, stages.read, stages.compute, stages.write, stages.commit, threads)
+    pipeline = Pipeline(
+        slots, stages.read, stages.compute, stages.write, stages.commit, threads, reads_on_core=stages.are_cached
+    )
     stages.is_stopping = pipeline.stopping.is_set
     progress.start("merge", sum(s.input_bytes(i) * (1 + s.passes) for s in streams for i in range(s.blocks)))
     try:
@@ -169,7 +176,7 @@ class _Stages:
         for stream in streams:
             name = shard_of[stream.tensor.name].name
             self._left[name] = self._left.get(name, 0) + stream.blocks
-        self._sources = reads.sources(plan, models)
+        self._sources, self.are_cached = reads.sources(plan, models)
 
     def read(self, task: Task, slot: _Slot) -> None:
         """Fill the slot's rows with the task's block of every input."""

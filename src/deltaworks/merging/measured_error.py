@@ -118,7 +118,7 @@ class _Slot:
 
 class _Stages:
     def __init__(self, plan: Plan, models: Sequence[Model], progress: Progress) -> None:
-        self.sources = Reads(ByteCounter(), ByteCounter()).sources(plan, models)
+        self.sources, _ = Reads(ByteCounter(), ByteCounter()).sources(plan, models)
         self.is_stopping: Callable[[], bool] = bool
         self._progress = progress
         self.lost: dict[str, list[float]] = {}

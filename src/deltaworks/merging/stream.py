@@ -50,8 +50,9 @@ class Rows:
 class TensorStream:
     """The blocks of one planned tensor.
 
-    Operations that need quantities of the whole tensor see its blocks more than once. Experts are read once all the
-    same: what the first pass read of them waits in a file without a name for the passes that follow.
+    Operations that need quantities of the whole tensor see its blocks more than once. Within a budget, experts are read
+    once all the same: what the first pass read of them waits in a file without a name for the passes that follow.
+    Without one they are read again, which the page cache makes cheap.
 
     Args:
         plan: the plan.
@@ -86,6 +87,7 @@ class TensorStream:
         self.blocks = max(1, -(-self.elements // block_size))
         self.operation: Operation = tensor.operation
         self.passes = self.operation.passes
+        self._spools = self.passes > 0 and plan.budget_bytes is not None
         self._settled = [threading.Event() for _ in range(self.passes)]
         self._parts: dict[int, Any] = {}
         self._lock = threading.Lock()
@@ -148,7 +150,7 @@ class TensorStream:
     ) -> None:
         """Read `count` elements of input `r` from `first` on to byte `place` of its row."""
         info = self.infos[r]
-        spooled = self.passes > 0 and r < len(self._is_expert) and self._is_expert[r]
+        spooled = self._spools and r < len(self._is_expert) and self._is_expert[r]
         part = row[place : place + info.dtype.nbytes(count)]
         if stage > 0 and spooled:
             os.preadv(self._spool(), [part.data], self._spool_place(r, first))
