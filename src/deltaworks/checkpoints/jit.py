@@ -1,6 +1,8 @@
 """How kernels are compiled."""
 
+import importlib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -52,3 +54,17 @@ def compiled_before(name: str = "codec.decode") -> bool:
     beside = Path(__file__).parents[1]
     folders = [Path(chosen)] if chosen else [*beside.glob("*/__pycache__"), Path.home() / ".cache" / "numba"]
     return any(next(f.rglob(f"{name}-*.nbi"), None) is not None for f in folders if f.is_dir())
+
+
+def leave_blas_out() -> None:
+    """Have Numba do without BLAS, for which it would import SciPy before the first kernel: a tenth of a second.
+
+    No kernel here needs it. In a process of other people's code, theirs may: so this is for our own commands.
+    """
+    name = "scipy.linalg"
+    if name not in sys.modules:
+        sys.modules[name] = None  # type: ignore[assignment]
+        try:
+            importlib.import_module("numba.np.arraymath")
+        finally:
+            del sys.modules[name]

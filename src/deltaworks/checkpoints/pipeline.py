@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 STAGES = ("read", "compute", "write", "commit")
 
-READS_IN_FLIGHT = 4
+READS_IN_FLIGHT = 8
 """Threads beyond one a core: while these wait for a device, the others compute."""
 
 Task = TypeVar("Task")

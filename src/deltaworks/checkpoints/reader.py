@@ -47,6 +47,11 @@ class ByteCounter:
             self._value += count
 
     @property
+    def is_limited(self) -> bool:
+        """Whether there is a limit."""
+        return self._limit is not None
+
+    @property
     def value(self) -> int:
         """The sum so far."""
         return self._value
@@ -110,43 +115,52 @@ class RangeReader:
     def read_row(self, row: NDArray[np.uint8], place: int, offset: int, nbytes: int) -> None:
         """Fill `nbytes` of `row` from `place` on with the file's from `offset` on.
 
-        Whole pages may be read around the page cache where the row is of `page_aligned` and `place` lies in its page as
-        `offset` does in its own.
+        What the page cache lacks may be read around it, where the row is of `page_aligned` and `place` lies in its page
+        as `offset` does in its own. Where nothing limits what is read, that may take in the rest of the pages at both
+        ends, as reading through the cache does, and set the row's bytes there; they are not counted.
 
         Raises:
             As `read_into`.
         """
         self._counter.reserve(nbytes)
         part = row[place : place + nbytes]
+        # To the first whole page, and to the end of the last.
         lead, end = -offset % PAGE, (offset + nbytes) // PAGE * PAGE - offset
         askew = (place - offset) % PAGE
         if not self._goes_direct or lead >= end or askew or self._is_cached(offset, nbytes):
             self._read(self._fd, part.data, offset)
             return
         try:
-            self._read(self._direct_fd, part[lead:end].data, offset + lead)
+            if self._counter.is_limited:
+                self._read(self._direct_fd, part[lead:end].data, offset + lead)
+                self._read(self._fd, part[:lead].data, offset)
+                self._read(self._fd, part[end:].data, offset + end)
+            else:
+                before = offset % PAGE
+                whole = row[place - before : place + -(-(offset + nbytes) // PAGE) * PAGE - offset]
+                self._read(self._direct_fd, whole.data, offset - before, (before, before + nbytes))
         except _UnalignedError:
             self._goes_direct = False
-            lead = end
-        self._read(self._fd, part[:lead].data, offset)
-        self._read(self._fd, part[end:].data, offset + end)
+            self._read(self._fd, part.data, offset)
 
     def _is_cached(self, offset: int, nbytes: int) -> bool:
         return self._asks and (cached_bytes(self._fd, offset, nbytes) or 0) >= nbytes
 
-    def _read(self, fd: int, view: memoryview, offset: int) -> None:
+    def _read(self, fd: int, view: memoryview, offset: int, wanted: tuple[int, int] | None = None) -> None:
+        """Fill a view, or at least the part of it from one byte to another; only that is counted."""
+        first, last = wanted or (0, len(view))
         done = 0
-        while done < len(view):
+        while done < last:
             try:
                 got = os.preadv(fd, [view[done:]], offset + done)
             except OSError as error:
                 if error.errno == errno.EINVAL and fd == self._direct_fd and not done:
                     raise _UnalignedError from error
                 raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
-            self._counter.add(got)
+            self._counter.add(max(0, min(done + got, last) - max(done, first)))
             done += got
             # Around the page cache, only the end of the file is no multiple of a page.
-            if got == 0 or (done < len(view) and fd == self._direct_fd and got % PAGE):
+            if got == 0 or (done < last and fd == self._direct_fd and got % PAGE):
                 raise CheckpointError(
                     f"{self.path} ends at byte {offset + done}, inside a tensor; it was cut short: fetch it again"
                 )

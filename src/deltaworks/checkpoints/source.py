@@ -1,6 +1,9 @@
 """A model's weight files, open for reading blocks of tensors."""
 
+import os
+import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -11,6 +14,8 @@ from deltaworks.checkpoints.cached import PAGE, cached_bytes
 from deltaworks.checkpoints.checkpoint import Checkpoint
 from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.checkpoints.reader import ByteCounter, RangeReader
+
+_FETCHED_AT_ONCE = 8 << 20
 
 
 class _HasCheckpoint(Protocol):
@@ -36,6 +41,19 @@ def are_cached(models: Iterable[_HasCheckpoint]) -> bool:
                 found += cached_bytes(file.fileno(), 0, shard.size) or 0
             total += shard.size
     return found * 2 > total
+
+
+def fetch_ahead(model: _HasCheckpoint) -> None:
+    """Have the system bring a model's weight files to the page cache while the caller does something else."""
+
+    def fetch() -> None:
+        for shard in model.checkpoint.shards:
+            with suppress(OSError), (model.checkpoint.path / shard.name).open("rb") as file:
+                for start in range(0, shard.size, _FETCHED_AT_ONCE):
+                    os.posix_fadvise(file.fileno(), start, _FETCHED_AT_ONCE, os.POSIX_FADV_WILLNEED)
+
+    if hasattr(os, "posix_fadvise"):
+        threading.Thread(target=fetch, daemon=True).start()
 
 
 class Source:

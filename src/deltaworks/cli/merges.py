@@ -230,7 +230,7 @@ def verify(
     from deltaworks.merging import snapshot
 
     del catalog  # every command takes it; the manifest alone is needed here
-    result = snapshot.verify(out, make_progress(quiet=quiet))
+    result = snapshot.verify(out, make_progress(quiet=quiet, computes=False))
     if as_json:
         print_json(result)
     else:

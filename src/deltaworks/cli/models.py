@@ -39,7 +39,12 @@ def register(
 
     with Catalog(catalog) as opened:
         model = registering.register(
-            opened, name, path, base, replace_existing=replace, progress=make_progress(quiet=quiet)
+            opened,
+            name,
+            path,
+            base,
+            replace_existing=replace,
+            progress=make_progress(quiet=quiet, computes=False),
         )
     facts = model_facts(model)
     if as_json:

@@ -18,7 +18,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from deltaworks.checkpoints.jit import compiled_before
+from deltaworks.checkpoints.jit import compiled_before, leave_blas_out
 from deltaworks.progress import Progress as Reports
 from deltaworks.progress import Silent
 from deltaworks.units import format_bytes
@@ -28,12 +28,19 @@ _LINE_EVERY = 5.0
 _WARM_UP = 20.0
 
 
-def make_progress(*, quiet: bool) -> Reports:
-    """What the user should see of long work."""
+def make_progress(*, quiet: bool, computes: bool = True) -> Reports:
+    """What the user should see of long work.
+
+    Args:
+        quiet: Nothing.
+        computes: Kernels will run.
+    """
+    if computes:
+        leave_blas_out()
     if quiet:
         return Silent()
     shown: Reports = Bar() if sys.stderr.isatty() else Lines()
-    if not compiled_before():
+    if computes and not compiled_before():
         shown.note("compiling kernels for this machine; this happens once and takes some seconds")
     return shown
 

@@ -15,6 +15,7 @@ from deltaworks.catalog.statistics import DeltaTable, read_table
 from deltaworks.catalog.storage import read_cost
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.sidecars import chat_template, vocabulary
+from deltaworks.checkpoints.source import fetch_ahead
 from deltaworks.errors import ChangedError, NonFiniteError, RecipeError
 from deltaworks.merging.budget import Budget, parse_budget
 from deltaworks.merging.contributions import Overlaps
@@ -115,6 +116,9 @@ class Prepared:
         self._overlaps = Overlaps()
         self._weighed: tuple[Plan, Weighed] | None = None
         if weighs:
+            # Planning takes as long as reading a base, of which a merge within a budget needs nearly all.
+            for base in dict.fromkeys(self._bases.values()):
+                fetch_ahead(self.models[base])
             for pair in self._bases.items():
                 self._analyze(*pair)
                 self._tables[pair] = read_table(self._statistics(*pair))
