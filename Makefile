@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint format parity real clean
+.PHONY: demo test lint format parity real bench clean
 
 demo: $(STAMP)
 	$(BIN)/deltaworks demo
@@ -27,6 +27,10 @@ parity: $(STAMP) .venv-peers/.installed
 
 real: $(STAMP) .venv-peers/.installed
 	MERGEKIT_PYTHON=$(CURDIR)/.venv-peers/bin/python KUBERNETES_PYTHON=$(CURDIR)/.venv-peers/bin/python $(BIN)/python -m pytest -m real -rs tests
+
+# Two hours, most of them for mergekit, and 40 GB of disk; goes on where it was stopped.
+bench: $(STAMP) .venv-peers/.installed
+	$(BIN)/python benchmarks/speed.py .bench --mergekit .venv-peers/bin/python
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -11,6 +11,7 @@ from merges import METHODS, merge, raw_tensors, whole_tensor_bytes
 
 from deltaworks.catalog.store import Catalog
 from deltaworks.errors import CheckpointError, NonFiniteError, RecipeError, UserError
+from deltaworks.merging.budget import Budget
 from deltaworks.merging.prepare import MergeOptions, plan_inputs, prepare_plan
 from deltaworks.merging.recipe import parse_recipe
 from deltaworks.merging.snapshot import run_plan
@@ -75,11 +76,17 @@ def test_shards_change_no_tensor(tmp_path: Path, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_reads_each_expert_byte_once_whatever_the_passes(catalog: Catalog, tmp_path: Path, method: str) -> None:
+def test_within_a_budget_reads_each_expert_byte_once_whatever_the_passes(
+    catalog: Catalog, tmp_path: Path, method: str
+) -> None:
     write_family(tmp_path)
-    result = merge(catalog, recipe(method, tmp_path, **METHODS[method]), tmp_path / "out")
+    text = recipe(method, tmp_path, **METHODS[method])
+    full = merge(catalog, text, tmp_path / "full")
+    result = merge(catalog, text, tmp_path / "out", MergeOptions(budget=Budget(share=1.0)))
     assert result.expert_bytes_read == result.expert_bytes_planned
-    assert result.expert_bytes_planned <= result.expert_bytes
+    assert result.expert_bytes_planned <= full.expert_bytes_planned <= result.expert_bytes
+    assert full.expert_bytes_planned <= full.expert_bytes_read <= 3 * full.expert_bytes_planned
+    assert read_model(tmp_path / "out").keys() == read_model(tmp_path / "full").keys()
     weights = sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors"))
     assert result.output_bytes_written == weights
 

@@ -47,7 +47,8 @@ class MergeResult:
         budget_bytes: the most that might be read from experts; None for no budget.
         expert_bytes: what all the experts hold.
         expert_bytes_planned: what the plan said would be read of them for one pass.
-        expert_bytes_read: what was read of experts for the files of the output, by an interrupted run too.
+        expert_bytes_read: what was read of experts for the files of the output, by an interrupted run too; without a
+            budget, methods that take two passes over a tensor read it twice.
         base_bytes_read: what this run read of base models, all passes together.
         output_bytes_written: size of the weight files.
         predicted_error, error_bound: the plan's.

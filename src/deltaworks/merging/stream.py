@@ -155,6 +155,10 @@ class TensorStream:
         if stage > 0 and spooled:
             os.preadv(self._spool(), [part.data], self._spool_place(r, first))
             return
+        if self.passes and not spooled:
+            # It is read again, so it had better be in the page cache by then.
+            sources[self.places[r]].read(info, first, count, part)
+            return
         sources[self.places[r]].read_row(info, first, count, row, place)
         if spooled:
             view, at = part.data, self._spool_place(r, first)
