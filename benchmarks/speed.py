@@ -28,7 +28,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,11 @@ class Case:
         return "-".join([*parts, "cold" if self.cold else "warm"])
 
     @property
+    def peer_runs(self) -> str:
+        """The case that has mergekit's runs: it knows no budget."""
+        return replace(self, budget=None).name
+
+    @property
     def reads_base(self) -> bool:
         return self.method != "linear" or self.budget is not None
 
@@ -94,9 +99,11 @@ CASES = (
     Case("ties", 8, times=40),
     Case("ties", 8, cold=True, times=25),
     Case("linear", 16, cold=True, budget="12.5%", times=10),
+    Case("ties", 16, cold=True),
     Case("ties", 16, cold=True, budget="12.5%", times=100),
     *(Case(m, k, cold=True, budget=FIXED, peer=False) for m in ("linear", "ties") for k in GROWTH[1:]),
-    *(Case(m, k, cold=True, peer=False) for m in ("linear", "ties") for k in GROWTH),
+    *(Case("linear", k, cold=True, peer=False) for k in (2, 8, 32)),
+    *(Case("ties", k, cold=True, peer=False) for k in (2, 4, 32)),
 )
 
 
@@ -274,7 +281,7 @@ def run(bench: Bench, cases: list[Case], rounds: int, known: dict[str, Any]) -> 
     """Measure what is missing of `known`, and keep it."""
     runs: dict[str, dict[str, list[Any]]] = known.setdefault("runs", {})
     for number, case in itertools.product(range(rounds), cases):
-        own = runs.setdefault(case.name, {"ours": [], "limit": [], **({"mergekit": []} if case.peer else {})})
+        own = runs.setdefault(case.name, {"ours": [], "limit": [], "mergekit": []})
         out, other = bench.folder / "out", bench.folder / "other"
         for folder in (out, other):
             shutil.rmtree(folder, ignore_errors=True)
@@ -289,14 +296,14 @@ def run(bench: Bench, cases: list[Case], rounds: int, known: dict[str, Any]) -> 
         if len(own["ours"]) <= number:
             bench.temper(case)
             own["ours"].append(bench.ours(case, out))
-        if case.peer and bench.mergekit and len(own["mergekit"]) <= number:
+        if case.peer and case.budget is None and bench.mergekit and len(own["mergekit"]) <= number:
             bench.temper(case)
             own["mergekit"].append(bench.theirs(case, other))
             agreement = known.setdefault("agreement", {})
-            if case.name not in agreement and case.budget is None and out.is_dir():
+            if case.name not in agreement and out.is_dir():
                 agreement[case.name] = distance(out, other, bench.family / "base")
         RESULTS.write_text(json.dumps(known, indent=1) + "\n")
-        ours, theirs = own["ours"][-1]["wall_s"], (own.get("mergekit") or [{"wall_s": None}])[-1]["wall_s"]
+        ours, theirs = (own[t][-1]["wall_s"] if own[t] else None for t in ("ours", "mergekit"))
         print(f"{number + 1} {case.name}: {ours} s, mergekit {theirs} s, limit {own['limit'][-1]}", flush=True)
 
 
@@ -348,10 +355,9 @@ def beside_lines(known: dict[str, Any]) -> list[str]:
     ]
     lines.append("|---|---|---|---|---|---|---|---|---|---|")
     for case in CASES:
-        own = known["runs"].get(case.name)
-        if not own or not own.get("mergekit"):
+        ours, theirs = (known["runs"].get(n, {}).get(t) for n, t in ((case.name, "ours"), (case.peer_runs, "mergekit")))
+        if not ours or not theirs or not case.peer:
             continue
-        ours, theirs = own["ours"], own["mergekit"]
         ratio = median(theirs, "wall_s") / median(ours, "wall_s")
         moved = [(median(r, "device_read") + median(r, "device_written")) / 1e9 for r in (ours, theirs)]
         apart = known.get("agreement", {}).get(case.name)

@@ -82,7 +82,8 @@ def test_within_a_budget_reads_each_expert_byte_once_whatever_the_passes(
     write_family(tmp_path)
     text = recipe(method, tmp_path, **METHODS[method])
     full = merge(catalog, text, tmp_path / "full")
-    result = merge(catalog, text, tmp_path / "out", MergeOptions(budget=Budget(share=1.0)))
+    base = str(tmp_path / "base") if method in ("linear", "passthrough") else None
+    result = merge(catalog, text, tmp_path / "out", MergeOptions(budget=Budget(share=1.0), base=base))
     assert result.expert_bytes_read == result.expert_bytes_planned
     assert result.expert_bytes_planned <= full.expert_bytes_planned <= result.expert_bytes
     assert full.expert_bytes_planned <= full.expert_bytes_read <= 3 * full.expert_bytes_planned
