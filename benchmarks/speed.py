@@ -206,7 +206,8 @@ def bare_reading(paths: Iterable[Path], *, cold: bool) -> float:
     threads, chunk = (8, 2 << 20) if cold else (os.cpu_count() or 1, 1 << 19)
     flags = os.O_RDONLY | (os.O_DIRECT if cold else 0)
     files = [(os.open(path, flags), path.stat().st_size) for path in paths]
-    pieces = ((fd, start) for fd, size in files for start in range(0, size, chunk))
+    # Across the files, as a merge reads: some devices like that better than one file after the other.
+    pieces = iter(sorted(((fd, start) for fd, size in files for start in range(0, size, chunk)), key=lambda p: p[1]))
 
     def read(piece: tuple[int, int], buffer: mmap.mmap) -> None:
         os.preadv(piece[0], [buffer], piece[1])

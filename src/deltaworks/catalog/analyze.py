@@ -27,7 +27,7 @@ from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.checkpoints.pipeline import READS_IN_FLIGHT, Pipeline
 from deltaworks.checkpoints.reader import ByteCounter, page_aligned
-from deltaworks.checkpoints.source import Source, are_cached, place_in_row
+from deltaworks.checkpoints.source import Source, are_cached, places_in_rows
 from deltaworks.checkpoints.writer import storage_error
 from deltaworks.errors import UserError
 from deltaworks.progress import Progress, Silent
@@ -171,12 +171,15 @@ class _Stages:
     def read(self, task: _Block, slot: _Slot) -> None:
         """Fill the slot with the block of base and expert."""
         start = task.block * self._block_size
-        found = []
-        for source, tensor, row in ((self._base, task.base, slot.rows[0]), (self._expert, task.expert, slot.rows[1])):
-            place = place_in_row(tensor, start)
+        tensors = task.base, task.expert
+        places = places_in_rows(
+            np.array([t.offset for t in tensors]), np.array([t.dtype.bits for t in tensors]), start
+        ).tolist()
+        for source, tensor, row, place in zip((self._base, self._expert), tensors, slot.rows, places, strict=True):
             source.read_row(tensor, start, task.count, row, place)
-            found.append(row[place : place + (len(row) - place) // 8 * 8])
-        slot.base, slot.expert = found
+        slot.base, slot.expert = (
+            row[place : place + (len(row) - place) // 8 * 8] for row, place in zip(slot.rows, places, strict=True)
+        )
 
     def compute(self, task: _Block, slot: _Slot) -> None:
         """Measure the block in the slot."""

@@ -23,10 +23,16 @@ class _HasCheckpoint(Protocol):
     def checkpoint(self) -> Checkpoint: ...
 
 
-def place_in_row(tensor: TensorInfo, start: int) -> int:
-    """The byte of a row to which a block that begins with element `start` is best read: where it lies in its page."""
-    place = (tensor.offset + tensor.dtype.nbytes(start)) % PAGE
-    return place if tensor.dtype.is_float and place * 8 % tensor.dtype.bits == 0 else 0
+def places_in_rows(offsets: NDArray[np.int64], bits: NDArray[np.int64], start: int) -> NDArray[np.int64]:
+    """The bytes of rows to which blocks that begin with element `start` are best read: where they lie in their pages.
+
+    Args:
+        offsets: int64; where the tensors begin in their files.
+        bits: int64; the sizes of their elements.
+        start: the same element of all of them.
+    """
+    places: NDArray[np.int64] = (offsets + start * bits // 8) % PAGE
+    return np.where((bits % 8 == 0) & (places * 8 % bits == 0), places, 0)
 
 
 def are_cached(models: Iterable[_HasCheckpoint]) -> bool:

@@ -214,11 +214,11 @@ class Overlaps:
 
 def _cosines(sketches: NDArray[np.float32]) -> NDArray[np.float64]:
     blocks, experts, _ = sketches.shape
-    lengths = np.linalg.norm(sketches, axis=2, keepdims=True)
+    lengths = np.sqrt(np.einsum("pej,pej->pe", sketches, sketches))[:, :, None]
     unit = np.divide(sketches, lengths, out=np.zeros_like(sketches), where=lengths > 0)
     own = unit @ unit.transpose(0, 2, 1)
     flat = sketches.transpose(1, 0, 2).reshape(experts, -1)
-    length = np.linalg.norm(flat, axis=1, keepdims=True)
+    length = np.sqrt(np.einsum("ej,ej->e", flat, flat))[:, None]
     whole = np.divide(flat, length, out=np.zeros_like(flat), where=length > 0)
     pooled = whole @ whole.T
     off = ~np.eye(experts, dtype=bool)
@@ -267,13 +267,14 @@ def _coefficients(
     """What each delta is multiplied by on average, and by how much random thinning raises its energy beyond that."""
     ones = np.ones(len(experts))
     if isinstance(operation, WeightedSum):
-        return np.array([operation.weights[e] / float(operation.divisor) for e in experts]), ones
+        divisor = float(operation.divisor)
+        return np.array([operation.weights[e] / divisor for e in experts]), ones
     if isinstance(operation, Slerp):
         return np.array([_slerp(operation, experts, deltas)[e] for e in experts]), ones
     if isinstance(operation, DeltaSum):
         everyone = math.fsum(operation.weights)
-        divisor = everyone if operation.normalize and abs(everyone) >= 1e-8 else 1.0
-        weights = np.array(operation.weights) * operation.scale / divisor
+        weights = np.array(operation.weights) * operation.scale
+        weights /= everyone if operation.normalize and abs(everyone) >= 1e-8 else 1.0
         if operation.sparsify is not Sparsify.RANDOM:
             return weights, ones
         kept = np.array(operation.densities)

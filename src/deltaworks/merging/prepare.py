@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,9 +120,12 @@ class Prepared:
             # Planning takes as long as reading a base, of which a merge within a budget needs nearly all.
             for base in dict.fromkeys(self._bases.values()):
                 fetch_ahead(self.models[base])
-            for pair in self._bases.items():
+            pairs = list(self._bases.items())
+            for pair in pairs:
                 self._analyze(*pair)
-                self._tables[pair] = read_table(self._statistics(*pair))
+            with ThreadPoolExecutor() as pool:
+                paths = [self._statistics(*pair) for pair in pairs]
+                self._tables = dict(zip(pairs, pool.map(read_table, paths), strict=True))
 
     def plan(self, recipe: Recipe, budget: Budget | None) -> Plan:
         """The plan of `recipe`, which names the same models, within a budget or without."""

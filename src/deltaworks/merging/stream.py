@@ -3,7 +3,6 @@
 import os
 import tempfile
 import threading
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.checkpoints.reader import page_aligned
-from deltaworks.checkpoints.source import Source, place_in_row
+from deltaworks.checkpoints.source import Source, places_in_rows
 from deltaworks.checkpoints.writer import storage_error
 from deltaworks.errors import CheckpointError
 from deltaworks.merging.methods.operation import Block, Inputs, Operation
@@ -85,6 +84,12 @@ class TensorStream:
                 self.places.append(tensor.stand_in.model)
         self.block_size = block_size
         self.blocks = max(1, -(-self.elements // block_size))
+        self._whole = [r for r, ranges in enumerate(self._ranges) if ranges is None]
+        self._is_whole = np.array([ranges is None for ranges in self._ranges])
+        self._by_block: dict[int, list[tuple[int, int, int]]] | None = None
+        self._offsets = np.array([t.offset for t in self.infos])
+        self._bits = np.array([t.dtype.bits for t in self.infos])
+        self._codes = np.array([t.dtype.code for t in self.infos])
         self.operation: Operation = tensor.operation
         self.passes = self.operation.passes
         self._spools = self.passes > 0 and plan.budget_bytes is not None
@@ -117,26 +122,34 @@ class TensorStream:
     def fill(self, sources: Mapping[int, Source], rows: Rows, index: int, stage: int) -> None:
         """Read a block of every input, as far as the plan reads it, and of the stand-in where it omits any."""
         start, count = index * self.block_size, self.count(index)
-        is_whole = True
-        places = [place_in_row(info, start) for info in self.infos]
-        for r, (info, place) in enumerate(zip(self.infos, places, strict=True)):
-            rows.codes[r], rows.places[r] = info.dtype.code, place * 8 // info.dtype.bits
-        for r, ranges in enumerate(self._ranges):
-            info, present = self.infos[r], rows.present[r]
-            if ranges is None:
-                present[:] = True
-                self._read(sources, rows.raw[r], r, places[r], start, count, stage)
-                continue
-            present[:] = False
-            found = 0
-            for a, b in _inside(ranges, start, start + count):
-                present[(a - start) // TILE : -(-(b - start) // TILE)] = True
-                self._read(sources, rows.raw[r], r, places[r] + info.dtype.nbytes(a - start), a, b - a, stage)
-                found += b - a
-            is_whole &= found == count
-        if self._stand_in >= len(self._ranges) and not is_whole:
+        n = len(self.infos)
+        places = places_in_rows(self._offsets, self._bits, start)
+        rows.codes[:n], rows.places[:n] = self._codes, places * 8 // self._bits
+        rows.present[: len(self._ranges)] = self._is_whole[:, None]
+        rows_read = dict.fromkeys(self._whole, count)
+        for r, a, b in self._parts_of(index):
+            rows.present[r, (a - start) // TILE : -(-(b - start) // TILE)] = True
+            rows_read[r] = rows_read.get(r, 0) + b - a
+            place = int(places[r]) + self.infos[r].dtype.nbytes(a - start)
+            self._read(sources, rows.raw[r], r, place, a, b - a, stage)
+        for r in self._whole:
+            self._read(sources, rows.raw[r], r, int(places[r]), start, count, stage)
+        if self._stand_in >= len(self._ranges) and sum(rows_read.values()) < count * len(self._ranges):
             r = self._stand_in
-            self._read(sources, rows.raw[r], r, places[r], start, count, stage)
+            self._read(sources, rows.raw[r], r, int(places[r]), start, count, stage)
+
+    def _parts_of(self, index: int) -> list[tuple[int, int, int]]:
+        """What is read of a block of inputs not read whole: which input, first element, the one after the last."""
+        with self._lock:
+            if self._by_block is None:
+                self._by_block = {}
+                for r, ranges in enumerate(self._ranges):
+                    for a, b in ranges or ():
+                        for block in range(a // self.block_size, -(-min(b, self.elements) // self.block_size)):
+                            start = block * self.block_size
+                            part = r, max(a, start), min(b, start + self.block_size, self.elements)
+                            self._by_block.setdefault(block, []).append(part)
+            return self._by_block.get(index, [])
 
     def _read(
         self,
@@ -208,16 +221,6 @@ class TensorStream:
         if self._spool_fd >= 0:
             os.close(self._spool_fd)
             self._spool_fd = -1
-
-
-def _inside(ranges: list[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """The parts of some ranges, which are sorted and apart, between `start` and `stop`."""
-    for i in range(max(0, bisect_right(ranges, (start, 1 << 62)) - 1), len(ranges)):
-        a, b = ranges[i]
-        if a >= stop:
-            return
-        if b > start:
-            yield max(a, start), min(b, stop)
 
 
 def _info(model: Model, name: str, tensor: PlannedTensor) -> TensorInfo:

@@ -39,7 +39,7 @@ def by_layer(plan: "Plan") -> list[dict[str, Any]]:
                 "layer": layer,
                 "weight": round(squares / total, 6) if known and total else None,
                 "error": round(math.sqrt(lost / squares), 6) if known and squares else 0.0 if known else None,
-                "read": [_share(plan, tensors, e) for e in experts],
+                "read": _shares(plan, tensors, experts),
             }
         )
     return rows
@@ -51,14 +51,14 @@ def _place(layer: str) -> tuple[int, int]:
     return (0, 0) if layer.endswith(("embed_tokens", "wte", "wpe", "embed_in", "embeddings")) else (2, 0)
 
 
-def _share(plan: "Plan", tensors: "list[PlannedTensor]", model: int) -> float | None:
-    held = taken = 0
+def _shares(plan: "Plan", tensors: "list[PlannedTensor]", models: list[int]) -> list[float | None]:
+    held, taken = dict.fromkeys(models, 0), dict.fromkeys(models, 0)
     for tensor in tensors:
         for k, source in enumerate(tensor.inputs):
-            if source.model == model:
-                held += tensor.count
-                taken += elements_read(tensor, k, plan.block_size)
-    return round(taken / held, 6) if held else None
+            if source.model in held:
+                held[source.model] += tensor.count
+                taken[source.model] += elements_read(tensor, k, plan.block_size)
+    return [round(taken[m] / held[m], 6) if held[m] else None for m in models]
 
 
 def elements_read(tensor: "PlannedTensor", k: int, block_size: int) -> int:

@@ -99,8 +99,23 @@ def _sum_tile(
     out: NDArray[np.float32],
 ) -> None:
     """The weighted sum of `n` elements, from `places` on in `rows` of a table that `load` takes."""
-    for i in range(0, n, LANES):
-        total = splat(ZERO)
+    parts = splat(divisor)
+    whole = n - n % (4 * LANES)
+    # Each addition waits for the one before it, so four sums go side by side.
+    for i in range(0, whole, 4 * LANES):
+        a = b = c = d = splat(ZERO)
         for k in range(len(weights)):
-            total = fma(splat(weights[k]), load(table, rows[k], places[k] + i), total)
-        store(out, i, total / splat(divisor))
+            weight, row, place = splat(weights[k]), rows[k], places[k] + i
+            a = fma(weight, load(table, row, place), a)
+            b = fma(weight, load(table, row, place + LANES), b)
+            c = fma(weight, load(table, row, place + 2 * LANES), c)
+            d = fma(weight, load(table, row, place + 3 * LANES), d)
+        store(out, i, a / parts)
+        store(out, i + LANES, b / parts)
+        store(out, i + 2 * LANES, c / parts)
+        store(out, i + 3 * LANES, d / parts)
+    for i in range(whole, n, LANES):
+        a = splat(ZERO)
+        for k in range(len(weights)):
+            a = fma(splat(weights[k]), load(table, rows[k], places[k] + i), a)
+        store(out, i, a / parts)
