@@ -221,9 +221,11 @@ def _cosines(sketches: NDArray[np.float32]) -> NDArray[np.float64]:
     length = np.sqrt(np.einsum("ej,ej->e", flat, flat))[:, None]
     whole = np.divide(flat, length, out=np.zeros_like(flat), where=length > 0)
     pooled = whole @ whole.T
-    off = ~np.eye(experts, dtype=bool)
-    noise = 1.0 / BUCKETS
-    spread = float(np.square(own - pooled)[:, off].mean()) if blocks > 1 and experts > 1 else noise
+    noise = spread = 1.0 / BUCKETS
+    if blocks > 1 and experts > 1:
+        apart = own - pooled
+        apart[:, range(experts), range(experts)] = 0.0
+        spread = float(np.vdot(apart, apart)) / (blocks * experts * (experts - 1))
     trust = max(0.0, 1.0 - noise / spread) if spread > 0 else 0.0
     mixed: NDArray[np.float64] = (trust * own + (1 - trust) * pooled).astype(np.float64)
     mixed[:, range(experts), range(experts)] = 1.0

@@ -92,7 +92,9 @@ class TensorStream:
         self._codes = np.array([t.dtype.code for t in self.infos])
         self.operation: Operation = tensor.operation
         self.passes = self.operation.passes
-        self._spools = self.passes > 0 and plan.budget_bytes is not None
+        # Only the first of several passes may pass over an input; whatever follows sees all.
+        self._seen_first = [self.passes > 0 and self.operation.sees(k) for k in range(len(tensor.inputs))]
+        self._spools = plan.budget_bytes is not None
         self._settled = [threading.Event() for _ in range(self.passes)]
         self._parts: dict[int, Any] = {}
         self._lock = threading.Lock()
@@ -163,24 +165,33 @@ class TensorStream:
     ) -> None:
         """Read `count` elements of input `r` from `first` on to byte `place` of its row."""
         info = self.infos[r]
-        spooled = self._spools and r < len(self._is_expert) and self._is_expert[r]
-        part = row[place : place + info.dtype.nbytes(count)]
-        if stage > 0 and spooled:
-            os.preadv(self._spool(), [part.data], self._spool_place(r, first))
+        is_input = r < len(self._seen_first)
+        if is_input and stage == 0 < self.passes and not self._seen_first[r]:
             return
-        if self.passes and not spooled:
+        part = row[place : place + info.dtype.nbytes(count)]
+        # An expert is read by the first pass that sees it; will another?
+        first_read = 0 if not self.passes or not is_input or self._seen_first[r] else 1
+        is_again, comes_again = stage > first_read, first_read < self.passes
+        spooled = comes_again and self._spools and is_input and self._is_expert[r]
+        if is_again and spooled:
+            os.preadv(self._spool(), [part.data], self._spool_place(r, first))
+        elif comes_again and not spooled:
             # It is read again, so it had better be in the page cache by then.
             sources[self.places[r]].read(info, first, count, part)
-            return
-        sources[self.places[r]].read_row(info, first, count, row, place)
-        if spooled:
-            view, at = part.data, self._spool_place(r, first)
-            try:
-                while len(view):
-                    done = os.pwrite(self._spool(), view, at)
-                    view, at = view[done:], at + done
-            except OSError as error:
-                raise storage_error(self._spool_folder, error) from error
+        else:
+            sources[self.places[r]].read_row(info, first, count, row, place)
+            if spooled:
+                self._keep(part, r, first)
+
+    def _keep(self, part: NDArray[np.uint8], r: int, first: int) -> None:
+        """Put aside what later passes need."""
+        view, at = part.data, self._spool_place(r, first)
+        try:
+            while len(view):
+                done = os.pwrite(self._spool(), view, at)
+                view, at = view[done:], at + done
+        except OSError as error:
+            raise storage_error(self._spool_folder, error) from error
 
     def _spool(self) -> int:
         with self._lock:

@@ -96,6 +96,10 @@ class DeltaSum(Operation):
         """One for cuts that are known as intervals only, one for the sums that `rescale` needs."""
         return int(self._has_open_cuts) + int(self._needs_masses)
 
+    def sees(self, k: int) -> bool:
+        """The pass that places cuts looks at experts whose cuts are open, and at the base."""
+        return not self._has_open_cuts or k == 0 or isinstance(self.cuts[k - 1], Interval)
+
     @property
     def _has_open_cuts(self) -> bool:
         return any(isinstance(c, Interval) for c in self.cuts)

@@ -87,6 +87,11 @@ class Operation(ABC):
         """How many times the tensor must stream by before it can be merged."""
         return 0
 
+    def sees(self, k: int) -> bool:
+        """Whether the next pass looks at input `k`."""
+        del k
+        return True
+
     @property
     def alignment(self) -> int:
         """Elements of which every block must be a multiple; the last block of a tensor may be shorter."""

@@ -70,19 +70,20 @@ def weighted_sum(
     """Sum the inputs, each times its weight, and divide; see `Block` for the arguments."""
     wrong = 0
     models = len(weights)
-    halves, total = inputs.rows.view(np.uint16), scratch[models]
-    rows, places = np.empty(models, np.int64), np.empty(models, np.int64)
+    halves, total = inputs.rows.view(np.uint16), scratch[models + 1]
+    rows, places = np.empty(models + 1, np.int64), np.empty(models + 1, np.int64)
     for start in range(0, count, TILE):
         n = min(TILE, count - start)
-        half = find_rows(inputs, start // TILE, rows)
+        half = find_rows(inputs, start // TILE, rows[:models])
+        rows[models] = inputs.stand_in
         if half and n % LANES == 0:
-            for k in range(models):
+            for k in range(models + 1):
                 places[k] = inputs.places[rows[k]] + start
             _sum_tile(halves, rows, places, n, weights, divisor, total)
         else:
-            for k in range(models):
+            for k in range(models + 1):
                 stage(inputs, rows[k], start, n, scratch[k])
-                rows[k], places[k] = k, 0
+                rows[k], places[k] = models if rows[k] == inputs.stand_in else k, 0
             _sum_tile(scratch, rows, places, n, weights, divisor, total)
         wrong += encode(total, n, out_code, out, start)
     return wrong
@@ -98,24 +99,35 @@ def _sum_tile(
     divisor: np.float32,
     out: NDArray[np.float32],
 ) -> None:
-    """The weighted sum of `n` elements, from `places` on in `rows` of a table that `load` takes."""
-    parts = splat(divisor)
+    """The weighted sum of `n` elements, from `places` on in `rows` of a table that `load` takes.
+
+    The last of `rows` is the stand-in's, which is loaded once for all the inputs that it stands in for.
+    """
+    parts, models = splat(divisor), len(weights)
+    other, other_place = rows[models], places[models]
     whole = n - n % (4 * LANES)
     # Each addition waits for the one before it, so four sums go side by side.
     for i in range(0, whole, 4 * LANES):
         a = b = c = d = splat(ZERO)
-        for k in range(len(weights)):
+        place = other_place + i
+        other_a, other_b = load(table, other, place), load(table, other, place + LANES)
+        other_c, other_d = load(table, other, place + 2 * LANES), load(table, other, place + 3 * LANES)
+        for k in range(models):
             weight, row, place = splat(weights[k]), rows[k], places[k] + i
-            a = fma(weight, load(table, row, place), a)
-            b = fma(weight, load(table, row, place + LANES), b)
-            c = fma(weight, load(table, row, place + 2 * LANES), c)
-            d = fma(weight, load(table, row, place + 3 * LANES), d)
+            if row == other:
+                a, b = fma(weight, other_a, a), fma(weight, other_b, b)
+                c, d = fma(weight, other_c, c), fma(weight, other_d, d)
+            else:
+                a = fma(weight, load(table, row, place), a)
+                b = fma(weight, load(table, row, place + LANES), b)
+                c = fma(weight, load(table, row, place + 2 * LANES), c)
+                d = fma(weight, load(table, row, place + 3 * LANES), d)
         store(out, i, a / parts)
         store(out, i + LANES, b / parts)
         store(out, i + 2 * LANES, c / parts)
         store(out, i + 3 * LANES, d / parts)
     for i in range(whole, n, LANES):
         a = splat(ZERO)
-        for k in range(len(weights)):
+        for k in range(models):
             a = fma(splat(weights[k]), load(table, rows[k], places[k] + i), a)
         store(out, i, a / parts)
