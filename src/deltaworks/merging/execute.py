@@ -28,7 +28,7 @@ from deltaworks.progress import Progress
 
 Slot = TypeVar("Slot")
 
-_BUFFER_BYTES = 128 << 20
+_BUFFER_BYTES = 256 << 20
 
 
 @dataclass(slots=True)

@@ -29,10 +29,12 @@ class Setting:
         for pattern, values in self.choices:
             if pattern is not None and pattern not in tensor:
                 continue
+            if len(values) == 1:
+                return values[0]
             place = position * (len(values) - 1)
             lower = int(place)
             upper = min(len(values) - 1, lower + 1)
-            if isinstance(values[0], bool) or len(values) == 1:
+            if isinstance(values[0], bool):
                 return values[lower]
             return (1 - (place - lower)) * values[lower] + (place - lower) * values[upper]
         return None

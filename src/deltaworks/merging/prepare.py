@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltaworks.catalog.analyze import analyze
-from deltaworks.catalog.cuts import find_cuts
+from deltaworks.catalog.cuts import find_cuts, read_cuts_ahead
 from deltaworks.catalog.histogram import Cut, Interval
 from deltaworks.catalog.models import Kind, Model
 from deltaworks.catalog.register import check_same_tensors, check_unchanged, ensure_registered
@@ -185,9 +185,11 @@ class Prepared:
         for trim in required_trims(recipe, self.models):
             by_delta.setdefault((trim.expert, trim.base), []).append(trim)
         cuts: dict[Trim, Cut | Interval] = {}
+        for pair in by_delta:
+            if pair not in self._tables:
+                self._analyze(*pair)
+        read_cuts_ahead([self._statistics(*pair) for pair in by_delta])
         for (expert, base), trims in by_delta.items():
-            if (expert, base) not in self._tables:
-                self._analyze(expert, base)
             wanted = [(t.tensor, t.keep) for t in trims]
             found = find_cuts(self._catalog, self.models[expert], self.models[base], wanted)
             cuts |= {t: found[t.tensor, t.keep] for t in trims}

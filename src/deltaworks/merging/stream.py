@@ -90,7 +90,9 @@ class TensorStream:
         self._offsets = np.array([t.offset for t in self.infos])
         self._bits = np.array([t.dtype.bits for t in self.infos])
         self._codes = np.array([t.dtype.code for t in self.infos])
-        self.operation: Operation = tensor.operation
+        self.operation: Operation = tensor.operation.without(
+            [r for r, ranges in enumerate(self._ranges) if ranges == []]
+        )
         self.passes = self.operation.passes
         # Only the first of several passes may pass over an input; whatever follows sees all.
         self._seen_first = [self.passes > 0 and self.operation.sees(k) for k in range(len(tensor.inputs))]
@@ -128,8 +130,11 @@ class TensorStream:
         places = places_in_rows(self._offsets, self._bits, start)
         rows.codes[:n], rows.places[:n] = self._codes, places * 8 // self._bits
         rows.present[: len(self._ranges)] = self._is_whole[:, None]
+        parts = self._parts_of(index)
+        if stage == 0 < self.passes and self._is_idle(parts):
+            return
         rows_read = dict.fromkeys(self._whole, count)
-        for r, a, b in self._parts_of(index):
+        for r, a, b in parts:
             rows.present[r, (a - start) // TILE : -(-(b - start) // TILE)] = True
             rows_read[r] = rows_read.get(r, 0) + b - a
             place = int(places[r]) + self.infos[r].dtype.nbytes(a - start)
@@ -139,6 +144,11 @@ class TensorStream:
         if self._stand_in >= len(self._ranges) and sum(rows_read.values()) < count * len(self._ranges):
             r = self._stand_in
             self._read(sources, rows.raw[r], r, int(places[r]), start, count, stage)
+
+    def _is_idle(self, parts: list[tuple[int, int, int]]) -> bool:
+        """Whether none of the experts that the first pass looks at is read in a block, so all deltas there are zero."""
+        whole = any(self._is_expert[r] for r in self._whole)
+        return self._stand_in == 0 and not whole and not any(self._seen_first[r] for r, _, _ in parts)
 
     def _parts_of(self, index: int) -> list[tuple[int, int, int]]:
         """What is read of a block of inputs not read whole: which input, first element, the one after the last."""

@@ -5,7 +5,7 @@ weighted, optionally kept only where its sign agrees with the majority, summed, 
 took part, scaled and added to the base.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, ClassVar, NamedTuple, Self
@@ -14,7 +14,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from deltaworks.catalog.histogram import Cut, Interval, kept_elements, pack_cut, place_ties, unpack_cut
+from deltaworks.catalog.histogram import KEEP_ALL, Cut, Interval, kept_elements, pack_cut, place_ties, unpack_cut
 from deltaworks.checkpoints.codec import TILE, encode
 from deltaworks.checkpoints.jit import kernel
 from deltaworks.checkpoints.vector import (
@@ -95,6 +95,11 @@ class DeltaSum(Operation):
     def passes(self) -> int:
         """One for cuts that are known as intervals only, one for the sums that `rescale` needs."""
         return int(self._has_open_cuts) + int(self._needs_masses)
+
+    def without(self, inputs: Collection[int]) -> Self:
+        """Deltas that are not read are zero, wherever they are cut."""
+        cuts = [KEEP_ALL if k + 1 in inputs and isinstance(c, Interval) else c for k, c in enumerate(self.cuts)]
+        return replace(self, cuts=tuple(cuts))
 
     def sees(self, k: int) -> bool:
         """The pass that places cuts looks at experts whose cuts are open, and at the base."""

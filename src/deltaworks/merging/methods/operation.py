@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -86,6 +86,11 @@ class Operation(ABC):
     def passes(self) -> int:
         """How many times the tensor must stream by before it can be merged."""
         return 0
+
+    def without(self, inputs: Collection[int]) -> Self:
+        """This operation where some inputs are not read at all, so that nothing need be known of them."""
+        del inputs
+        return self
 
     def sees(self, k: int) -> bool:
         """Whether the next pass looks at input `k`."""
