@@ -146,9 +146,11 @@ class TensorStream:
             self._read(sources, rows.raw[r], r, int(places[r]), start, count, stage)
 
     def _is_idle(self, parts: list[tuple[int, int, int]]) -> bool:
-        """Whether none of the experts that the first pass looks at is read in a block, so all deltas there are zero."""
+        """Whether the first pass finds nothing in a block, as none of the experts that it looks at is read there."""
+        if not self.operation.measures_deltas or self._stand_in:
+            return False
         whole = any(self._is_expert[r] for r in self._whole)
-        return self._stand_in == 0 and not whole and not any(self._seen_first[r] for r, _, _ in parts)
+        return not whole and not any(self._seen_first[r] for r, _, _ in parts)
 
     def _parts_of(self, index: int) -> list[tuple[int, int, int]]:
         """What is read of a block of inputs not read whole: which input, first element, the one after the last."""

@@ -79,6 +79,7 @@ class DeltaSum(Operation):
     """
 
     kind: ClassVar[str] = "delta"
+    measures_deltas: ClassVar[bool] = True
 
     weights: tuple[float, ...]
     densities: tuple[float, ...]

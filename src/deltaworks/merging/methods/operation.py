@@ -81,6 +81,8 @@ class Operation(ABC):
     """
 
     kind: ClassVar[str]
+    measures_deltas: ClassVar[bool] = False
+    """Whether passes look at nothing but deltas against the first input, which are zero where no other is read."""
 
     @property
     def passes(self) -> int:
