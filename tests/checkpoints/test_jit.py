@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,15 @@ def test_the_first_run_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not compiled_before()
     make(tmp_path / "somewhere" / "codec.decode-47.py311.1.nbi", 100)
     assert compiled_before()
+
+
+def test_kernels_do_without_blas() -> None:
+    """SciPy's, which takes longer to import than everything here takes to start."""
+    script = (
+        "import sys; from deltaworks.checkpoints.jit import leave_blas_out; leave_blas_out();"
+        "import numpy as np; from deltaworks.checkpoints.codec import decode;"
+        "decode(np.zeros(16, np.uint8), 0, 0, 8, np.zeros(8, np.float32));"
+        "print('scipy.linalg' in sys.modules); import scipy.linalg"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert done.stdout == "False\n"

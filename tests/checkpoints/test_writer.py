@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from families import BF16, read_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.dtypes import DTYPES
+from deltaworks.checkpoints.reader import page_aligned
 from deltaworks.checkpoints.writer import OutputTensor, ShardWriter, plan_shards
 from deltaworks.errors import DeltaworksError
 
@@ -52,6 +55,32 @@ def test_blocks_in_any_order(
         assert back[tensor.name].shape == tuple(shape)
         assert back[tensor.name].tobytes() == data[tensor.name].tobytes()
         assert prod(shape) == tensor.count
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_whole_pages_and_their_edges(tmp_path: Path, aligned: bool) -> None:
+    """Blocks of which the pages inside go around the page cache, and the ends through it."""
+    rng = np.random.default_rng(0)
+    shapes = [(3 * PAGE,), (5, 1000), (PAGE,), (2 * PAGE + 1,), (70, 300)]
+    tensors = [OutputTensor(f"t{i}", DTYPES["F32" if i % 2 else "U8"], s) for i, s in enumerate(shapes)]
+    (layout,) = plan_shards(tensors, 1 << 30)
+    assert layout.offsets["t0"] % PAGE == layout.offsets["t2"] % PAGE == 0
+    writer = ShardWriter(tmp_path / layout.name, layout)
+    content = bytearray(layout.header)
+    for tensor in layout.tensors:
+        data = rng.integers(0, 256, tensor.nbytes, dtype=np.uint8)
+        for start in range(0, tensor.nbytes, 3001):
+            part = data[start : start + 3001 if start + 6002 < tensor.nbytes else tensor.nbytes]
+            place = writer.place(tensor.name, start) if aligned else 77
+            (row,) = page_aligned(1, len(part) + PAGE)
+            row[place : place + len(part)] = part
+            writer.write(tensor.name, start, row[place : place + len(part)])
+            writer.hash(tensor.name, start, part)
+            if len(part) != 3001:
+                break
+        content += data.tobytes()
+    assert writer.finish() == blake3(content).hexdigest()
+    assert (tmp_path / layout.name).read_bytes() == content
 
 
 def test_names_are_the_hubs() -> None:

@@ -76,10 +76,10 @@ class StageTimes:
 
 
 class _Slot:
-    """The buffers of one block and of what becomes of it."""
+    """The buffer of what becomes of one block, and while it is read and computed those of its inputs."""
 
-    def __init__(self, streams: Sequence[TensorStream], out_bytes: int) -> None:
-        self.rows = Rows(streams)
+    def __init__(self, out_bytes: int) -> None:
+        self.rows: Rows | None = None
         self._out = page_aligned(1, out_bytes + 2 * PAGE)[0]
         self.out = self._out
 
@@ -130,7 +130,7 @@ def execute(
     threads = options.threads or os.cpu_count() or 1
     stages = _Stages(plan, models, streams, shard_of, folder, reads, options, finished, progress)
     out_bytes = max((s.tensor.dtype.nbytes(min(s.block_size, s.elements)) for s in streams), default=8)
-    slots = make_slots(lambda: _Slot(streams, out_bytes), Rows(streams).nbytes + out_bytes, threads)
+    slots = make_slots(lambda: _Slot(out_bytes), Rows(streams).nbytes + out_bytes, threads)
     pipeline = Pipeline(
         slots, stages.read, stages.compute, stages.write, stages.commit, threads, reads_on_core=stages.are_cached
     )
@@ -170,6 +170,7 @@ class _Stages:
         self._options, self._finished, self._progress = options, finished, progress
         self.is_stopping: Callable[[], bool] = bool
         self.fsync_s = self.hash_s = 0.0
+        self._free: list[Rows] = []
         self._writers: dict[str, ShardWriter] = {}
         self._lock = threading.Lock()
         self._left: dict[str, int] = {}
@@ -184,17 +185,29 @@ class _Stages:
         while not task.is_ready(0.1):
             if self.is_stopping():
                 return
+        # The buffers used last, which are still in a cache. They are the larger part of what a block takes, so they are
+        # used again while its result is on its way.
+        try:
+            slot.rows = self._free.pop()
+        except IndexError:
+            slot.rows = Rows(self._streams)
         task.fill(self._sources, [slot.rows])
 
     def compute(self, task: Task, slot: _Slot) -> None:
         """Measure or merge the block in the slot."""
         (stream,) = task.streams
+        rows, slot.rows = slot.rows, None
+        assert rows is not None
         if task.stage is not None:
-            stream.measure(slot.rows, task.index, task.stage)
-            return
+            stream.measure(rows, task.index, task.stage)
+        else:
+            self._merge(stream, task, slot, rows)
+        self._free.append(rows)
+
+    def _merge(self, stream: TensorStream, task: Task, slot: _Slot, rows: Rows) -> None:
         tensor = stream.tensor
         slot.place_out(self._writer(tensor.name).place(tensor.name, self._start(task)))
-        block = stream.block(slot.rows, task.index, slot.out, tensor.dtype.code)
+        block = stream.block(rows, task.index, slot.out, tensor.dtype.code)
         try:
             wrong = stream.operation.merge(block)
         except CheckpointError as error:
