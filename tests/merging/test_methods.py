@@ -194,11 +194,19 @@ def test_elected_signs_and_weights_by_hand() -> None:
 
 
 def test_random_streams_look_random() -> None:
-    stream_a, stream_b = (random_reference(random_key(0, k, "t"), 1 << 16) for k in (0, 1))
-    for values in (stream_a, stream_b):
-        assert abs((values < np.uint64(int(0.3 * 2**64))).mean() - 0.3) < 0.01
-    both = (stream_a < np.uint64(1 << 63)) & (stream_b < np.uint64(1 << 63))
-    assert abs(both.mean() - 0.25) < 0.01
+    size = 1 << 20
+    streams = [random_reference(random_key(0, k, "t"), size) for k in range(4)]
+    for density in (0.05, 0.3, 0.9):
+        kept = np.stack([s < np.uint64(int(density * 2**64)) for s in streams])
+        # Four standard deviations, of shares and of correlations.
+        assert np.abs(kept.mean(axis=1) - density).max() < 4 * np.sqrt(density * (1 - density) / size)
+        signs = (kept - density) / np.sqrt(density * (1 - density))
+        together = signs @ signs.T / size
+        assert np.abs(together - np.diag(np.diag(together))).max() < 4 / np.sqrt(size), "experts are independent"
+        for lag in (1, 2, 16, 17, 1024, 4096):
+            assert abs((signs[0, lag:] * signs[0, :-lag]).mean()) < 4 / np.sqrt(size - lag), "so are neighbours"
+        runs = kept[0].reshape(-1, 64).sum(axis=1)
+        assert abs(runs.var() / (64 * density * (1 - density)) - 1) < 4 * np.sqrt(2 / len(runs)), "and stretches"
     assert random_key(0, 0, "t") != random_key(1, 0, "t") != random_key(1, 0, "u")
 
 
