@@ -19,6 +19,7 @@ import argparse
 import itertools
 import json
 import mmap
+import multiprocessing
 import os
 import platform
 import shutil
@@ -28,6 +29,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -150,6 +152,11 @@ class Bench:
     def temper(self, case: Case) -> None:
         """Bring the inputs into the page cache, or out of it."""
         os.sync()
+        programs = [p.absolute().parents[1] for p in (Path(sys.executable), self.mergekit) if p]
+        for folder in (self.catalog, *programs):
+            for path in folder.rglob("*"):
+                if path.is_file() and path.suffix in (".py", ".pyc", ".so", ".nbi", ".nbc", ".parquet", ".sqlite"):
+                    path.read_bytes()
         for path in self.inputs(case):
             with path.open("rb") as file:
                 if case.cold:
@@ -302,7 +309,9 @@ def run(bench: Bench, cases: list[Case], rounds: int, known: dict[str, Any]) -> 
             own["mergekit"].append(bench.theirs(case, other))
             agreement = known.setdefault("agreement", {})
             if case.name not in agreement and out.is_dir():
-                agreement[case.name] = distance(out, other, bench.family / "base")
+                # In a process of its own: children are charged with what their parent held when they began.
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                    agreement[case.name] = pool.submit(distance, out, other, bench.family / "base").result()
         RESULTS.write_text(json.dumps(known, indent=1) + "\n")
         ours, theirs = (own[t][-1]["wall_s"] if own[t] else None for t in ("ours", "mergekit"))
         print(f"{number + 1} {case.name}: {ours} s, mergekit {theirs} s, limit {own['limit'][-1]}", flush=True)
