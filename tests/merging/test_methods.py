@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from merges import block as block_of
 from merges import drained
@@ -15,18 +15,21 @@ from deltaworks.catalog.histogram import BINS, Cut, Interval, count_magnitudes, 
 from deltaworks.catalog.statistics import add_up
 from deltaworks.checkpoints.codec import TILE, decode_reference, encode_reference
 from deltaworks.checkpoints.dtypes import BF16, F16, F32, FLOATS, DType
+from deltaworks.checkpoints.jit import kernel
+from deltaworks.checkpoints.vector import lanes_set
 from deltaworks.errors import CheckpointError
 from deltaworks.merging.methods import OPERATIONS
 from deltaworks.merging.methods.copying import Copy
-from deltaworks.merging.methods.delta import (
-    DeltaSum,
-    Sparsify,
-    collect_lower_bits,
-    lower_bits_reference,
-    random_key,
-    random_reference,
-)
+from deltaworks.merging.methods.delta import DeltaSum, Sparsify, lower_bits_reference
+from deltaworks.merging.methods.delta_kernels import collect_lower_bits
 from deltaworks.merging.methods.operation import Operation
+from deltaworks.merging.methods.random_mask import (
+    random_key,
+    random_mask_reference,
+    round_density,
+    split_density,
+    stays_by_chance,
+)
 from deltaworks.merging.methods.spherical import Slerp
 from deltaworks.merging.methods.weighted import WeightedSum
 
@@ -195,9 +198,8 @@ def test_elected_signs_and_weights_by_hand() -> None:
 
 def test_random_streams_look_random() -> None:
     size = 1 << 20
-    streams = [random_reference(random_key(0, k, "t"), size) for k in range(4)]
     for density in (0.05, 0.3, 0.9):
-        kept = np.stack([s < np.uint64(int(density * 2**64)) for s in streams])
+        kept = np.stack([random_mask_reference(random_key(0, k, "t"), density, np.arange(size)) for k in range(4)])
         # Four standard deviations, of shares and of correlations.
         assert np.abs(kept.mean(axis=1) - density).max() < 4 * np.sqrt(density * (1 - density) / size)
         signs = (kept - density) / np.sqrt(density * (1 - density))
@@ -208,6 +210,30 @@ def test_random_streams_look_random() -> None:
         runs = kept[0].reshape(-1, 64).sum(axis=1)
         assert abs(runs.var() / (64 * density * (1 - density)) - 1) < 4 * np.sqrt(2 / len(runs)), "and stretches"
     assert random_key(0, 0, "t") != random_key(1, 0, "t") != random_key(1, 0, "u")
+
+
+def test_random_masks_are_finer_than_their_sixteen_bits() -> None:
+    """One and a half units of 2^-16 are not one or two."""
+    size, density = 1 << 24, 1.5 / 65536
+    kept = random_mask_reference(random_key(0, 0, "t"), density, np.arange(size))
+    assert abs(np.count_nonzero(kept) - density * size) < 4 * np.sqrt(density * size)
+    assert split_density(0.5) == (1 << 15, 0)
+    assert split_density(density) == (1, 1 << 63)
+
+
+@settings(max_examples=50, deadline=None)
+@given(key=st.integers(0, 2**64 - 1), density=st.floats(0, 0.999), start=st.integers(0, 2**40))
+def test_kernels_draw_the_same_masks(key: int, density: float, start: int) -> None:
+    start *= TILE
+    units = np.array(split_density(density), np.uint64)
+    got = [kept_of_sixteen(np.uint64(key), units, start, i) for i in (0, 16, 64)]
+    wanted = random_mask_reference(key, density, start + np.arange(TILE)).reshape(-1, 16).sum(axis=1)[[0, 1, 4]]
+    np.testing.assert_array_equal(got, wanted)
+
+
+@kernel
+def kept_of_sixteen(key: Any, density: NDArray[np.uint64], tile: int, place: int) -> Any:
+    return lanes_set(stays_by_chance(key, round_density(key, density, tile), tile + place))
 
 
 def test_what_is_not_finite_is_counted() -> None:

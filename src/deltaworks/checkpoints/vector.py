@@ -9,8 +9,9 @@ Every operation is IEEE arithmetic, lane by lane, so a kernel gives the same bit
 =========  ==========================================================================
 F32        float32; ``+ - * /``, ``> < >= !=`` (false where one is NaN, but ``!=``)
 F64        float64; ``+ - *``
-U32, U64   unsigned integers; ``+ * & ^ >>``, comparisons
-MASK       the results of comparisons; ``&``
+U32, U64   unsigned integers; ``+ * & ^ >>``, comparisons; on the right of U64's may stand a scalar
+U64X4      four uint64, with the same arithmetic; `sixteen_bits` makes sixteen of them
+MASK       the results of comparisons; ``& |``
 =========  ==========================================================================
 """
 
@@ -29,18 +30,20 @@ LANES = 16
 
 
 class _Vector(types.Type):
-    """Numba's type of sixteen values."""
+    """Numba's type of so many values."""
 
-    def __init__(self, name: str, element: ir.Type) -> None:
-        self.ir: Final = ir.VectorType(element, LANES)
-        super().__init__(name=f"{name}x{LANES}")
+    def __init__(self, name: str, element: ir.Type, lanes: int = LANES) -> None:
+        self.ir: Final = ir.VectorType(element, lanes)
+        super().__init__(name=f"{name}x{lanes}")
 
 
 F32 = _Vector("float32", ir.FloatType())
 F64 = _Vector("float64", ir.DoubleType())
 U32 = _Vector("uint32", ir.IntType(32))
 U64 = _Vector("uint64", ir.IntType(64))
+U64X4 = _Vector("uint64", ir.IntType(64), 4)
 MASK = _Vector("bool", ir.IntType(1))
+_HALVES = ir.VectorType(ir.IntType(16), LANES)
 _OF = {types.float32: F32, types.float64: F64, types.uint32: U32, types.uint64: U64}
 
 
@@ -84,6 +87,27 @@ def _call(name: str, result: ir.Type) -> Callable[..., Any]:
     return generate
 
 
+def _splat(builder: ir.IRBuilder, value: Any, lanes: int = LANES) -> Any:
+    kind = ir.VectorType(value.type, lanes)
+    index = ir.IntType(32)
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(index, 0))
+    places = ir.Constant(ir.VectorType(index, lanes), [0] * lanes)
+    return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), places)
+
+
+def _with_scalar(name: str) -> Callable[..., Any]:
+    """What calls a method of LLVM's builder with a vector and a scalar."""
+    return lambda builder, x, y: getattr(builder, name)(x, _splat(builder, y, x.type.count))
+
+
+def _ramp(lanes: int) -> Callable[..., Any]:
+    def generate(builder: ir.IRBuilder, start: Any, step: Any) -> Any:
+        counts = ir.Constant(ir.VectorType(start.type, lanes), list(range(lanes)))
+        return builder.add(_splat(builder, start, lanes), builder.mul(_splat(builder, step, lanes), counts))
+
+    return generate
+
+
 for _kind in (F32, F64):
     for _function, _name in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
         _define(_function, (_kind, _kind), _kind, _builder(_name))
@@ -91,7 +115,10 @@ _define(operator.truediv, (F32, F32), F32, _builder("fdiv"))
 for _kind in (U32, U64):
     for _function, _name in ((operator.add, "add"), (operator.mul, "mul"), (operator.rshift, "lshr")):
         _define(_function, (_kind, _kind), _kind, _builder(_name))
-for _kind in (U32, U64, MASK):
+for _kind in (U64, U64X4):
+    for _function, _name in ((operator.mul, "mul"), (operator.rshift, "lshr")):
+        _define(_function, (_kind, types.uint64), _kind, _with_scalar(_name))
+for _kind in (U32, U64, U64X4, MASK):
     for _function, _name in ((operator.and_, "and_"), (operator.or_, "or_"), (operator.xor, "xor")):
         _define(_function, (_kind, _kind), _kind, _builder(_name))
 for _function, _name in ((operator.gt, ">"), (operator.lt, "<"), (operator.ge, ">="), (operator.le, "<=")):
@@ -153,17 +180,19 @@ def sum_in_order(x: Any) -> Any:
     raise NotImplementedError
 
 
-def ramp(x: Any) -> Any:
-    """U64 that counts up from `x` (uint64)."""
+def ramp(x: Any, step: Any) -> Any:
+    """U64 that counts up from `x` by `step` (both uint64)."""
     raise NotImplementedError
 
 
-def _splat(builder: ir.IRBuilder, value: Any) -> Any:
-    kind = ir.VectorType(value.type, LANES)
-    index = ir.IntType(32)
-    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(index, 0))
-    places = ir.Constant(ir.VectorType(index, LANES), [0] * LANES)
-    return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), places)
+def ramp_of_four(x: Any, step: Any) -> Any:
+    """U64X4 that counts up from `x` by `step` (both uint64)."""
+    raise NotImplementedError
+
+
+def sixteen_bits(x: Any) -> Any:
+    """The sixteen uint16 that U64X4 consists of, the lower bits first, as U32."""
+    raise NotImplementedError
 
 
 def _sum_in_order(builder: ir.IRBuilder, value: Any) -> Any:
@@ -189,7 +218,9 @@ _define(
     lambda b, x: b.zext(b.ctpop(b.bitcast(x, ir.IntType(LANES))), ir.IntType(64)),
 )
 _define(sum_in_order, (F64,), types.float64, _sum_in_order)
-_define(ramp, (types.uint64,), U64, lambda b, x: b.add(_splat(b, x), ir.Constant(U64.ir, list(range(LANES)))))
+_define(ramp, (types.uint64, types.uint64), U64, _ramp(LANES))
+_define(ramp_of_four, (types.uint64, types.uint64), U64X4, _ramp(4))
+_define(sixteen_bits, (U64X4,), U32, lambda b, x: b.zext(b.bitcast(x, _HALVES), U32.ir))
 
 
 def _address(context: Any, builder: ir.IRBuilder, array: Any, values: Sequence[Any], to: ir.Type) -> Any:
@@ -200,9 +231,6 @@ def _address(context: Any, builder: ir.IRBuilder, array: Any, values: Sequence[A
         width = cgutils.unpack_tuple(builder, struct.shape, 2)[1]  # type: ignore[no-untyped-call]
         place = builder.add(builder.mul(values[1], width), place)
     return builder.bitcast(builder.gep(struct.data, [place]), to.as_pointer())
-
-
-_HALVES = ir.VectorType(ir.IntType(16), LANES)
 
 
 @intrinsic

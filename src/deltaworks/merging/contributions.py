@@ -13,8 +13,9 @@ from deltaworks.catalog.histogram import Interval
 from deltaworks.catalog.sketch import BUCKETS, SAMPLES, sample_places
 from deltaworks.catalog.statistics import DENSITIES, DeltaTable
 from deltaworks.merging.election import elected_loss, elected_path, stretch_samples
-from deltaworks.merging.methods.delta import DeltaSum, Sparsify, random_stream
+from deltaworks.merging.methods.delta import DeltaSum, Sparsify
 from deltaworks.merging.methods.operation import Operation
+from deltaworks.merging.methods.random_mask import random_mask_reference
 from deltaworks.merging.methods.spherical import Slerp, slerp_coefficients
 from deltaworks.merging.methods.weighted import WeightedSum
 from deltaworks.merging.selection import Ranking, overlapping_loss, rank_in_order, rank_overlapping
@@ -345,7 +346,7 @@ def _thinning_of_sample(
         return sample, 0, 0, 1.0
     if operation.sparsify is Sparsify.RANDOM:
         factor = 1.0 / density if operation.rescale else 1.0
-        kept = random_stream(operation.keys[k], places) < np.uint64(int(density * 2.0**64))
+        kept = random_mask_reference(operation.keys[k], density, places)
         return np.where(kept, sample * np.float32(factor), np.float32(0)), 0, 0, factor
     cut = operation.cuts[k]
     if isinstance(cut, Interval):

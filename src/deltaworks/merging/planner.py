@@ -12,8 +12,9 @@ from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.checkpoints.sidecars import output_config
 from deltaworks.errors import RecipeError, UserError
 from deltaworks.merging.methods.copying import Copy
-from deltaworks.merging.methods.delta import DeltaSum, Sparsify, random_key
+from deltaworks.merging.methods.delta import DeltaSum, Sparsify
 from deltaworks.merging.methods.operation import Operation
+from deltaworks.merging.methods.random_mask import random_key
 from deltaworks.merging.methods.spherical import Slerp
 from deltaworks.merging.methods.weighted import WeightedSum
 from deltaworks.merging.parameters import resolve

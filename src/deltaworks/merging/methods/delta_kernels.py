@@ -1,0 +1,354 @@
+"""Kernels that measure and merge deltas: thin out, weight, elect, sum and add, in one pass over tiles."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltaworks.checkpoints.codec import TILE, encode
+from deltaworks.checkpoints.jit import kernel
+from deltaworks.checkpoints.vector import (
+    LANES,
+    MAGNITUDE,
+    NOT_FINITE,
+    ONE,
+    ZERO,
+    bits,
+    lanes_set,
+    largest,
+    load,
+    maximum,
+    select,
+    splat,
+    store,
+    sum_in_order,
+    widen,
+)
+from deltaworks.merging.methods.operation import Inputs, find_rows, stage
+from deltaworks.merging.methods.random_mask import round_density, stays_by_chance
+
+
+class Thinning(NamedTuple):
+    """What of the deltas stays in one block, as kernels take it.
+
+    Attributes:
+        at_random: whether by chance.
+        thresholds: uint32, [experts]; magnitudes (their float32 bits) from here on stay.
+        ties: int64, [experts, 3]; from an element of the block on only so many magnitudes that equal the threshold
+            stay, the first, and none from a later element on.
+        keys: uint64, [experts]; of the random masks.
+        densities: uint64, [experts, 2]; see `split_density`.
+    """
+
+    at_random: bool
+    thresholds: NDArray[np.uint32]
+    ties: NDArray[np.int64]
+    keys: NDArray[np.uint64]
+    densities: NDArray[np.uint64]
+
+
+class Tile(NamedTuple):
+    """The deltas that take part in one tile, as kernels take them: one entry an expert, at the front of each array.
+
+    Attributes:
+        rows: int64, [experts + 1]; where to load the base and then the experts from; see `load`.
+        places: int64, [experts + 1]; likewise.
+        experts: int64, [experts]; which they are.
+        thresholds: uint32, [experts]; see `Thinning`.
+        equals: int64, [experts]; how many magnitudes of each that equal its threshold stay.
+        densities: uint32, [experts]; see `stays_by_chance`.
+    """
+
+    rows: NDArray[np.int64]
+    places: NDArray[np.int64]
+    experts: NDArray[np.int64]
+    thresholds: NDArray[np.uint32]
+    equals: NDArray[np.int64]
+    densities: NDArray[np.uint32]
+
+
+@kernel
+def _make_tile(experts: int) -> Tile:
+    """One that is not filled in."""
+    places = np.empty((4, experts + 1), np.int64)
+    limits = np.empty((2, experts), np.uint32)
+    return Tile(places[0], places[1], places[2], limits[0], places[3], limits[1])
+
+
+@kernel
+def _find_tile(
+    inputs: Inputs, first: int, start: int, n: int, thinning: Thinning, rows: NDArray[np.int64], tile: Tile
+) -> tuple[int, bool]:
+    """Fill in `tile` but its thresholds; returns how many experts take part, and whether it can be loaded as it is."""
+    half = find_rows(inputs, start // TILE, rows) and n % LANES == 0
+    tile.rows[0], tile.places[0] = rows[0], inputs.places[rows[0]] + start
+    found = 0
+    for k in range(1, len(rows)):
+        # What reads as the base has no delta.
+        if rows[k] != rows[0]:
+            tile.rows[found + 1], tile.places[found + 1] = rows[k], inputs.places[rows[k]] + start
+            tile.experts[found] = k - 1
+            if thinning.at_random:
+                tile.densities[found] = round_density(thinning.keys[k - 1], thinning.densities[k - 1], first + start)
+            found += 1
+    return found, half
+
+
+@kernel
+def _stage_tile(inputs: Inputs, start: int, n: int, found: int, tile: Tile, scratch: NDArray[np.float32]) -> None:
+    """Bring what a tile is made of to `scratch`, base first, and have it loaded from there."""
+    for a in range(found + 1):
+        stage(inputs, tile.rows[a], start, n, scratch[a])
+        tile.rows[a], tile.places[a] = a, 0
+
+
+@kernel
+def _set_thresholds(
+    table: NDArray[Any], start: int, n: int, found: int, thinning: Thinning, quotas: NDArray[np.int64], tile: Tile
+) -> bool:
+    """Fill in the thresholds of `tile`, and take what stays of their equals from `quotas`.
+
+    Returns:
+        Whether equals stay in one part of the tile and not in another; then nothing was taken from `quotas`.
+    """
+    torn = False
+    for a in range(found):
+        k = tile.experts[a]
+        tile.thresholds[a], tile.equals[a] = thinning.thresholds[k], 0
+        begin, end = thinning.ties[k, 0], thinning.ties[k, 2]
+        if start + n <= begin:
+            continue
+        if quotas[k] == 0 or start >= end:
+            tile.thresholds[a] += np.uint32(1)
+            continue
+        tile.equals[a] = _equals(table, n, a, tile)
+        torn |= tile.equals[a] > quotas[k] or start < begin or start + n > end
+    if not torn:
+        for a in range(found):
+            quotas[tile.experts[a]] -= tile.equals[a]
+    return torn
+
+
+@kernel
+def _equals(table: NDArray[Any], n: int, a: int, tile: Tile) -> int:
+    """How many magnitudes of a delta in the tile equal its threshold."""
+    found = 0
+    for i in range(0, n, LANES):
+        d = load(table, tile.rows[a + 1], tile.places[a + 1] + i) - load(table, tile.rows[0], tile.places[0] + i)
+        found += lanes_set((bits(d) & splat(MAGNITUDE)) == splat(tile.thresholds[a]))
+    return found
+
+
+@kernel
+def _drop_equals(
+    scratch: NDArray[np.float32],
+    start: int,
+    n: int,
+    found: int,
+    thinning: Thinning,
+    quotas: NDArray[np.int64],
+    tile: Tile,
+) -> None:
+    """Set to the base's, in a staged tile, the elements whose magnitudes equal the threshold and do not stay."""
+    delta = np.empty(1, np.float32)
+    pattern = delta.view(np.uint32)
+    for a in range(found):
+        k = tile.experts[a]
+        x = scratch[a + 1]
+        for i in range(max(0, thinning.ties[k, 0] - start), n):
+            delta[0] = x[i] - scratch[0, i]
+            if pattern[0] & MAGNITUDE == thinning.thresholds[k]:
+                if quotas[k] > 0 and start + i < thinning.ties[k, 2]:
+                    quotas[k] -= 1
+                else:
+                    x[i] = scratch[0, i]
+
+
+@kernel
+def delta_masses(
+    inputs: Inputs,
+    first: int,
+    count: int,
+    thinning: Thinning,
+    scratch: NDArray[np.float32],
+    sums: NDArray[np.float64],
+) -> None:
+    """Per tile and expert: the sum of a delta's magnitudes, before and after thinning."""
+    experts = len(thinning.keys)
+    quotas = thinning.ties[:, 1].copy()
+    rows = np.empty(experts + 1, np.int64)
+    tile = _make_tile(experts)
+    halves = inputs.rows.view(np.uint16)
+    sums[:] = 0.0
+    for start in range(0, count, TILE):
+        n = min(TILE, count - start)
+        found, half = _find_tile(inputs, first, start, n, thinning, rows, tile)
+        own = sums[start // TILE]
+        if half and not _set_thresholds(halves, start, n, found, thinning, quotas, tile):
+            _masses_tile(halves, n, found, thinning, first + start, tile, own)
+            continue
+        _stage_tile(inputs, start, n, found, tile, scratch)
+        torn = _set_thresholds(scratch, start, n, found, thinning, quotas, tile)
+        _masses_tile(scratch, n, found, thinning, first + start, tile, own)
+        if torn:
+            before = own.copy()
+            _drop_equals(scratch, start, n, found, thinning, quotas, tile)
+            _masses_tile(scratch, n, found, thinning, first + start, tile, own)
+            own[::2] = before[::2]
+
+
+@kernel
+def _masses_tile(
+    table: NDArray[Any],
+    n: int,
+    found: int,
+    thinning: Thinning,
+    place: int,
+    tile: Tile,
+    sums: NDArray[np.float64],
+) -> None:
+    """Sums of magnitudes in a tile that begins at the flat index `place`, before thinning and after."""
+    magnitude, zero = splat(MAGNITUDE), splat(ZERO)
+    for a in range(found):
+        k = tile.experts[a]
+        before, after = splat(0.0), splat(0.0)
+        for i in range(0, n, LANES):
+            d = load(table, tile.rows[a + 1], tile.places[a + 1] + i) - load(table, tile.rows[0], tile.places[0] + i)
+            if thinning.at_random:
+                stays = stays_by_chance(thinning.keys[k], tile.densities[a], place + i)
+            else:
+                stays = (bits(d) & magnitude) >= splat(tile.thresholds[a])
+            d = select(d < zero, zero - d, d)
+            before = before + widen(d)
+            after = after + widen(select(stays, d, zero))
+        sums[2 * k], sums[2 * k + 1] = sum_in_order(before), sum_in_order(after)
+
+
+@kernel
+def merge_deltas(
+    inputs: Inputs,
+    first: int,
+    count: int,
+    thinning: Thinning,
+    scales: NDArray[np.float32],
+    weights: NDArray[np.float32],
+    consensus: bool,
+    normalize: bool,
+    scale: np.float32,
+    scratch: NDArray[np.float32],
+    out: NDArray[np.uint8],
+    out_code: int,
+) -> int:
+    """Merge one block; see `Block`, `DeltaSum` and `Thinning` for the arguments."""
+    wrong = 0
+    experts = len(weights)
+    quotas = thinning.ties[:, 1].copy()
+    rows = np.empty(experts + 1, np.int64)
+    tile = _make_tile(experts)
+    halves, total = inputs.rows.view(np.uint16), scratch[experts + 1]
+    scaled = False
+    for k in range(experts):
+        scaled |= scales[k] != ONE
+    everyone = ZERO
+    for k in range(experts):
+        everyone += weights[k]
+    if abs(everyone) < np.float32(1e-8):
+        everyone = ONE
+    how = (consensus, normalize, everyone, scale)
+    for start in range(0, count, TILE):
+        n = min(TILE, count - start)
+        found, half = _find_tile(inputs, first, start, n, thinning, rows, tile)
+        if half and not _set_thresholds(halves, start, n, found, thinning, quotas, tile):
+            largest_ = _merge_tile(halves, n, found, thinning, first + start, tile, scaled, scales, weights, how, total)
+        else:
+            _stage_tile(inputs, start, n, found, tile, scratch)
+            if _set_thresholds(scratch, start, n, found, thinning, quotas, tile):
+                _drop_equals(scratch, start, n, found, thinning, quotas, tile)
+            largest_ = _merge_tile(
+                scratch, n, found, thinning, first + start, tile, scaled, scales, weights, how, total
+            )
+        # Thinning or the vote could drop a NaN, which would then go unnoticed.
+        wrong += 1 if largest_ >= NOT_FINITE else 0
+        wrong += encode(total, n, out_code, out, start)
+    return wrong
+
+
+@kernel
+def _merge_tile(
+    table: NDArray[Any],
+    n: int,
+    found: int,
+    thinning: Thinning,
+    place: int,
+    tile: Tile,
+    scaled: bool,
+    scales: NDArray[np.float32],
+    weights: NDArray[np.float32],
+    how: tuple[bool, bool, np.float32, np.float32],
+    out: NDArray[np.float32],
+) -> Any:
+    """Merge a tile that begins at the flat index `place`; returns the largest magnitude met, as bits."""
+    consensus, normalize, everyone, scale = how
+    zero, one, magnitude = splat(ZERO), splat(ONE), splat(MAGNITUDE)
+    top = splat(np.uint32(0))
+    for i in range(0, n, LANES):
+        base = load(table, tile.rows[0], tile.places[0] + i)
+        # Both signs are summed while the vote is open.
+        total = positive = negative = for_positive = for_negative = zero
+        for a in range(found):
+            k = tile.experts[a]
+            d = load(table, tile.rows[a + 1], tile.places[a + 1] + i) - base
+            size = bits(d) & magnitude
+            top = maximum(top, size)
+            if thinning.at_random:
+                stays = stays_by_chance(thinning.keys[k], tile.densities[a], place + i)
+            else:
+                stays = size >= splat(tile.thresholds[a])
+            if scaled:
+                d = d * splat(scales[k])
+            weight = splat(weights[k])
+            d = d * weight
+            total = select(stays, total + d, total)
+            if consensus:
+                up, down = stays & (d > zero), stays & (d < zero)
+                positive, negative = select(up, positive + d, positive), select(down, negative + d, negative)
+                for_positive = select(up, for_positive + weight, for_positive)
+                for_negative = select(down, for_negative + weight, for_negative)
+        if consensus:
+            elected = total >= zero
+            total = select(elected, positive, negative)
+            if normalize:
+                divisor = select(elected, for_positive, for_negative)
+                total = total / select(divisor != zero, divisor, one)
+        elif normalize:
+            total = total / splat(everyone)
+        store(out, i, base + total * splat(scale))
+    return largest(top)
+
+
+@kernel
+def collect_lower_bits(
+    inputs: Inputs, k: int, count: int, upper: int, scratch: NDArray[np.float32], out: NDArray[np.uint16]
+) -> int:
+    """Write the lower 16 bits, not zero, of every magnitude of delta `k` whose upper 16 are `upper`; says how many."""
+    rows = np.empty(len(inputs.present), np.int64)
+    patterns = scratch[1].view(np.uint32)
+    lower, sixteen, wanted = splat(np.uint32(0xFFFF)), splat(np.uint32(16)), splat(np.uint32(upper))
+    found = 0
+    for start in range(0, count, TILE):
+        n = min(TILE, count - start)
+        find_rows(inputs, start // TILE, rows)
+        stage(inputs, rows[0], start, n, scratch[0])
+        stage(inputs, rows[k], start, n, scratch[1])
+        for i in range(0, n, LANES):
+            d = load(scratch, 1, i) - load(scratch, 0, i)
+            magnitude = bits(d) & splat(MAGNITUDE)
+            inside = ((magnitude >> sixteen) == wanted) & ((magnitude & lower) != splat(np.uint32(0)))
+            if lanes_set(inside):
+                store(scratch[1], i, d)
+                for j in range(i, i + LANES):
+                    part = patterns[j] & np.uint32(0xFFFF)
+                    if (patterns[j] & MAGNITUDE) >> np.uint32(16) == np.uint32(upper) and part != np.uint32(0):
+                        out[found] = np.uint16(part)
+                        found += 1
+    return found
