@@ -29,6 +29,8 @@ from deltaworks.progress import Progress
 Slot = TypeVar("Slot")
 
 _BUFFER_BYTES = 256 << 20
+_HELD_BYTES = 64 << 20
+"""Of blocks that stay in memory between passes."""
 
 
 @dataclass(slots=True)
@@ -130,7 +132,9 @@ def execute(
     threads = options.threads or os.cpu_count() or 1
     stages = _Stages(plan, models, streams, shard_of, folder, reads, options, finished, progress)
     out_bytes = max((s.tensor.dtype.nbytes(min(s.block_size, s.elements)) for s in streams), default=8)
-    slots = make_slots(lambda: _Slot(out_bytes), Rows(streams).nbytes + out_bytes, threads)
+    rows_bytes = Rows(streams).nbytes
+    slots = make_slots(lambda: _Slot(out_bytes), rows_bytes + out_bytes, threads)
+    stages.most_held = _HELD_BYTES // rows_bytes
     pipeline = Pipeline(
         slots, stages.read, stages.compute, stages.write, stages.commit, threads, reads_on_core=stages.are_cached
     )
@@ -171,6 +175,8 @@ class _Stages:
         self.is_stopping: Callable[[], bool] = bool
         self.fsync_s = self.hash_s = 0.0
         self._free: list[Rows] = []
+        self._held: dict[tuple[TensorStream, int], Rows] = {}
+        self.most_held = 0
         self._writers: dict[str, ShardWriter] = {}
         self._lock = threading.Lock()
         self._left: dict[str, int] = {}
@@ -185,24 +191,38 @@ class _Stages:
         while not task.is_ready(0.1):
             if self.is_stopping():
                 return
+        (stream,) = task.streams
+        slot.rows = self._take_rows(stream, task)
+        task.fill(self._sources, [slot.rows])
+
+    def _take_rows(self, stream: TensorStream, task: Task) -> Rows:
+        rows = self._held.pop((stream, task.index), None)
+        if rows is not None:
+            rows.stays = task.stage is not None
+            return rows
         # The buffers used last, which are still in a cache. They are the larger part of what a block takes, so they are
         # used again while its result is on its way.
         try:
-            slot.rows = self._free.pop()
+            rows = self._free.pop()
         except IndexError:
-            slot.rows = Rows(self._streams)
-        task.fill(self._sources, [slot.rows])
+            rows = Rows(self._streams)
+        rows.stays = task.stage is not None and len(self._held) < self.most_held
+        return rows
 
     def compute(self, task: Task, slot: _Slot) -> None:
         """Measure or merge the block in the slot."""
         (stream,) = task.streams
         rows, slot.rows = slot.rows, None
         assert rows is not None
-        if task.stage is not None:
-            stream.measure(rows, task.index, task.stage)
-        else:
+        if task.stage is None:
             self._merge(stream, task, slot, rows)
-        self._free.append(rows)
+        else:
+            stream.measure(rows, task.index, task.stage)
+        rows.holds = rows.stays
+        if rows.stays:
+            self._held[stream, task.index] = rows
+        else:
+            self._free.append(rows)
 
     def _merge(self, stream: TensorStream, task: Task, slot: _Slot, rows: Rows) -> None:
         tensor = stream.tensor

@@ -5,6 +5,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,12 @@ from deltaworks.merging.plan import Plan, PlannedTensor
 
 
 class Rows:
-    """The buffers of one block of one tensor: a row for each input and one for what stands in for omitted blocks."""
+    """The buffers of one block of one tensor: a row for each input and one for what stands in for omitted blocks.
+
+    Attributes:
+        holds: earlier passes left here what they read of the block.
+        stays: the next pass will find here what this one reads.
+    """
 
     def __init__(self, streams: Sequence["TensorStream"]) -> None:
         elements = max((min(s.block_size, s.elements) for s in streams), default=0)
@@ -39,6 +45,7 @@ class Rows:
         self.places = np.zeros(inputs, np.int64)
         self.present = np.ones((inputs, -(-elements // TILE) or 1), np.bool_)
         self.scratch = np.empty((inputs + 3, TILE), np.float32)
+        self.holds = self.stays = False
 
     @property
     def nbytes(self) -> int:
@@ -49,9 +56,10 @@ class Rows:
 class TensorStream:
     """The blocks of one planned tensor.
 
-    Operations that need quantities of the whole tensor see its blocks more than once. Within a budget, experts are read
-    once all the same: what the first pass read of them waits in a file without a name for the passes that follow.
-    Without one they are read again, which the page cache makes cheap.
+    Operations that need quantities of the whole tensor see its blocks more than once. Between passes, blocks stay in
+    their buffers as long as there are any left. Of the others, what a budget counts is read once all the same: it waits
+    in a file without a name for the passes that follow. Without a budget they are read again, which the page cache
+    makes cheap.
 
     Args:
         plan: the plan.
@@ -124,7 +132,10 @@ class TensorStream:
         return stage == 0 or self._settled[stage - 1].wait(timeout)
 
     def fill(self, sources: Mapping[int, Source], rows: Rows, index: int, stage: int) -> None:
-        """Read a block of every input, as far as the plan reads it, and of the stand-in where it omits any."""
+        """Read a block of every input, as far as the plan reads it, and of the stand-in where it omits any.
+
+        Where a pass has no use for a block, nothing is read, and `rows.stays` becomes false.
+        """
         start, count = index * self.block_size, self.count(index)
         n = len(self.infos)
         places = places_in_rows(self._offsets, self._bits, start)
@@ -132,18 +143,19 @@ class TensorStream:
         rows.present[: len(self._ranges)] = self._is_whole[:, None]
         parts = self._parts_of(index)
         if stage == 0 < self.passes and self._is_idle(parts):
+            rows.stays = False
             return
         rows_read = dict.fromkeys(self._whole, count)
         for r, a, b in parts:
             rows.present[r, (a - start) // TILE : -(-(b - start) // TILE)] = True
             rows_read[r] = rows_read.get(r, 0) + b - a
             place = int(places[r]) + self.infos[r].dtype.nbytes(a - start)
-            self._read(sources, rows.raw[r], r, place, a, b - a, stage)
+            self._read(sources, rows, r, place, a, b - a, stage)
         for r in self._whole:
-            self._read(sources, rows.raw[r], r, int(places[r]), start, count, stage)
+            self._read(sources, rows, r, int(places[r]), start, count, stage)
         if self._stand_in >= len(self._ranges) and sum(rows_read.values()) < count * len(self._ranges):
             r = self._stand_in
-            self._read(sources, rows.raw[r], r, int(places[r]), start, count, stage)
+            self._read(sources, rows, r, int(places[r]), start, count, stage)
 
     def _is_idle(self, parts: list[tuple[int, int, int]]) -> bool:
         """Whether the first pass finds nothing in a block, as none of the experts that it looks at is read there."""
@@ -168,7 +180,7 @@ class TensorStream:
     def _read(
         self,
         sources: Mapping[int, Source],
-        row: NDArray[np.uint8],
+        rows: Rows,
         r: int,
         place: int,
         first: int,
@@ -180,10 +192,13 @@ class TensorStream:
         is_input = r < len(self._seen_first)
         if is_input and stage == 0 < self.passes and not self._seen_first[r]:
             return
+        row = rows.raw[r]
         part = row[place : place + info.dtype.nbytes(count)]
         # An expert is read by the first pass that sees it; will another?
         first_read = 0 if not self.passes or not is_input or self._seen_first[r] else 1
-        is_again, comes_again = stage > first_read, first_read < self.passes
+        is_again, comes_again = stage > first_read, first_read < self.passes and not rows.stays
+        if is_again and rows.holds:
+            return
         spooled = comes_again and self._spools and is_input and self._is_expert[r]
         if is_again and spooled:
             os.preadv(self._spool(), [part.data], self._spool_place(r, first))
@@ -272,13 +287,19 @@ class Task:
 
 
 def in_order(groups: Sequence[tuple[TensorStream, ...]]) -> Iterator[Task]:
-    """Blocks in the order of the output; a tensor's passes run one tensor ahead, so that nobody waits for them."""
+    """Blocks in the order of the output; between those of a tensor come the passes of the next.
+
+    So nobody waits for passes, and what stays in memory between them is about a tensor's blocks.
+    """
+    yield from (task for group in groups[:1] for task in _passes(group))
     for i, group in enumerate(groups):
-        for other in groups[i : i + 2] if i == 0 else groups[i + 1 : i + 2]:
-            for stream in other:
-                for stage in range(stream.passes):
-                    yield from (Task((stream,), index, stage) for index in range(stream.blocks))
-        yield from (Task(group, index, None) for index in range(group[0].blocks))
+        merged = (Task(group, index, None) for index in range(group[0].blocks))
+        ahead = (task for following in groups[i + 1 : i + 2] for task in _passes(following))
+        yield from (task for pair in zip_longest(ahead, merged) for task in pair if task)
+
+
+def _passes(group: tuple[TensorStream, ...]) -> Iterator[Task]:
+    return (Task((s,), index, stage) for s in group for stage in range(s.passes) for index in range(s.blocks))
 
 
 def stream_block_size(plan: Plan, wanted: int | None) -> int:
