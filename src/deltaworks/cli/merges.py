@@ -149,7 +149,7 @@ def plan(
     from deltaworks.merging.plan import save_plan
     from deltaworks.merging.prepare import MergeOptions, prepare_plan
     from deltaworks.merging.recipe import load_recipe
-    from deltaworks.reports.facts import plan_facts
+    from deltaworks.reports.plans import plan_facts
     from deltaworks.units import parse_bytes
 
     options = MergeOptions(

@@ -22,15 +22,18 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show what is known of a registered model, a plan file or a merged model."""
+    # Plans take kernels, which are slow to import: here only where there is one.
     from deltaworks.catalog.register import find_model
     from deltaworks.catalog.store import Catalog
-    from deltaworks.merging.plan import load_plan
-    from deltaworks.merging.snapshot import MANIFEST, read_manifest
-    from deltaworks.reports.facts import analysis_facts, model_facts, plan_facts
+    from deltaworks.merging.manifest import MANIFEST, read_manifest
+    from deltaworks.reports.facts import analysis_facts, model_facts
 
     path = Path(what)
     with Catalog(catalog) as opened:
         if opened.find(what) is None and path.is_file():
+            from deltaworks.merging.plan import load_plan
+            from deltaworks.reports.plans import plan_facts
+
             kind, facts = "plan", plan_facts(load_plan(path))
         elif opened.find(what) is None and (path / MANIFEST).is_file():
             kind, facts = "snapshot", read_manifest(path)

@@ -18,22 +18,21 @@ from deltaworks.catalog.fingerprint import combine, hash_file
 from deltaworks.catalog.models import Model
 from deltaworks.catalog.register import untouched
 from deltaworks.catalog.store import Catalog
-from deltaworks.checkpoints.checkpoint import INDEX, read_json
+from deltaworks.checkpoints.checkpoint import INDEX
 from deltaworks.checkpoints.reader import ByteCounter
 from deltaworks.checkpoints.sidecars import copy_sidecars, write_chat_template, write_json
 from deltaworks.checkpoints.writer import ShardLayout, fsync_folder, storage_error
 from deltaworks.errors import ChangedError, DeltaworksError, OutputError, VerificationError
 from deltaworks.merging.card import model_card
 from deltaworks.merging.execute import Reads, StageTimes, execute, output_shards
+from deltaworks.merging.manifest import MANIFEST, MANIFEST_VERSION, read_manifest
 from deltaworks.merging.measured_error import measure_error
 from deltaworks.merging.plan import Plan, save_plan
 from deltaworks.merging.prepare import MergeOptions
 from deltaworks.progress import Progress, Silent
 
-MANIFEST = "deltaworks.json"
 PLAN = "deltaworks_plan.json"
 RECIPE = "mergekit_config.yml"
-MANIFEST_VERSION = 1
 _JOURNAL = ".journal.json"
 
 
@@ -324,20 +323,6 @@ def _write_companions(
     for name in (*others, MANIFEST):
         with (folder / name).open("rb") as f:
             os.fsync(f.fileno())
-    return manifest
-
-
-def read_manifest(out: Path) -> dict[str, Any]:
-    """The manifest of the snapshot at `out`.
-
-    Raises:
-        OutputError: there is none, or it is of another version.
-    """
-    if not (out / MANIFEST).is_file():
-        raise OutputError(f"{out} is no snapshot: it holds no {MANIFEST}")
-    manifest = read_json(out / MANIFEST)
-    if manifest.get("deltaworks_manifest") != MANIFEST_VERSION:
-        raise OutputError(f"{out / MANIFEST} is of another version; use the deltaworks that made it")
     return manifest
 
 

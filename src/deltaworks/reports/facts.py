@@ -1,11 +1,9 @@
-"""What commands tell of models, plans and snapshots, as plain data."""
+"""What commands tell of models and the catalog, as plain data."""
 
 from typing import Any
 
 from deltaworks.catalog.models import Model
 from deltaworks.catalog.store import Catalog
-from deltaworks.merging.plan import Plan
-from deltaworks.merging.summary import by_layer
 
 
 def model_facts(model: Model) -> dict[str, Any]:
@@ -51,29 +49,3 @@ def analysis_facts(catalog: Catalog, model: Model) -> dict[str, Any] | None:
     base = catalog.find(model.base) if model.base else None
     found = catalog.find_analysis(model.fingerprint, base.fingerprint) if base else None
     return found[2] if found else None
-
-
-def plan_facts(plan: Plan) -> dict[str, Any]:
-    """A plan in a screenful: what is read from whom, how much, and what that loses."""
-    operations: dict[str, int] = {}
-    for tensor in plan.tensors:
-        operations[tensor.operation.kind] = operations.get(tensor.operation.kind, 0) + 1
-    return {
-        "plan_digest": plan.digest,
-        "method": plan.method,
-        "seed": plan.seed,
-        "budget_bytes": plan.budget_bytes,
-        "fair": plan.fair,
-        "balanced": plan.balanced,
-        "expert_bytes": plan.expert_bytes,
-        "expert_bytes_planned": plan.expert_bytes_planned,
-        "predicted_error": plan.predicted_error,
-        "error_bound": plan.error_bound,
-        "read_cost": plan.read_cost and {"request_s": plan.read_cost[0], "bytes_per_s": plan.read_cost[1]},
-        "predicted_read_s": plan.predicted_read_s,
-        "parameters": sum(t.count for t in plan.tensors),
-        "tensors": len(plan.tensors),
-        "operations": operations,
-        "models": [m._asdict() for m in plan.models],
-        "layers": by_layer(plan),
-    }
