@@ -1,6 +1,7 @@
 """What each block of each expert adds to a merge, from statistics alone."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -47,11 +48,13 @@ class Delta:
             return self.square
         if density <= 0:
             return np.zeros_like(self.square)
-        known = np.array((0.0, *DENSITIES, 1.0))
-        i = int(np.searchsorted(known, density, side="right"))
-        energies = [np.zeros_like(self.square), *self.table.survives[self.rows].T.astype(np.float64), self.square]
+        known = (0.0, *DENSITIES, 1.0)
+        i = bisect_right(known, density)
+        measured = self.table.survives[self.rows]
+        below = measured[:, i - 2].astype(np.float64) if i > 1 else 0.0
+        above = measured[:, i - 1].astype(np.float64) if i <= len(DENSITIES) else self.square
         share = (density - known[i - 1]) / (known[i] - known[i - 1])
-        between: NDArray[np.float64] = (1 - share) * energies[i - 1] + share * energies[i]
+        between: NDArray[np.float64] = (1 - share) * below + share * above
         return between
 
 

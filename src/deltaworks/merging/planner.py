@@ -17,7 +17,7 @@ from deltaworks.merging.methods.operation import Operation
 from deltaworks.merging.methods.random_mask import random_key
 from deltaworks.merging.methods.spherical import Slerp
 from deltaworks.merging.methods.weighted import WeightedSum
-from deltaworks.merging.parameters import resolve
+from deltaworks.merging.parameters import Setting, resolve
 from deltaworks.merging.plan import InputTensor, Plan, PlannedModel, PlannedTensor
 from deltaworks.merging.recipe import Recipe
 from deltaworks.merging.tensors import TensorRecipe, layer_count, output_tensors
@@ -158,14 +158,25 @@ def _number(recipe: Recipe, tensor: TensorRecipe, name: str, model: int | None =
     return float(value)
 
 
+def _numbers(recipe: Recipe, tensor: TensorRecipe, name: str, models: Sequence[int]) -> tuple[float, ...]:
+    """A parameter of several models; those of which the recipe says the same are resolved once."""
+    known: dict[tuple[Setting | None, str], float] = {}
+    values = []
+    for k in models:
+        key = tensor.part.inputs[k].parameters.get(name), tensor.sources[k]
+        if key not in known:
+            known[key] = _number(recipe, tensor, name, k)
+        values.append(known[key])
+    return tuple(values)
+
+
 def _trims(recipe: Recipe, tensor: TensorRecipe, models: Mapping[str, Model]) -> list[Trim | None]:
     """The cut of each expert of a tensor; None where nothing or everything is trimmed."""
     base, experts = _experts(recipe, tensor)
     sources = _sources(tensor, models)
     size = sources[0].count
     trims: list[Trim | None] = []
-    for k in experts:
-        density = _number(recipe, tensor, "density", k)
+    for k, density in zip(experts, _numbers(recipe, tensor, "density", experts), strict=True):
         if 0 < density < 1 and size:
             if tensor.sources[k] != tensor.sources[base]:
                 raise RecipeError(
@@ -201,7 +212,7 @@ def _plan_tensor(
         )
     dtype = recipe.out_dtype or recipe.dtype or reduce(promote, (t.dtype for t in sources))
     if recipe.method.name == "linear":
-        weights = tuple(_number(recipe, tensor, "weight", k) for k in range(len(inputs)))
+        weights = _numbers(recipe, tensor, "weight", range(len(inputs)))
         normalize = bool(_resolve(recipe, tensor, "normalize"))
         if normalize and sum(weights) == 0:
             raise RecipeError(f"the weights at tensor {tensor.name!r} sum to zero, so they cannot be normalized")
@@ -233,8 +244,8 @@ def _delta_sum(
 ) -> DeltaSum:
     method = recipe.method.name
     operation = DeltaSum(
-        weights=tuple(_number(recipe, tensor, "weight", k) for k in experts),
-        densities=tuple(_number(recipe, tensor, "density", k) for k in experts),
+        weights=_numbers(recipe, tensor, "weight", experts),
+        densities=_numbers(recipe, tensor, "density", experts),
         sparsify=_SPARSIFY.get(method, Sparsify.NONE),
         rescale=bool(_resolve(recipe, tensor, "rescale")),
         consensus=method in _CONSENSUS,
