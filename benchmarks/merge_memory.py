@@ -14,37 +14,13 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-MERGEKIT = """
-import sys, yaml
-from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
-recipe, out = sys.argv[1:]
-run_merge(MergeConfiguration.model_validate(yaml.safe_load(open(recipe))), out, MergeOptions(quiet=True))
-"""
-
-
-def measure(command: list[str]) -> dict[str, float]:
-    """Run a command; its wall time and the largest resident size of its process."""
-    started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{command[:4]} failed with {process.returncode}")
-    return {
-        "wall_s": round(time.monotonic() - started, 2),
-        "processor_s": round(usage.ru_utime + usage.ru_stime, 2),
-        "peak_mib": round(usage.ru_maxrss / 1024, 1),
-    }
+from merging import MERGEKIT, measured
 
 
 def main() -> None:
@@ -58,16 +34,16 @@ def main() -> None:
     experts = [args.family / f"expert_{i:02d}" for i in range(args.experts)]
     lines = ["merge_method: ties", f"base_model: {args.family / 'base'}", "dtype: float32", "out_dtype: bfloat16"]
     lines += [f"parameters: {{weight: 1.0, density: {args.density}}}", "models:", *(f"  - model: {e}" for e in experts)]
-    rows: dict[str, Any] = {"interpreter": measure([sys.executable, "-c", "pass"])}
+    rows: dict[str, Any] = {"interpreter": measured([sys.executable, "-c", "pass"])}
     with tempfile.TemporaryDirectory(dir=args.family) as scratch:
         recipe = Path(scratch) / "recipe.yml"
         recipe.write_text("\n".join(lines) + "\n")
         merge = [sys.executable, "-m", "deltaworks.cli.main", "merge", str(recipe), str(Path(scratch) / "ours")]
         merge += ["--force", "--catalog", str(Path(scratch) / "catalog")]
-        rows["deltaworks, first merge (registers and analyzes)"] = measure(merge)
-        rows["deltaworks, every later merge"] = measure(merge)
+        rows["deltaworks, first merge (registers and analyzes)"] = measured(merge)
+        rows["deltaworks, every later merge"] = measured(merge)
         if args.mergekit:
-            rows["mergekit 0.1.5"] = measure(
+            rows["mergekit 0.1.5"] = measured(
                 [str(args.mergekit), "-c", MERGEKIT, str(recipe), str(Path(scratch) / "t")]
             )
     result = {

@@ -37,6 +37,7 @@ from typing import Any
 
 import numpy as np
 from marked import fill
+from merging import MERGEKIT, measured
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.cached import PAGE, cached_bytes
@@ -47,14 +48,6 @@ from deltaworks.checkpoints.reader import ByteCounter, RangeReader
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
 PAGE_OF_DOCS = ROOT / "docs" / "benchmarks.md"
-MERGEKIT = """
-import sys, yaml
-from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
-recipe, out = sys.argv[1:]
-run_merge(MergeConfiguration.model_validate(yaml.safe_load(open(recipe))), out, MergeOptions(quiet=True))
-"""
 PARAMETERS = {
     "linear": "weight: 1.0",
     "task_arithmetic": "weight: 0.3",
@@ -184,30 +177,6 @@ class Bench:
 def _in_memory(path: Path) -> int:
     with path.open("rb") as file:
         return cached_bytes(file.fileno(), 0, path.stat().st_size) or 0
-
-
-def measured(command: list[str], out: Path | None = None) -> dict[str, Any]:
-    """Run a command: seconds of wall and processor, peak memory, and what it read from and wrote to devices."""
-    # Without it, a program may have to compile its own modules in every run.
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    with (out or Path(os.devnull)).open("w") as stream:
-        started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.DEVNULL, env=environment)
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        wall = time.perf_counter() - started
-    lines = Path(f"/proc/{process.pid}/io").read_text().splitlines()
-    device = {name: int(value) for name, value in (line.split(": ") for line in lines)}
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)[:200]} failed with {process.returncode}")
-    return {
-        "wall_s": round(wall, 3),
-        "processor_s": round(usage.ru_utime + usage.ru_stime, 2),
-        "peak_mib": round(usage.ru_maxrss / 1024, 1),
-        "device_read": device["read_bytes"],
-        "device_written": device["write_bytes"],
-    }
 
 
 def bare_reading(paths: Iterable[Path], *, cold: bool) -> float:
