@@ -300,14 +300,16 @@ def test_a_resumed_merge_keeps_to_the_budget(
 def test_a_full_disk_between_two_passes_is_told(
     catalog: Catalog, tmp_path: Path, family: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deltaworks.merging import stream
+    from deltaworks.merging import execute, stream
 
-    def full(*_: Any) -> int:
+    def full(**_: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(stream.os, "pwrite", full)  # type: ignore[attr-defined]
+    monkeypatch.setattr(execute, "_HELD_BYTES", 0)
+    monkeypatch.setattr(stream.tempfile, "TemporaryFile", full)  # type: ignore[attr-defined]
+    options = MergeOptions(budget=Budget(share=1.0))
     with pytest.raises(DeltaworksError, match="no space left"):
-        merge(catalog, recipe("slerp", family, **METHODS["slerp"]), tmp_path / "out")
+        merge(catalog, recipe("slerp", family, **METHODS["slerp"]), tmp_path / "out", options)
     assert not (tmp_path / "out").exists()
 
 

@@ -48,10 +48,14 @@ def test_equals_whole_tensors(catalog: Catalog, tmp_path: Path, method: str) -> 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_bytes_hang_on_nothing_but_the_inputs(tmp_path: Path, big_family: Path, method: str) -> None:
+def test_bytes_hang_on_nothing_but_the_inputs(
+    tmp_path: Path, big_family: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = recipe(method, big_family, **METHODS[method])
     results: list[dict[str, bytes]] = []
     for i, (threads, block_size) in enumerate([(1, 4096), (2, 4096), (2, 1 << 14), (1, 1 << 18), (3, 1 << 22)]):
+        # No block stays in memory between passes, or a few, or all.
+        monkeypatch.setattr("deltaworks.merging.execute._HELD_BYTES", i * 300_000)
         with Catalog(tmp_path / f"catalog{i}") as catalog:
             merge(catalog, text, tmp_path / f"out{i}", MergeOptions(block_size=block_size, threads=threads, seed=5))
         results.append(files(tmp_path / f"out{i}"))
@@ -75,19 +79,21 @@ def test_shards_change_no_tensor(tmp_path: Path, method: str) -> None:
         assert merged == expected
 
 
+@pytest.mark.parametrize("held", [0, 300_000, 64 << 20])
 @pytest.mark.parametrize("method", METHODS)
 def test_within_a_budget_reads_each_expert_byte_once_whatever_the_passes(
-    catalog: Catalog, tmp_path: Path, method: str
+    catalog: Catalog, tmp_path: Path, big_family: Path, method: str, held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_family(tmp_path)
-    text = recipe(method, tmp_path, **METHODS[method])
-    full = merge(catalog, text, tmp_path / "full")
+    monkeypatch.setattr("deltaworks.merging.execute._HELD_BYTES", held)
+    text = recipe(method, big_family, **METHODS[method])
+    options = MergeOptions(block_size=4096)
+    full = merge(catalog, text, tmp_path / "full", options)
     base = str(tmp_path / "base") if method in ("linear", "passthrough") else None
-    result = merge(catalog, text, tmp_path / "out", MergeOptions(budget=Budget(share=1.0), base=base))
+    result = merge(catalog, text, tmp_path / "out", replace(options, budget=Budget(share=1.0), base=base))
     assert result.expert_bytes_read == result.expert_bytes_planned
     assert result.expert_bytes_planned <= full.expert_bytes_planned <= result.expert_bytes
     assert full.expert_bytes_planned <= full.expert_bytes_read <= 3 * full.expert_bytes_planned
-    assert read_model(tmp_path / "out").keys() == read_model(tmp_path / "full").keys()
+    assert files(tmp_path / "out") == files(tmp_path / "full")
     weights = sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors"))
     assert result.output_bytes_written == weights
 

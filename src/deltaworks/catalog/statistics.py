@@ -32,6 +32,18 @@ from deltaworks.catalog.histogram import (
 from deltaworks.catalog.sketch import BUCKETS, SAMPLES, add_to_sketch, sketch_reference
 from deltaworks.checkpoints.codec import TILE, decode
 from deltaworks.checkpoints.jit import kernel
+from deltaworks.checkpoints.vector import (
+    LANES,
+    MAGNITUDE,
+    NOT_FINITE,
+    ZERO,
+    bits,
+    lanes_set,
+    load,
+    splat,
+    sum_in_order,
+    widen,
+)
 from deltaworks.errors import CatalogError
 
 FORMAT_VERSION = 2
@@ -48,7 +60,6 @@ DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.
 CUT_DENSITIES = tuple(i / 100 for i in range(1, 100))
 """Trims whose cuts are kept of every tensor."""
 
-_LANES = 16
 
 # Arrow's own allocator keeps what it once had, which adds up over the tensors of a large model.
 pa.set_memory_pool(pa.system_memory_pool())
@@ -115,54 +126,44 @@ def measure_block(
         for i in range(n):
             d[i] = x[i] - b[i]
         count_magnitudes(d, n, histogram)
-        count_differences(b, x, d, n, out)
         while sampled < len(places) and places[sampled] < start + n:
             sample[sampled] = d[places[sampled] - start]
             sampled += 1
         for i in range(n, -(-n // BUCKETS) * BUCKETS):
-            b[i] = np.float32(0.0)
-            d[i] = np.float32(0.0)
-        add_squares(b, d, n, out)
+            b[i] = x[i] = d[i] = ZERO
+        add_differences(scratch, n, out)
         add_to_sketch(d, n, (first + start) // TILE, table, sketch)
 
 
 @kernel
-def count_differences(
-    base: NDArray[np.float32],
-    expert: NDArray[np.float32],
-    delta: NDArray[np.float32],
-    count: int,
-    out: NDArray[np.float64],
-) -> None:
-    """Add to the first three of `out` what the first `count` elements of a tile (float32 each) make of them."""
-    zeros, changed, wrong = np.uint32(0), np.uint32(0), np.uint32(0)
-    base_bits, expert_bits, bits = base.view(np.uint32), expert.view(np.uint32), delta.view(np.uint32)
-    for i in range(count):
-        magnitude = bits[i] & np.uint32(0x7FFFFFFF)
-        zeros += np.uint32(1) if magnitude == np.uint32(0) else np.uint32(0)
-        wrong += np.uint32(1) if magnitude >= np.uint32(0x7F800000) else np.uint32(0)
-        changed += np.uint32(1) if base_bits[i] != expert_bits[i] else np.uint32(0)
+def add_differences(tile: NDArray[np.float32], count: int, out: NDArray[np.float64]) -> None:
+    """Add to `out` what the first `count` elements of a tile make of its numbers.
+
+    Args:
+        tile: float32, [3, TILE]; base, expert and delta, with zeros from `count` up to a whole vector.
+        count: elements of it.
+        out: float64, [len(BLOCK_FIELDS)].
+    """
+    magnitude, zero, not_finite = splat(MAGNITUDE), splat(np.uint32(0)), splat(NOT_FINITE)
+    squares = bases = products = splat(0.0)
+    padding = -count % LANES
+    zeros, changed, wrong = -padding, 0, 0
+    for i in range(0, count, LANES):
+        b, x, d = load(tile, 0, i), load(tile, 1, i), load(tile, 2, i)
+        size = bits(d) & magnitude
+        zeros += lanes_set(size == zero)
+        changed += lanes_set(bits(b) != bits(x))
+        wrong += lanes_set(size >= not_finite)
+        wide, wide_base = widen(d), widen(b)
+        squares = squares + wide * wide
+        bases = bases + wide_base * wide_base
+        products = products + wide * wide_base
     out[0] += zeros
     out[1] += changed
     out[2] += wrong
-
-
-@kernel
-def add_squares(base: NDArray[np.float32], delta: NDArray[np.float32], count: int, out: NDArray[np.float64]) -> None:
-    """Add to the last three of `out` the sums over a tile; elements up to a multiple of _LANES must be zero."""
-    lanes = np.zeros((3, _LANES), np.float64)
-    squares, bases, products = lanes[0], lanes[1], lanes[2]
-    for start in range(0, count, _LANES):
-        d, b = delta[start : start + _LANES], base[start : start + _LANES]
-        for lane in range(_LANES):
-            x, y = np.float64(d[lane]), np.float64(b[lane])
-            squares[lane] += x * x
-            bases[lane] += y * y
-            products[lane] += x * y
-    for lane in range(_LANES):
-        out[3] += squares[lane]
-        out[4] += bases[lane]
-        out[5] += products[lane]
+    out[3] += sum_in_order(squares)
+    out[4] += sum_in_order(bases)
+    out[5] += sum_in_order(products)
 
 
 def measure_reference(

@@ -9,8 +9,8 @@ Every operation is IEEE arithmetic, lane by lane, so a kernel gives the same bit
 =========  ==========================================================================
 F32        float32; ``+ - * /``, ``> < >= !=`` (false where one is NaN, but ``!=``)
 F64        float64; ``+ - *``
-U32, U64   unsigned integers; ``+ * & ^ >>``, comparisons; on the right of U64's may stand a scalar
-U64X4      four uint64, with the same arithmetic; `sixteen_bits` makes sixteen of them
+U32        uint32; ``+ * & | ^ >>``, comparisons
+U64        only four uint64, of which `sixteen_bits` makes sixteen numbers; ``* >>`` with a scalar, ``^``
 MASK       the results of comparisons; ``& |``
 =========  ==========================================================================
 """
@@ -40,11 +40,10 @@ class _Vector(types.Type):
 F32 = _Vector("float32", ir.FloatType())
 F64 = _Vector("float64", ir.DoubleType())
 U32 = _Vector("uint32", ir.IntType(32))
-U64 = _Vector("uint64", ir.IntType(64))
-U64X4 = _Vector("uint64", ir.IntType(64), 4)
+U64 = _Vector("uint64", ir.IntType(64), 4)
 MASK = _Vector("bool", ir.IntType(1))
 _HALVES = ir.VectorType(ir.IntType(16), LANES)
-_OF = {types.float32: F32, types.float64: F64, types.uint32: U32, types.uint64: U64}
+_OF = {types.float32: F32, types.float64: F64, types.uint32: U32}
 
 
 @register_model(_Vector)
@@ -100,38 +99,33 @@ def _with_scalar(name: str) -> Callable[..., Any]:
     return lambda builder, x, y: getattr(builder, name)(x, _splat(builder, y, x.type.count))
 
 
-def _ramp(lanes: int) -> Callable[..., Any]:
-    def generate(builder: ir.IRBuilder, start: Any, step: Any) -> Any:
-        counts = ir.Constant(ir.VectorType(start.type, lanes), list(range(lanes)))
-        return builder.add(_splat(builder, start, lanes), builder.mul(_splat(builder, step, lanes), counts))
-
-    return generate
+def _ramp(builder: ir.IRBuilder, start: Any, step: Any) -> Any:
+    lanes = U64.ir.count
+    counts = ir.Constant(U64.ir, list(range(lanes)))
+    return builder.add(_splat(builder, start, lanes), builder.mul(_splat(builder, step, lanes), counts))
 
 
 for _kind in (F32, F64):
     for _function, _name in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
         _define(_function, (_kind, _kind), _kind, _builder(_name))
 _define(operator.truediv, (F32, F32), F32, _builder("fdiv"))
-for _kind in (U32, U64):
-    for _function, _name in ((operator.add, "add"), (operator.mul, "mul"), (operator.rshift, "lshr")):
-        _define(_function, (_kind, _kind), _kind, _builder(_name))
-for _kind in (U64, U64X4):
-    for _function, _name in ((operator.mul, "mul"), (operator.rshift, "lshr")):
-        _define(_function, (_kind, types.uint64), _kind, _with_scalar(_name))
-for _kind in (U32, U64, U64X4, MASK):
+for _function, _name in ((operator.add, "add"), (operator.mul, "mul"), (operator.rshift, "lshr")):
+    _define(_function, (U32, U32), U32, _builder(_name))
+for _function, _name in ((operator.mul, "mul"), (operator.rshift, "lshr")):
+    _define(_function, (U64, types.uint64), U64, _with_scalar(_name))
+for _kind in (U32, U64, MASK):
     for _function, _name in ((operator.and_, "and_"), (operator.or_, "or_"), (operator.xor, "xor")):
         _define(_function, (_kind, _kind), _kind, _builder(_name))
 for _function, _name in ((operator.gt, ">"), (operator.lt, "<"), (operator.ge, ">="), (operator.le, "<=")):
     _define(_function, (F32, F32), MASK, _builder("fcmp_ordered", _name))
-    for _kind in (U32, U64):
-        _define(_function, (_kind, _kind), MASK, _builder("icmp_unsigned", _name))
+    _define(_function, (U32, U32), MASK, _builder("icmp_unsigned", _name))
 _define(operator.ne, (F32, F32), MASK, _builder("fcmp_unordered", "!="))
 _define(operator.eq, (U32, U32), MASK, _builder("icmp_unsigned", "=="))
 _define(operator.ne, (U32, U32), MASK, _builder("icmp_unsigned", "!="))
 
 
 def splat(x: Any) -> Any:
-    """A vector of sixteen `x` (float32, float64, uint32 or uint64)."""
+    """A vector of sixteen `x` (float32, float64 or uint32)."""
     raise NotImplementedError
 
 
@@ -185,13 +179,8 @@ def ramp(x: Any, step: Any) -> Any:
     raise NotImplementedError
 
 
-def ramp_of_four(x: Any, step: Any) -> Any:
-    """U64X4 that counts up from `x` by `step` (both uint64)."""
-    raise NotImplementedError
-
-
 def sixteen_bits(x: Any) -> Any:
-    """The sixteen uint16 that U64X4 consists of, the lower bits first, as U32."""
+    """The sixteen uint16 that U64 consists of, the lower bits first, as U32."""
     raise NotImplementedError
 
 
@@ -202,7 +191,7 @@ def _sum_in_order(builder: ir.IRBuilder, value: Any) -> Any:
     return total
 
 
-for _scalar, _kind in ((types.float32, F32), (types.float64, F64), (types.uint32, U32), (types.uint64, U64)):
+for _scalar, _kind in _OF.items():
     _define(splat, (_scalar,), _kind, _splat)
     _define(select, (MASK, _kind, _kind), _kind, _builder("select"))
 _define(bits, (F32,), U32, lambda b, x: b.bitcast(x, U32.ir))
@@ -218,9 +207,8 @@ _define(
     lambda b, x: b.zext(b.ctpop(b.bitcast(x, ir.IntType(LANES))), ir.IntType(64)),
 )
 _define(sum_in_order, (F64,), types.float64, _sum_in_order)
-_define(ramp, (types.uint64, types.uint64), U64, _ramp(LANES))
-_define(ramp_of_four, (types.uint64, types.uint64), U64X4, _ramp(4))
-_define(sixteen_bits, (U64X4,), U32, lambda b, x: b.zext(b.bitcast(x, _HALVES), U32.ir))
+_define(ramp, (types.uint64, types.uint64), U64, _ramp)
+_define(sixteen_bits, (U64,), U32, lambda b, x: b.zext(b.bitcast(x, _HALVES), U32.ir))
 
 
 def _address(context: Any, builder: ir.IRBuilder, array: Any, values: Sequence[Any], to: ir.Type) -> Any:

@@ -196,19 +196,19 @@ class TensorStream:
         part = row[place : place + info.dtype.nbytes(count)]
         # An expert is read by the first pass that sees it; will another?
         first_read = 0 if not self.passes or not is_input or self._seen_first[r] else 1
-        is_again, comes_again = stage > first_read, first_read < self.passes and not rows.stays
+        is_again, comes_again = stage > first_read, first_read < self.passes
+        spools = comes_again and self._spools and is_input and self._is_expert[r]
         if is_again and rows.holds:
             return
-        spooled = comes_again and self._spools and is_input and self._is_expert[r]
-        if is_again and spooled:
+        if is_again and spools:
             os.preadv(self._spool(), [part.data], self._spool_place(r, first))
-        elif comes_again and not spooled:
+        elif rows.stays or not comes_again or spools:
+            sources[self.places[r]].read_row(info, first, count, row, place)
+            if spools and not rows.stays:
+                self._keep(part, r, first)
+        else:
             # It is read again, so it had better be in the page cache by then.
             sources[self.places[r]].read(info, first, count, part)
-        else:
-            sources[self.places[r]].read_row(info, first, count, row, place)
-            if spooled:
-                self._keep(part, r, first)
 
     def _keep(self, part: NDArray[np.uint8], r: int, first: int) -> None:
         """Put aside what later passes need."""

@@ -48,7 +48,7 @@ class DeltaSum(Operation):
         normalize: divide by the sum of the weights that took part.
         scale: multiplies the merged delta (`lambda`).
         cuts: for magnitude, which elements of each delta stay; None where the density is 0 or 1.
-        keys: for random, what each expert's random stream is derived from.
+        keys: for random, what each expert's random mask is derived from.
         scales: the factors of `rescale`, once the tensor's sums are known.
     """
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.jit import kernel
-from deltaworks.checkpoints.vector import ramp_of_four, sixteen_bits, splat
+from deltaworks.checkpoints.vector import ramp, sixteen_bits, splat
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -63,5 +63,5 @@ def round_density(key: int, density: NDArray[np.uint64], place: int) -> Any:
 def stays_by_chance(key: int, density: int, place: int) -> Any:
     """Which of sixteen elements from the flat index `place`, a multiple of 4, on stay; see `round_density`."""
     group = np.uint64(place) >> np.uint64(2)
-    number = sixteen_bits(_split_mix(ramp_of_four(key + (group + np.uint64(1)) * _GOLDEN, _GOLDEN)))
+    number = sixteen_bits(_split_mix(ramp(key + (group + np.uint64(1)) * _GOLDEN, _GOLDEN)))
     return number < splat(density)
