@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
-import time
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +20,34 @@ run_merge(MergeConfiguration.model_validate(yaml.safe_load(open(recipe))), out, 
 """What an interpreter that has mergekit 0.1.5 runs; its arguments are a recipe and the output's folder."""
 
 
+LAUNCHER = """
+import json, os, sys, time
+started = time.perf_counter()
+pid = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ)
+os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+wall = time.perf_counter() - started
+device = dict(line.split(": ") for line in open(f"/proc/{pid}/io").read().splitlines())
+_, status, usage = os.wait4(pid, 0)
+json.dump({
+    "wall_s": round(wall, 3),
+    "processor_s": round(usage.ru_utime + usage.ru_stime, 2),
+    "peak_mib": round(usage.ru_maxrss / 1024, 1),
+    "device_read": int(device["read_bytes"]),
+    "device_written": int(device["write_bytes"]),
+}, sys.stderr)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+"""A process is charged with the memory of the one that started it, so that one had better be small."""
+
+
 def measured(command: list[str], out: Path | None = None) -> dict[str, Any]:
     """Run a command: seconds of wall and processor, peak memory, and what it read from and wrote to devices."""
     # Without it, a program may have to compile its own modules in every run.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    launcher = [sys.executable, "-S", "-c", LAUNCHER, *command]
     with (out or Path(os.devnull)).open("w") as stream:
-        started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.DEVNULL, env=environment)
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        wall = time.perf_counter() - started
-    lines = Path(f"/proc/{process.pid}/io").read_text().splitlines()
-    device = {name: int(value) for name, value in (line.split(": ") for line in lines)}
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)[:200]} failed with {process.returncode}")
-    return {
-        "wall_s": round(wall, 3),
-        "processor_s": round(usage.ru_utime + usage.ru_stime, 2),
-        "peak_mib": round(usage.ru_maxrss / 1024, 1),
-        "device_read": device["read_bytes"],
-        "device_written": device["write_bytes"],
-    }
+        done = subprocess.run(launcher, stdout=stream, stderr=subprocess.PIPE, env=environment, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)[:200]} failed with {done.returncode}:\n{done.stderr[-2000:]}")
+    result: dict[str, Any] = json.loads(done.stderr[done.stderr.rindex("{") :])
+    return result

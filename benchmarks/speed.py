@@ -350,7 +350,7 @@ def beside_lines(known: dict[str, Any]) -> list[str]:
             f"**{ratio:.1f}**",
             f"{case.times:g}" if case.times else "",
             f"{median(ours, 'processor_s'):.1f} s, {median(theirs, 'processor_s'):.0f} s",
-            f"{median(ours, 'peak_mib'):.0f} MiB, {median(theirs, 'peak_mib'):,.0f} MiB",
+            ", ".join(f"{median(r, 'peak_mib'):,.0f} MiB" if "peak_mib" in r[0] else "?" for r in (ours, theirs)),
             f"{moved[0]:.1f} GB, {moved[1]:.1f} GB" if case.cold else "",
             "" if apart is None else "at random" if case.method.startswith("dare") else f"{apart:.2%}",
         ]
