@@ -4,7 +4,9 @@ A compiler vectorises a loop only where it can prove that it may, and the loops 
 add in many rows at once, are past what it proves. So kernels say it: a vector is a value with operators, `load` and
 `store` move it, and LLVM maps it to whatever the machine has (one AVX-512 register, two of AVX2, four of NEON).
 
-Every operation is IEEE arithmetic, lane by lane, so a kernel gives the same bits on every machine. Types:
+The functions here exist for compiled kernels alone: Numba puts LLVM's instructions in their place, and called from
+Python they raise NotImplementedError. Every operation is IEEE arithmetic, lane by lane, so a kernel gives the same bits
+on every machine. Types:
 
 =========  ==========================================================================
 F32        float32; ``+ - * /``, ``> < >= !=`` (false where one is NaN, but ``!=``)

@@ -176,7 +176,7 @@ class _Stages:
         self.fsync_s = self.hash_s = 0.0
         self._free: list[Rows] = []
         self._held: dict[tuple[TensorStream, int], Rows] = {}
-        self.most_held = 0
+        self._staying = self.most_held = 0
         self._writers: dict[str, ShardWriter] = {}
         self._lock = threading.Lock()
         self._left: dict[str, int] = {}
@@ -193,7 +193,10 @@ class _Stages:
                 return
         (stream,) = task.streams
         slot.rows = self._take_rows(stream, task)
+        is_promised = slot.rows.stays
         task.fill(self._sources, [slot.rows])
+        if is_promised and not slot.rows.stays:
+            self._count_staying(-1)
 
     def _take_rows(self, stream: TensorStream, task: Task) -> Rows:
         rows = self._held.pop((stream, task.index), None)
@@ -206,8 +209,15 @@ class _Stages:
             rows = self._free.pop()
         except IndexError:
             rows = Rows(self._streams)
-        rows.stays = task.stage is not None and len(self._held) < self.most_held
+        rows.stays = task.stage is not None and self._count_staying(1)
         return rows
+
+    def _count_staying(self, change: int) -> bool:
+        """Count rows that stay in memory for the next pass; false where one more would be too many."""
+        with self._lock:
+            fits = self._staying + change <= self.most_held
+            self._staying += change if fits else 0
+            return fits
 
     def compute(self, task: Task, slot: _Slot) -> None:
         """Measure or merge the block in the slot."""
@@ -218,6 +228,8 @@ class _Stages:
             self._merge(stream, task, slot, rows)
         else:
             stream.measure(rows, task.index, task.stage)
+        if rows.holds and not rows.stays:
+            self._count_staying(-1)
         rows.holds = rows.stays
         if rows.stays:
             self._held[stream, task.index] = rows
