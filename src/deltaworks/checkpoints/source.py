@@ -15,7 +15,7 @@ from deltaworks.checkpoints.checkpoint import Checkpoint
 from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.checkpoints.reader import ByteCounter, RangeReader
 
-_FETCHED_AT_ONCE = 8 << 20
+_FETCHED_AT_ONCE = 4 << 20
 
 
 class _HasCheckpoint(Protocol):
@@ -50,13 +50,18 @@ def are_cached(models: Iterable[_HasCheckpoint]) -> bool:
 
 
 def fetch_ahead(model: _HasCheckpoint) -> None:
-    """Have the system bring a model's weight files to the page cache while the caller does something else."""
+    """Have the system bring a model's weight files to the page cache while the caller does something else.
+
+    Two pieces at most are on their way at a time: what the caller itself has to read would wait behind all of them.
+    """
 
     def fetch() -> None:
         for shard in model.checkpoint.shards:
             with suppress(OSError), (model.checkpoint.path / shard.name).open("rb") as file:
+                fd = file.fileno()
                 for start in range(0, shard.size, _FETCHED_AT_ONCE):
-                    os.posix_fadvise(file.fileno(), start, _FETCHED_AT_ONCE, os.POSIX_FADV_WILLNEED)
+                    os.posix_fadvise(fd, start, _FETCHED_AT_ONCE, os.POSIX_FADV_WILLNEED)
+                    os.pread(fd, 1, max(0, start - 1))
 
     if hasattr(os, "posix_fadvise"):
         threading.Thread(target=fetch, daemon=True).start()
