@@ -146,7 +146,8 @@ class Bench:
         """Bring the inputs into the page cache, or out of it."""
         os.sync()
         programs = [p.absolute().parents[1] for p in (Path(sys.executable), self.mergekit) if p]
-        for folder in (self.catalog, *programs):
+        # Some systems drop what nobody has read for a while: the programs themselves, the standard library's too.
+        for folder in (self.catalog, *programs, Path(os.__file__).parent):
             for path in folder.rglob("*"):
                 if path.is_file() and path.suffix in (".py", ".pyc", ".so", ".nbi", ".nbc", ".parquet", ".sqlite"):
                     path.read_bytes()
