@@ -12,11 +12,12 @@ import deltaworks
 SOURCE = Path(deltaworks.__file__).parent
 ROOMS = {
     "checkpoints": {"checkpoints"},
-    "catalog": {"checkpoints", "catalog"},
-    "merging": {"checkpoints", "catalog", "merging"},
+    "layers": {"checkpoints", "layers"},
+    "catalog": {"checkpoints", "layers", "catalog"},
+    "merging": {"checkpoints", "layers", "catalog", "merging"},
     "serving": {"checkpoints", "catalog", "serving"},
-    "reports": {"checkpoints", "catalog", "merging", "serving", "reports"},
-    "cli": {"checkpoints", "catalog", "merging", "serving", "reports", "cli"},
+    "reports": {"checkpoints", "layers", "catalog", "merging", "serving", "reports"},
+    "cli": {"checkpoints", "layers", "catalog", "merging", "serving", "reports", "cli"},
 }
 
 

@@ -12,15 +12,21 @@ import numba
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def kernel(function: F) -> F:
+def kernel(function: F, *, forceinline: bool = False) -> F:
     """Compile with Numba: without the GIL, cached on disk where there is a place, IEEE arithmetic as written.
 
     No `fastmath`: a result must not hang on how a loop was vectorised. Division by zero gives infinity as in NumPy.
     """
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "forceinline": forceinline}
     try:
-        return cast("F", numba.njit(cache=True, nogil=True, error_model="numpy")(function))
+        return cast("F", numba.njit(cache=True, **options)(function))
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        return cast("F", numba.njit(nogil=True, error_model="numpy")(function))
+        return cast("F", numba.njit(**options)(function))
+
+
+def inlined(function: F) -> F:
+    """A kernel that becomes part of whatever kernel calls it: for small ones that take or return vectors."""
+    return kernel(function, forceinline=True)
 
 
 def forget_stale_kernels(package: Path) -> None:

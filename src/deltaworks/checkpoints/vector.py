@@ -11,16 +11,18 @@ on every machine. Types:
 =========  ==========================================================================
 F32        float32; ``+ - * /``, ``> < >= !=`` (false where one is NaN, but ``!=``)
 F64        float64; ``+ - *``
-U32        uint32; ``+ * & | ^ >>``, comparisons
+U32        uint32; ``+ - * & | ^ << >>``, comparisons
 U64        only four uint64, of which `sixteen_bits` makes sixteen numbers; ``* >>`` with a scalar, ``^``
-MASK       the results of comparisons; ``& |``
+MASK       the results of comparisons; ``& | ^``
 =========  ==========================================================================
 """
 
 import operator
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -29,6 +31,15 @@ from numba.extending import intrinsic, lower_builtin, models, register_model, ty
 from numpy.typing import NDArray
 
 LANES = 16
+
+
+def machine_has(feature: str) -> bool:
+    """Whether kernels are compiled for a machine with a feature, as LLVM names it, such as ``avx512f``."""
+    chosen = os.environ.get("NUMBA_CPU_FEATURES")
+    if chosen is not None:
+        return f"+{feature}" in chosen.split(",")
+    # For a machine that is named, as opposed to this one, Numba assumes what its name implies.
+    return not os.environ.get("NUMBA_CPU_NAME") and bool(llvm.get_host_cpu_features().get(feature))
 
 
 class _Vector(types.Type):
@@ -61,10 +72,11 @@ def _define(function: Callable[..., Any], kinds: tuple[Any, ...], result: Any, g
     def resolve(_: Any) -> Any:
         # Numba looks at the number of parameters, so it cannot be any.
         return (
+            lambda: result,
             lambda x: result if (x,) == kinds else None,
             lambda x, y: result if (x, y) == kinds else None,
             lambda x, y, z: result if (x, y, z) == kinds else None,
-        )[len(kinds) - 1]
+        )[len(kinds)]
 
     @lower_builtin(function, *kinds)  # type: ignore[no-untyped-call, untyped-decorator]
     def lower(_: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Any]) -> Any:
@@ -111,7 +123,13 @@ for _kind in (F32, F64):
     for _function, _name in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
         _define(_function, (_kind, _kind), _kind, _builder(_name))
 _define(operator.truediv, (F32, F32), F32, _builder("fdiv"))
-for _function, _name in ((operator.add, "add"), (operator.mul, "mul"), (operator.rshift, "lshr")):
+for _function, _name in (
+    (operator.add, "add"),
+    (operator.sub, "sub"),
+    (operator.mul, "mul"),
+    (operator.lshift, "shl"),
+    (operator.rshift, "lshr"),
+):
     _define(_function, (U32, U32), U32, _builder(_name))
 for _function, _name in ((operator.mul, "mul"), (operator.rshift, "lshr")):
     _define(_function, (U64, types.uint64), U64, _with_scalar(_name))
@@ -141,6 +159,11 @@ def bits(x: Any) -> Any:
     raise NotImplementedError
 
 
+def floats(x: Any) -> Any:
+    """The F32 of which U32 are the bit patterns."""
+    raise NotImplementedError
+
+
 def widen(x: Any) -> Any:
     """F32 as F64, exactly."""
     raise NotImplementedError
@@ -163,6 +186,46 @@ def maximum(x: Any, y: Any) -> Any:
 
 def largest(x: Any) -> Any:
     """The largest lane of U32, as uint32."""
+    raise NotImplementedError
+
+
+def leading_zeros(x: Any) -> Any:
+    """How many of the upper bits of each U32 are zero; 32 for zero."""
+    raise NotImplementedError
+
+
+def packed(mask: Any) -> Any:
+    """The lanes of a mask as the lower sixteen bits of a uint32, the first lane in the lowest."""
+    raise NotImplementedError
+
+
+def unpacked(x: Any) -> Any:
+    """The inverse of `packed`; upper bits do not matter."""
+    raise NotImplementedError
+
+
+def lanes() -> Any:
+    """U32 that counts from 0 to 15."""
+    raise NotImplementedError
+
+
+def lower_bytes(x: Any) -> Any:
+    """The lowest bytes of the first eight U32 as one uint64, the first in the lowest byte."""
+    raise NotImplementedError
+
+
+def upper_bytes(x: Any) -> Any:
+    """The lowest bytes of the last eight U32 as one uint64."""
+    raise NotImplementedError
+
+
+def from_bytes(lower: Any, upper: Any) -> Any:
+    """The U32 whose lowest bytes are those of two uint64."""
+    raise NotImplementedError
+
+
+def lookup(table: Any, index: Any) -> Any:
+    """The lanes of F32 `table` that the lower four bits of each U32 `index` name."""
     raise NotImplementedError
 
 
@@ -193,10 +256,54 @@ def _sum_in_order(builder: ir.IRBuilder, value: Any) -> Any:
     return total
 
 
+_BYTES = ir.VectorType(ir.IntType(8), LANES)
+_WORDS = ir.VectorType(ir.IntType(64), 2)
+
+
+def _bytes(builder: ir.IRBuilder, value: Any, half: int) -> Any:
+    words = builder.bitcast(builder.trunc(value, _BYTES), _WORDS)
+    return builder.extract_element(words, ir.Constant(ir.IntType(32), half))
+
+
+def _from_bytes(builder: ir.IRBuilder, lower: Any, upper: Any) -> Any:
+    words = ir.Constant(_WORDS, ir.Undefined)
+    for half, value in enumerate((lower, upper)):
+        words = builder.insert_element(words, value, ir.Constant(ir.IntType(32), half))
+    return builder.zext(builder.bitcast(words, _BYTES), U32.ir)
+
+
+def _lookup(builder: ir.IRBuilder, table: Any, index: Any) -> Any:
+    if machine_has("avx512f"):
+        return _call("llvm.x86.avx512.permvar.sf.512", F32.ir)(builder, table, index)
+    kept = cgutils.alloca_once_value(builder, table)  # type: ignore[no-untyped-call]
+    elements = builder.bitcast(kept, ir.FloatType().as_pointer())
+    found = ir.Constant(F32.ir, ir.Undefined)
+    places = builder.and_(index, ir.Constant(U32.ir, [LANES - 1] * LANES))
+    for lane in range(LANES):
+        at = ir.Constant(ir.IntType(32), lane)
+        value = builder.load(builder.gep(elements, [builder.extract_element(places, at)]))
+        found = builder.insert_element(found, value, at)
+    return found
+
+
 for _scalar, _kind in _OF.items():
     _define(splat, (_scalar,), _kind, _splat)
     _define(select, (MASK, _kind, _kind), _kind, _builder("select"))
 _define(bits, (F32,), U32, lambda b, x: b.bitcast(x, U32.ir))
+_define(lookup, (F32, U32), F32, _lookup)
+_define(lanes, (), U32, lambda _: ir.Constant(U32.ir, list(range(LANES))))
+_define(lower_bytes, (U32,), types.uint64, lambda b, x: _bytes(b, x, 0))
+_define(upper_bytes, (U32,), types.uint64, lambda b, x: _bytes(b, x, 1))
+_define(from_bytes, (types.uint64, types.uint64), U32, _from_bytes)
+_define(floats, (U32,), F32, lambda b, x: b.bitcast(x, F32.ir))
+_define(
+    leading_zeros,
+    (U32,),
+    U32,
+    lambda b, x: _call(f"llvm.ctlz.v{LANES}i32", U32.ir)(b, x, ir.Constant(ir.IntType(1), 0)),
+)
+_define(packed, (MASK,), types.uint32, lambda b, x: b.zext(b.bitcast(x, ir.IntType(LANES)), ir.IntType(32)))
+_define(unpacked, (types.uint32,), MASK, lambda b, x: b.bitcast(b.trunc(x, ir.IntType(LANES)), MASK.ir))
 _define(widen, (F32,), F64, lambda b, x: b.fpext(x, F64.ir))
 _define(narrow, (F64,), F32, lambda b, x: b.fptrunc(x, F32.ir))
 _define(fma, (F32, F32, F32), F32, _call(f"llvm.fma.v{LANES}f32", F32.ir))

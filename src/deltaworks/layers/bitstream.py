@@ -1,0 +1,153 @@
+"""Bits of elements that take part, packed one after the other, inside compiled kernels."""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from deltaworks.checkpoints.jit import inlined, kernel
+from deltaworks.checkpoints.vector import machine_has
+
+SLACK = 16
+"""Bytes that a buffer must have beyond its last bit."""
+
+
+def _instruction(name: str) -> Any:
+    kind = types.uint64
+
+    @intrinsic
+    def call(context: Any, source: Any, where: Any) -> Any:
+        del context, source, where
+
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
+            del context, signature
+            word = ir.IntType(64)
+            function = cgutils.get_or_insert_function(  # type: ignore[no-untyped-call]
+                builder.module, ir.FunctionType(word, [word, word]), f"llvm.x86.bmi.{name}.64"
+            )
+            return builder.call(function, values)
+
+        return kind(kind, kind), generate
+
+    return call
+
+
+@kernel
+def scatter_reference(source: np.uint64, where: np.uint64) -> np.uint64:
+    """The lowest bits of `source`, one to each set bit of `where`, from the lowest up (Intel's PDEP)."""
+    result, left = np.uint64(0), where
+    while left:
+        lowest = left & (~left + np.uint64(1))
+        if source & np.uint64(1):
+            result |= lowest
+        source >>= np.uint64(1)
+        left ^= lowest
+    return result
+
+
+@kernel
+def gather_reference(source: np.uint64, where: np.uint64) -> np.uint64:
+    """The bits of `source` at the set bits of `where`, packed from the lowest up (Intel's PEXT)."""
+    result, place, left = np.uint64(0), np.uint64(0), where
+    while left:
+        lowest = left & (~left + np.uint64(1))
+        if source & lowest:
+            result |= np.uint64(1) << place
+        place += np.uint64(1)
+        left ^= lowest
+    return result
+
+
+_IS_FAST = machine_has("bmi2")
+scatter: Any = _instruction("pdep") if _IS_FAST else scatter_reference
+gather: Any = _instruction("pext") if _IS_FAST else gather_reference
+
+
+@intrinsic
+def _load_word(context: Any, buffer: Any, place: Any) -> Any:
+    del context, buffer, place
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
+        struct = context.make_array(signature.args[0])(context, builder, values[0])
+        at = builder.bitcast(builder.gep(struct.data, [values[1]]), ir.IntType(64).as_pointer())
+        return builder.load(at, align=1)
+
+    return types.uint64(types.Array(types.uint8, 1, "C"), types.intp), generate
+
+
+def _storing(bits: int, kind: Any) -> Any:
+    @intrinsic
+    def store(context: Any, buffer: Any, place: Any, value: Any) -> Any:
+        del context, buffer, place, value
+
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
+            struct = context.make_array(signature.args[0])(context, builder, values[0])
+            word = ir.IntType(bits)
+            at = builder.bitcast(builder.gep(struct.data, [values[1]]), word.as_pointer())
+            builder.store(builder.trunc(values[2], word) if values[2].type != word else values[2], at, align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.Array(types.uint8, 1, "C"), types.intp, kind), generate
+
+    return store
+
+
+@intrinsic
+def _count_ones(context: Any, x: Any) -> Any:
+    del context
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
+        del context, signature
+        ones = builder.ctpop(values[0])
+        return ones if x is types.uint64 else builder.zext(ones, ir.IntType(64))
+
+    return types.int64(x), generate
+
+
+_word: Any = _load_word
+_set_word: Any = _storing(64, types.uint64)
+put_half: Any = _storing(16, types.uint32)
+"""``put_half(buffer, place, x)``: the lower sixteen bits of a uint32 to two bytes."""
+count_ones: Any = _count_ones
+"""How many bits of a uint32 or uint64 are set, as int64."""
+
+
+@inlined
+def next_bits(buffer: NDArray[np.uint8], bit: int) -> np.uint64:
+    """The 57 bits or more of `buffer` (uint8, little-endian, with SLACK) from place `bit` on."""
+    return _word(buffer, bit >> 3) >> np.uint64(bit & 7)  # type: ignore[no-any-return]
+
+
+@inlined
+def take(buffer: NDArray[np.uint8], bit: int, where: np.uint32) -> np.uint32:
+    """The next bits from place `bit`, one to each set bit of `where`, of which there are no more than 57."""
+    return np.uint32(scatter(next_bits(buffer, bit), np.uint64(where)))
+
+
+@inlined
+def take_word(buffer: NDArray[np.uint8], bit: int, where: np.uint64) -> np.uint64:
+    """The next bits from place `bit`, one to each set bit of `where`."""
+    above = np.uint64(bit & 7)
+    rest = _word(buffer, (bit >> 3) + 8) << np.uint64(1) << (np.uint64(63) - above)
+    return scatter(_word(buffer, bit >> 3) >> above | rest, where)  # type: ignore[no-any-return]
+
+
+@inlined
+def put(buffer: NDArray[np.uint8], bit: int, source: np.uint64, where: np.uint64) -> None:
+    """The inverse of `take` and `take_word`; the bits from place `bit` on are zero before."""
+    at, above = bit >> 3, np.uint64(bit & 7)
+    packed = gather(source, where)
+    _set_word(buffer, at, _word(buffer, at) | packed << above)
+    beyond = packed >> np.uint64(1) >> (np.uint64(63) - above)
+    if beyond:
+        _set_word(buffer, at + 8, _word(buffer, at + 8) | beyond)
+
+
+@inlined
+def lanes_below(count: int) -> np.uint32:
+    """A set bit for each of the first `count` of sixteen lanes."""
+    return np.uint32(0xFFFF) if count >= 16 else np.uint32((1 << count) - 1)

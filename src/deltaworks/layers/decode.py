@@ -1,0 +1,383 @@
+"""From layers to elements: a tile at a time, inside compiled kernels.
+
+A block's layers are opened once, which tells where everything of each tile lies; then any tile can be decoded, against
+the same tile of the base.
+"""
+
+import math
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltaworks.checkpoints.codec import TILE
+from deltaworks.checkpoints.jit import inlined, kernel
+from deltaworks.checkpoints.vector import (
+    LANES,
+    bits,
+    floats,
+    from_bytes,
+    lanes,
+    leading_zeros,
+    load,
+    lookup,
+    lower_bytes,
+    packed,
+    select,
+    splat,
+    store,
+    unpacked,
+    upper_bytes,
+)
+from deltaworks.layers.bitstream import SLACK, count_ones, lanes_below, next_bits, scatter, take, take_word
+from deltaworks.layers.cells import CENTRES, DEPTH, EDGES, GROUP, MEANS, OCTAVES, RAW, SPAN, WAYS
+
+IS_SPARSE: Final = 1
+"""Flag of a block in which layers tell which elements changed at all."""
+
+HEAD: Final = 8
+"""Bytes at the start of layer 1: flags, two bytes of zeros, the tops of means and ranges (int16 each), a byte of
+zeros twice."""
+
+_SHIFT, _TOPS, _STARTS, _TABLES = 1, 3, 5, 16
+_SIGN = np.uint32(0x80000000)
+_ZERO, _ONE, _ALL = np.uint32(0), np.uint32(1), np.uint32(0xFFFFFFFF)
+_SIXTEEN = np.uint32(0xFFFF)
+
+
+def shift_of(mantissa_bits: int) -> int:
+    """Bits of a float32 that a type with so many bits of mantissa leaves at zero."""
+    return 23 - mantissa_bits
+
+
+def opened_bytes(count: int, layer_bytes: int) -> int:
+    """Bytes of an opened block of `count` elements whose layers have so many bytes: a multiple of 8."""
+    tiles = -(-count // TILE)
+    return -(-(4 * (_TABLES + 4 * tiles) + layer_bytes + SLACK) // 8) * 8
+
+
+def layers_start(count: int) -> int:
+    """The byte of an opened block at which its layers begin."""
+    return 4 * (_TABLES + 4 * -(-count // TILE))
+
+
+@kernel
+def open_block(row: NDArray[np.uint8], count: int, ends: NDArray[np.int64], depth: int, shift: int) -> None:
+    """Work out where everything lies in a block whose layers stand in `row` from byte `layers_start(count)` on.
+
+    Args:
+        row: uint8; at least `opened_bytes`.
+        count: elements in the block.
+        ends: int64, [DEPTH]; the byte at which each layer ends, from the first's start.
+        depth: how many layers are there, one at least.
+        shift: of the expert's element type, see `shift_of`.
+    """
+    tiles = -(-count // TILE)
+    start = 4 * (_TABLES + 4 * tiles)
+    table = row[: start // 4 * 4].view(np.int32)
+    table[0], table[_SHIFT] = depth, shift
+    head = row[start : start + HEAD]
+    sparse = head[0] & IS_SPARSE
+    table[2] = sparse
+    tops = head[4:8].view(np.int16)
+    table[_TOPS], table[_TOPS + 1] = tops[0], tops[1]
+    at = start + HEAD
+    table[_STARTS] = at
+    at += -(-count // SPAN)
+    active = table[_TABLES : _TABLES + tiles]
+    if sparse:
+        # Where each tile's changed elements begin among those of the block.
+        for t in range(tiles):
+            active[t] = row[at] | row[at + 1] << 8 | row[at + 2] << 16 | row[at + 3] << 24
+            at += 4
+        table[_STARTS + 1] = at
+        at += -(-count // 8)
+    else:
+        for t in range(tiles):
+            active[t] = t * TILE
+    table[_STARTS + 2] = at
+    if depth >= 2:
+        at = start + ends[0]
+        table[_STARTS + 3] = at
+        table[_STARTS + 4] = at + -(-count // GROUP)
+    for layer in range(2, min(depth, 4)):
+        table[_STARTS + 3 + layer] = start + ends[layer - 1]
+    for layer in range(4, depth):
+        at = start + ends[layer - 1]
+        place = 8 * (at + 2 * tiles)
+        streams = table[_TABLES + (layer - 3) * tiles : _TABLES + (layer - 2) * tiles]
+        for t in range(tiles):
+            streams[t] = place
+            place += 8 * (row[at + 2 * t] | row[at + 2 * t + 1] << 8)
+
+
+@inlined
+def places_of(value: Any, shift: Any) -> Any:
+    """The rank of the least number that is no less than `value` (F32) among those whose last `shift` bits are zero."""
+    b = bits(value)
+    ones = (splat(_ONE) << shift) - splat(_ONE)
+    negative = b >= splat(_SIGN)
+    return select(negative, b ^ splat(_ALL), (b | splat(_SIGN)) + ones) >> shift
+
+
+@inlined
+def number_at(place: Any, shift: Any) -> Any:
+    """The number (F32) of a rank."""
+    upper = place << shift
+    ones = (splat(_ONE) << shift) - splat(_ONE)
+    return floats(select(upper >= splat(_SIGN), upper ^ splat(_SIGN), (upper | ones) ^ splat(_ALL)))
+
+
+@inlined
+def indices(i2: Any, i3: Any, i4: Any) -> Any:
+    """The cells (U32) that the bits of layers 2 to 4 (MASK) name."""
+    zero = splat(_ZERO)
+    return select(i2, splat(np.uint32(4)), zero) | select(i3, splat(np.uint32(2)), zero) | select(i4, splat(_ONE), zero)
+
+
+@inlined
+def estimate(centres: Any, depth: int, cell: Any) -> Any:
+    """The magnitude that 2, 3 or 4 layers tell of the cell (U32) of each lane, from the scaled row of CENTRES (F32)."""
+    return lookup(centres, (cell >> splat(np.uint32(4 - depth))) + splat(np.uint32((1 << (depth - 1)) - 2)))
+
+
+@inlined
+def scaled(table: NDArray[np.float32], code: int, top: int) -> Any:
+    """The row of EDGES or CENTRES (F32) for the range of a code."""
+    unit = np.float32(math.ldexp(1.0, top + (code - 1) // WAYS - OCTAVES))
+    return load(table, (code - 1) % WAYS, 0) * splat(unit)
+
+
+@inlined
+def cells_of(base: Any, negative: Any, edges: Any, cell: Any, shift: Any) -> Any:
+    """The ranks of the first number of a cell of the delta, and how many there are (one at least): U32 each.
+
+    Args:
+        base: F32.
+        negative: MASK; whether the delta is.
+        edges: F32; the scaled row of EDGES.
+        cell: U32.
+        shift: U32; of the expert's element type.
+    """
+    zero = splat(np.float32(0.0))
+    lower, upper = lookup(edges, cell), lookup(edges, cell + splat(_ONE))
+    first = places_of(base + select(negative, zero - upper, lower), shift)
+    end = places_of(base + select(negative, zero - lower, upper), shift)
+    return first, select(end > first, end - first, splat(_ONE))
+
+
+@kernel
+def decode_tile(
+    row: NDArray[np.uint8], base: NDArray[np.float32], tile: int, count: int, out: NDArray[np.float32]
+) -> None:
+    """Write the tile of an expert that its layers tell to `out`.
+
+    Args:
+        row: uint8; an opened block.
+        base: float32, [1, TILE]; the same tile of the base, with zeros from `count` up to a whole vector.
+        tile: which.
+        count: elements in the tile.
+        out: float32, [TILE]; set, with zeros from `count` up to a whole vector.
+    """
+    table = row[: len(row) // 4 * 4].view(np.int32)
+    depth, sparse, means = table[0], table[2] != 0, int(table[_STARTS])
+    tiles = ((means - HEAD) // 4 - _TABLES) // 4
+    active = int(table[_TABLES + tile])
+    mask = 8 * int(table[_STARTS + 1]) + tile * TILE
+    signs = 8 * int(table[_STARTS + 2]) + active
+    planes = (
+        8 * int(table[_STARTS + 4]) + active,
+        8 * int(table[_STARTS + 5]) + active,
+        8 * int(table[_STARTS + 6]) + active,
+    )
+    if depth == 1:
+        unit = np.float32(math.ldexp(1.0, int(table[_TOPS])))
+        _decode_signs(row, means + tile * (TILE // SPAN), unit, mask, signs, sparse, base, count, out)
+    else:
+        ranges = int(table[_STARTS + 3]) + tile * (TILE // GROUP)
+        top = int(table[_TOPS + 1])
+        if depth <= 4:
+            _decode_cells(row, ranges, top, mask, signs, planes, depth, sparse, base, count, out)
+        else:
+            at = _TABLES + tiles + tile
+            first = int(table[at])
+            second = int(table[at + tiles]) if depth > 5 else 0
+            third = int(table[at + 2 * tiles]) if depth > 6 else 0
+            shift = np.uint32(table[_SHIFT])
+            _decode_rest(
+                row, ranges, top, mask, signs, planes, (first, second, third), depth, shift, sparse, base, count, out
+            )
+    for i in range(count, -(-count // LANES) * LANES):
+        out[i] = np.float32(0.0)
+
+
+@kernel
+def _decode_signs(
+    row: NDArray[np.uint8],
+    means: int,
+    unit: np.float32,
+    mask: int,
+    signs: int,
+    sparse: bool,
+    base: NDArray[np.float32],
+    count: int,
+    out: NDArray[np.float32],
+) -> None:
+    """A tile of which layer 1 is there: signs and means. Places are those of its parts, of bits in bits."""
+    for s in range(0, count, SPAN):
+        mean = splat(unit * MEANS[row[means + s // SPAN]])
+        opposite = splat(np.float32(0.0)) - mean
+        for i in range(s, min(s + SPAN, count), LANES):
+            b = load(base, 0, i)
+            if sparse:
+                where = take(row, mask + i, lanes_below(count - i))
+                told = b + select(unpacked(take(row, signs, where)), opposite, mean)
+                store(out, i, select(unpacked(where), told, b))
+                signs += count_ones(where)
+            else:
+                store(out, i, b + select(unpacked(np.uint32(next_bits(row, signs + i))), opposite, mean))
+
+
+@kernel
+def _decode_cells(
+    row: NDArray[np.uint8],
+    ranges: int,
+    top: int,
+    mask: int,
+    signs: int,
+    planes: tuple[int, int, int],
+    depth: int,
+    sparse: bool,
+    base: NDArray[np.float32],
+    count: int,
+    out: NDArray[np.float32],
+) -> None:
+    """A tile of which layers 1 to 2, 3 or 4 are there; see `_decode_signs`."""
+    bit2, bit3, bit4 = planes[0] - signs, planes[1] - signs, planes[2] - signs
+    at = signs
+    none = unpacked(_ZERO)
+    for g in range(0, count, GROUP):
+        code = row[ranges + g // GROUP]
+        known = code not in (0, RAW)
+        centres = scaled(CENTRES, max(1, code), top)
+        for i in range(g, min(g + GROUP, count), LANES):
+            b = load(base, 0, i)
+            where = take(row, mask + i, lanes_below(count - i)) if sparse else _SIXTEEN
+            if known:
+                i2 = take_some(row, at + bit2, where, sparse)
+                i3 = take_some(row, at + bit3, where, sparse) if depth > 2 else none
+                i4 = take_some(row, at + bit4, where, sparse) if depth > 3 else none
+                size = estimate(centres, depth, indices(i2, i3, i4))
+                negative = take_some(row, at, where, sparse)
+                told = b + select(negative, splat(np.float32(0.0)) - size, size)
+                b = select(unpacked(where), told, b) if sparse else told
+            store(out, i, b)
+            at += count_ones(where) if sparse else LANES
+
+
+@kernel
+def _decode_rest(
+    row: NDArray[np.uint8],
+    ranges: int,
+    top: int,
+    mask: int,
+    signs: int,
+    planes: tuple[int, int, int],
+    streams: tuple[int, int, int],
+    depth: int,
+    shift_: np.uint32,
+    sparse: bool,
+    base: NDArray[np.float32],
+    count: int,
+    out: NDArray[np.float32],
+) -> None:
+    """A tile of which layers 1 to 5, 6 or 7 are there; see `_decode_signs`."""
+    bit2, bit3, bit4 = planes[0] - signs, planes[1] - signs, planes[2] - signs
+    at = signs
+    first_bit, second_bit, third_bit = streams
+    shift, zero, one = splat(shift_), splat(_ZERO), splat(_ONE)
+    all_bits = splat(np.uint32(32)) - shift
+    twice = lanes() + lanes()
+    for g in range(0, count, GROUP):
+        code = row[ranges + g // GROUP]
+        raw = code == RAW
+        known = code != 0 and (not raw or depth == DEPTH)
+        edges = scaled(EDGES, max(1, code), top)
+        for i in range(g, min(g + GROUP, count), LANES):
+            b = load(base, 0, i)
+            where = take(row, mask + i, lanes_below(count - i)) if sparse else lanes_below(count - i)
+            if known:
+                changed = unpacked(where)
+                if raw:
+                    first, many, width = zero, zero, all_bits
+                else:
+                    i2 = take_some(row, at + bit2, where, sparse)
+                    i3 = take_some(row, at + bit3, where, sparse)
+                    cell = indices(i2, i3, take_some(row, at + bit4, where, sparse))
+                    first, many = cells_of(b, take_some(row, at, where, sparse), edges, cell, shift)
+                    width = splat(np.uint32(32)) - leading_zeros(many - one)
+                two = splat(np.uint32(2))
+                pairs = interleaved(packed(changed & (width > zero)), packed(changed & (width > one)))
+                found = (splat(np.uint32(take(row, first_bit, pairs))) >> twice) & splat(np.uint32(3))
+                first_bit += count_ones(pairs)
+                left = select(width > two, width - two, zero)
+                if depth > 5:
+                    more = select(changed, smaller(left, splat(np.uint32(8))), zero)
+                    fields = (one << more) - one
+                    lower, upper = lower_bytes(fields), upper_bytes(fields)
+                    middle = second_bit + count_ones(lower)
+                    rest = from_bytes(take_word(row, second_bit, lower), take_word(row, middle, upper))
+                    second_bit = middle + count_ones(upper)
+                    found, left = (found << more) | rest, left - more
+                if depth > 6:
+                    for n in range(32):
+                        reads = changed & (left > splat(np.uint32(n)))
+                        if packed(reads) == _ZERO:
+                            break
+                        found, third_bit = _next_bit(row, third_bit, reads, found)
+                else:
+                    # What is not told yet is taken to be in the middle.
+                    found = (found << left) + ((one << left) >> one)
+                    found = select(found < many, found, many - one)
+                b = select(changed, number_at(first + found, shift), b)
+            store(out, i, b)
+            at += count_ones(where) if sparse else LANES
+
+
+@inlined
+def _next_bit(row: NDArray[np.uint8], bit: int, reads: Any, found: Any) -> Any:
+    """One more bit of the numbers that have one, and the place of the bits after."""
+    wanted = packed(reads)
+    one = splat(_ONE)
+    more = select(unpacked(take(row, bit, wanted)), one, splat(_ZERO))
+    return select(reads, (found << one) | more, found), bit + count_ones(wanted)
+
+
+@inlined
+def interleaved(even: np.uint32, odd: np.uint32) -> np.uint32:
+    """The bits of two numbers of sixteen bits, in turn."""
+    return np.uint32(scatter(np.uint64(even), np.uint64(0x55555555)) | scatter(np.uint64(odd), np.uint64(0xAAAAAAAA)))
+
+
+@inlined
+def smaller(x: Any, y: Any) -> Any:
+    """The smaller of U32, lane by lane."""
+    return select(x < y, x, y)
+
+
+@inlined
+def take_some(row: NDArray[np.uint8], bit: int, where: np.uint32, sparse: bool) -> Any:
+    """The next bits of some or all of sixteen lanes, as MASK."""
+    return unpacked(take(row, bit, where) if sparse else np.uint32(next_bits(row, bit)))
+
+
+@kernel
+def decode_block(row: NDArray[np.uint8], base: NDArray[np.float32], count: int, out: NDArray[np.float32]) -> None:
+    """All tiles of an opened block: `base` and `out` are float32, [count]."""
+    before, after = np.zeros((1, TILE), np.float32), np.empty(TILE, np.float32)
+    for start in range(0, count, TILE):
+        n = min(TILE, count - start)
+        before[0, :n] = base[start : start + n]
+        before[0, n:] = np.float32(0.0)
+        decode_tile(row, before, start // TILE, n, after)
+        out[start : start + n] = after[:n]

@@ -1,0 +1,449 @@
+"""From elements to layers: a block at a time, inside a compiled kernel."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltaworks.checkpoints.codec import TILE, decode
+from deltaworks.checkpoints.jit import inlined, kernel
+from deltaworks.checkpoints.vector import (
+    LANES,
+    MAGNITUDE,
+    bits,
+    floats,
+    largest,
+    leading_zeros,
+    load,
+    lookup,
+    lower_bytes,
+    packed,
+    select,
+    splat,
+    sum_in_order,
+    unpacked,
+    upper_bytes,
+    widen,
+)
+from deltaworks.layers.bitstream import SLACK, count_ones, lanes_below, put, put_half
+from deltaworks.layers.cells import CENTRES, DEPTH, EDGES, GROUP, MEANS, OCTAVES, RANGES, RAW, SPAN, WAYS
+from deltaworks.layers.decode import (
+    HEAD,
+    IS_SPARSE,
+    cells_of,
+    estimate,
+    indices,
+    interleaved,
+    number_at,
+    places_of,
+    scaled,
+    smaller,
+)
+
+_INFINITE = np.uint32(0x7F800000)
+_ZERO, _ONE, _ALL16 = np.uint32(0), np.uint32(1), np.uint32(0xFFFF)
+_WHOLE = np.zeros_like(EDGES)
+_WHOLE[:, 1] = EDGES[:, 8]
+
+SPARSE_FROM = 6
+"""A block is sparse where one in so many elements is unchanged: telling them apart costs a bit, which that saves."""
+
+
+def most_bytes(count: int) -> int:
+    """Bytes that the layers of a block of `count` elements can come to, with slack for the kernels."""
+    tiles = -(-count // TILE)
+    first = HEAD + -(-count // SPAN) + 4 * tiles + 2 * (count // 8 + 1) + -(-count // GROUP)
+    return first + 3 * (count // 8 + 1) + 3 * 3 * tiles + 4 * count + 16 * SLACK
+
+
+@kernel
+def encode_block(
+    base: NDArray[np.uint8],
+    base_code: int,
+    expert: NDArray[np.uint8],
+    expert_code: int,
+    count: int,
+    shift: int,
+    scratch: NDArray[np.uint8],
+    out: NDArray[np.uint8],
+    ends: NDArray[np.int64],
+    left: NDArray[np.float64],
+) -> None:
+    """Write the layers of a block of the delta `expert` minus `base`.
+
+    Args:
+        base: raw elements of the base, uint8, a multiple of 8 bytes.
+        base_code: their type's code.
+        expert: raw elements of the expert, likewise.
+        expert_code: their type's code.
+        count: elements in the block.
+        shift: bits of a float32 that the expert's type leaves at zero; see `shift_of`.
+        scratch: uint8, [2, `most_bytes(count)`].
+        out: uint8, at least `most_bytes(count)`; set.
+        ends: int64, [DEPTH]; set to where each layer ends.
+        left: float64, [DEPTH]; set to the sum of squares of what each depth leaves of the delta.
+    """
+    tiles = -(-count // TILE)
+    b, x = np.zeros((1, TILE), np.float32), np.zeros((1, TILE), np.float32)
+    means = np.zeros(-(-count // SPAN), np.float64)
+    peaks = np.zeros(-(-count // GROUP), np.uint32)
+    differs = np.zeros(len(peaks), np.bool_)
+    changed = np.zeros(tiles + 1, np.int64)
+    magnitude = splat(MAGNITUDE)
+    for t in range(tiles):
+        n = _load_tiles(base, base_code, expert, expert_code, t, count, b, x)
+        for i in range(0, n, LANES):
+            vb, vx = load(b, 0, i), load(x, 0, i)
+            size = bits(vx - vb) & magnitude
+            other = bits(vb) != bits(vx)
+            where = packed(other)
+            changed[t + 1] += count_ones(where)
+            g = (t * TILE + i) // GROUP
+            peaks[g] = max(peaks[g], largest(size))
+            differs[g] |= where != _ZERO
+            finite = select(size < splat(_INFINITE), floats(size), splat(np.float32(0.0)))
+            means[(t * TILE + i) // SPAN] += sum_in_order(widen(finite))
+    for t in range(tiles):
+        changed[t + 1] += changed[t]
+    sparse = (count - changed[tiles]) * SPARSE_FROM > count
+    out[: HEAD + SLACK] = 0
+    out[0] = IS_SPARSE if sparse else 0
+    tops = out[4:8].view(np.int16)
+    at = HEAD
+    out[at : at + len(means) + SLACK] = 0
+    tops[0] = _write_means(means, changed, sparse, count, b, x, base, base_code, expert, expert_code, out[at:])
+    at += len(means)
+    if sparse:
+        for t in range(tiles):
+            for byte in range(4):
+                out[at] = changed[t] >> (8 * byte) & 0xFF
+                at += 1
+    mask_bit = 8 * at
+    if sparse:
+        out[at : at + -(-count // 8) + SLACK] = 0
+        at += -(-count // 8)
+    total = changed[tiles] if sparse else count
+    sign_bit = 8 * at
+    out[at : at + -(-total // 8) + SLACK] = 0
+    at += -(-total // 8)
+    ends[0] = at
+    highest = _ZERO
+    for peak in peaks:
+        highest = max(highest, peak if peak < _INFINITE else _ZERO)
+    tops[1] = top = _top(highest)
+    ranges = at
+    at += len(peaks)
+    planes = np.empty(3, np.int64)
+    for layer in range(3):
+        planes[layer] = 8 * at
+        out[at : at + -(-total // 8) + SLACK] = 0
+        at += -(-total // 8)
+        ends[layer + 1] = at
+    left[:] = 0.0
+    lengths = at
+    at += 2 * tiles
+    # Layer 5 is written where it belongs; where those after it begin is known when it is complete.
+    filled = np.zeros(3, np.int64)
+    filled[0] = at
+    active = 0
+    for t in range(tiles):
+        n = _load_tiles(base, base_code, expert, expert_code, t, count, b, x)
+        out[filled[0] : filled[0] + n // 4 + SLACK] = 0
+        for layer in range(2):
+            start = 2 * tiles + filled[layer + 1]
+            scratch[layer, start : start + 4 * n + SLACK] = 0
+        bit = np.array([8 * filled[0], 8 * (2 * tiles + filled[1]), 8 * (2 * tiles + filled[2])])
+        for g in range(0, n, GROUP):
+            place = (t * TILE + g) // GROUP
+            code = _choose_range(peaks[place], differs[place], top, b, x, g, min(n, g + GROUP), shift)
+            out[ranges + place] = code
+            mean = np.float32(math.ldexp(1.0, int(tops[0]))) * MEANS[out[HEAD + (t * TILE + g) // SPAN]]
+            active = _write_group(
+                b, x, g, n, code, top, mean, shift, sparse, out, mask_bit + t * TILE, sign_bit, planes, active,
+                scratch, bit, left,
+            )  # fmt: skip
+        for layer in range(3):
+            start = filled[layer] + (2 * tiles if layer else 0)
+            nbytes = -(-bit[layer] // 8) - start
+            filled[layer] += nbytes
+            table = lengths + 2 * t
+            if layer:
+                scratch[layer - 1, 2 * t], scratch[layer - 1, 2 * t + 1] = nbytes & 0xFF, nbytes >> 8
+            else:
+                out[table], out[table + 1] = nbytes & 0xFF, nbytes >> 8
+    at = ends[4] = filled[0]
+    for layer in range(2):
+        nbytes = 2 * tiles + filled[layer + 1]
+        out[at : at + nbytes] = scratch[layer, :nbytes]
+        at += nbytes
+        ends[layer + 5] = at
+    left[DEPTH - 1] = 0.0
+
+
+@kernel
+def _load_tiles(
+    base: NDArray[np.uint8],
+    base_code: int,
+    expert: NDArray[np.uint8],
+    expert_code: int,
+    tile: int,
+    count: int,
+    b: NDArray[np.float32],
+    x: NDArray[np.float32],
+) -> int:
+    """Bring a tile of both models to `b` and `x` (float32, [1, TILE]), with zeros up to a whole vector."""
+    start = tile * TILE
+    n = min(TILE, count - start)
+    decode(base, base_code, start, n, b[0])
+    decode(expert, expert_code, start, n, x[0])
+    end = -(-n // LANES) * LANES
+    b[0, n:end] = np.float32(0.0)
+    x[0, n:end] = np.float32(0.0)
+    return n
+
+
+@kernel
+def _top(highest: np.uint32) -> int:
+    """The least power of two, as exponent, that is above the float32 with these bits."""
+    return max(-126, (int(highest) >> 23) - 126)
+
+
+@kernel
+def _write_means(
+    means: NDArray[np.float64],
+    changed: NDArray[np.int64],
+    sparse: bool,
+    count: int,
+    b: NDArray[np.float32],
+    x: NDArray[np.float32],
+    base: NDArray[np.uint8],
+    base_code: int,
+    expert: NDArray[np.uint8],
+    expert_code: int,
+    out: NDArray[np.uint8],
+) -> int:
+    """Turn sums of magnitudes into means of what changed, and write their codes; returns their top."""
+    for s in range(len(means)):
+        means[s] /= min(SPAN, count - s * SPAN)
+    if sparse:
+        for t in range(len(changed) - 1):
+            n = _load_tiles(base, base_code, expert, expert_code, t, count, b, x)
+            for s in range(0, n, SPAN):
+                own = 0
+                for i in range(s, min(n, s + SPAN), LANES):
+                    own += count_ones(packed(bits(load(b, 0, i)) != bits(load(x, 0, i))))
+                place = (t * TILE + s) // SPAN
+                means[place] *= min(SPAN, count - place * SPAN) / max(1, own)
+    highest = 0.0
+    for mean in means:
+        highest = max(highest, mean)
+    top = max(-126, math.frexp(highest)[1])
+    for s in range(len(means)):
+        relative = math.ldexp(means[s], -top)
+        code = np.searchsorted(MEANS, relative)
+        if code > 0 and (code > 255 or relative - MEANS[code - 1] < MEANS[code] - relative):
+            code -= 1
+        out[s] = code
+    return top
+
+
+@kernel
+def _choose_range(
+    peak: np.uint32,
+    differs: bool,
+    top: int,
+    b: NDArray[np.float32],
+    x: NDArray[np.float32],
+    start: int,
+    end: int,
+    shift: int,
+) -> int:
+    """The code of the smallest range that holds a group; RAW where none does."""
+    if not differs:
+        return 0
+    if peak >= _INFINITE:
+        return RAW
+    pattern = np.empty(1, np.uint32)
+    pattern[0] = peak
+    relative = np.float32(math.ldexp(float(pattern.view(np.float32)[0]), -top))
+    code = max(1, int(np.searchsorted(RANGES, relative)))
+    for candidate in range(code, min(code + 2, RAW)):
+        if candidate <= WAYS * OCTAVES and _holds(candidate, top, b, x, start, end, shift):
+            return candidate
+    return RAW
+
+
+@kernel
+def _holds(
+    code: int, top: int, b: NDArray[np.float32], x: NDArray[np.float32], start: int, end: int, shift: int
+) -> bool:
+    """Whether every number of a group lies in the range, so that its cell gives it back."""
+    unit = np.float32(math.ldexp(1.0, top + (code - 1) // WAYS - OCTAVES))
+    # A single cell, as wide as the whole range.
+    edges = load(_WHOLE, (code - 1) % WAYS, 0) * splat(unit)
+    bits_zero, zeros = splat(np.uint32(shift)), splat(_ZERO)
+    for i in range(start, end, LANES):
+        vb, vx = load(b, 0, i), load(x, 0, i)
+        place, own = places_of(vx, bits_zero), places_of(vb, bits_zero)
+        negative = place < own
+        first, many = cells_of(vb, negative, edges, zeros, bits_zero)
+        inside = (place >= first) & (place < first + many)
+        if packed(inside | (bits(vb) == bits(vx))) != _ALL16:
+            return False
+    return True
+
+
+@kernel
+def _write_group(
+    b: NDArray[np.float32],
+    x: NDArray[np.float32],
+    start: int,
+    n: int,
+    code: int,
+    top: int,
+    mean: np.float32,
+    shift: int,
+    sparse: bool,
+    out: NDArray[np.uint8],
+    mask_bit: int,
+    sign_bit: int,
+    planes: NDArray[np.int64],
+    active: int,
+    scratch: NDArray[np.uint8],
+    bit: NDArray[np.int64],
+    left: NDArray[np.float64],
+) -> int:
+    """Write one group; returns how many elements of the block have bits so far."""
+    edges, centres = scaled(EDGES, max(1, code), top), scaled(CENTRES, max(1, code), top)
+    left1 = left2 = left3 = left4 = left5 = left6 = splat(0.0)
+    zeros, nothing, all_bits = splat(_ZERO), splat(np.float32(0.0)), splat(np.uint32(shift))
+    for i in range(start, min(start + GROUP, n), LANES):
+        vb, vx = load(b, 0, i), load(x, 0, i)
+        where = lanes_below(n - i)
+        if sparse:
+            where = np.uint32(packed(bits(vb) != bits(vx)) & where)
+            put(out, mask_bit + i, np.uint64(where), np.uint64(_ALL16))
+        changed = unpacked(where)
+        place = places_of(vx, all_bits)
+        negative = place < places_of(vb, all_bits)
+        _put_lanes(out, sign_bit + active, negative, where, sparse)
+        delta = vx - vb
+        told = select(negative, nothing - splat(mean), splat(mean))
+        finite = (bits(delta) & splat(MAGNITUDE)) < splat(_INFINITE)
+        real = changed & finite
+        left1 = left1 + _square(select(real, delta - told, nothing))
+        if code in (0, RAW):
+            own = _square(select(real, delta, nothing))
+            left2, left3, left4, left5, left6 = left2 + own, left3 + own, left4 + own, left5 + own, left6 + own
+            if code == RAW:
+                _write_rest(place, splat(np.uint32(32)) - all_bits, changed, out, scratch, bit)
+            active += count_ones(where)
+            continue
+        i2, i3, i4 = _cell(vb, place, negative, edges, all_bits)
+        cell = indices(i2, i3, i4)
+        _put_lanes(out, planes[0] + active, i2, where, sparse)
+        _put_lanes(out, planes[1] + active, i3, where, sparse)
+        _put_lanes(out, planes[2] + active, i4, where, sparse)
+        active += count_ones(where)
+        left2 = left2 + _square(_miss(delta, estimate(centres, 2, cell), negative, changed))
+        left3 = left3 + _square(_miss(delta, estimate(centres, 3, cell), negative, changed))
+        left4 = left4 + _square(_miss(delta, estimate(centres, 4, cell), negative, changed))
+        first, many = cells_of(vb, negative, edges, cell, all_bits)
+        width = splat(np.uint32(32)) - leading_zeros(many - splat(_ONE))
+        found = select(changed, place - first, zeros)
+        _write_rest(found, width, changed, out, scratch, bit)
+        told = number_at(first + _middle(found, many, width, splat(np.uint32(2))), all_bits) - vb
+        left5 = left5 + _square(select(changed, delta - told, nothing))
+        told = number_at(first + _middle(found, many, width, splat(np.uint32(10))), all_bits) - vb
+        left6 = left6 + _square(select(changed, delta - told, nothing))
+    left[0] += sum_in_order(left1)
+    left[1] += sum_in_order(left2)
+    left[2] += sum_in_order(left3)
+    left[3] += sum_in_order(left4)
+    left[4] += sum_in_order(left5)
+    left[5] += sum_in_order(left6)
+    return active
+
+
+@inlined
+def _put_lanes(out: NDArray[np.uint8], bit: int, lanes: Any, where: np.uint32, sparse: bool) -> None:
+    """Write the bits of those lanes that have any."""
+    if sparse or bit & 7 or where != _ALL16:
+        put(out, bit, np.uint64(packed(lanes)), np.uint64(where))
+    else:
+        put_half(out, bit >> 3, packed(lanes))
+
+
+@inlined
+def _square(x: Any) -> Any:
+    """The squares of F32, as F64."""
+    wide = widen(x)
+    return wide * wide
+
+
+@inlined
+def _miss(delta: Any, size: Any, negative: Any, changed: Any) -> Any:
+    """What a magnitude leaves of a delta."""
+    nothing = splat(np.float32(0.0))
+    return select(changed, delta - select(negative, nothing - size, size), nothing)
+
+
+@inlined
+def _middle(found: Any, many: Any, width: Any, known: Any) -> Any:
+    """What a reader who knows the first bits of a number's place in its cell takes it for."""
+    rest = select(width > known, width - known, splat(_ZERO))
+    middle = ((found >> rest) << rest) + ((splat(_ONE) << rest) >> splat(_ONE))
+    return smaller(middle, many - splat(_ONE))
+
+
+@inlined
+def _cell(vb: Any, place: Any, negative: Any, edges: Any, shift: Any) -> Any:
+    """The bits of the index of the cell that holds each lane, the highest first."""
+    nothing, zero = splat(np.float32(0.0)), splat(_ZERO)
+    edge = lookup(edges, splat(np.uint32(4)))
+    i2 = (place >= places_of(vb + select(negative, nothing - edge, edge), shift)) ^ negative
+    at = select(i2, splat(np.uint32(4)), zero)
+    edge = lookup(edges, at | splat(np.uint32(2)))
+    i3 = (place >= places_of(vb + select(negative, nothing - edge, edge), shift)) ^ negative
+    edge = lookup(edges, at | select(i3, splat(np.uint32(2)), zero) | splat(_ONE))
+    i4 = (place >= places_of(vb + select(negative, nothing - edge, edge), shift)) ^ negative
+    return i2, i3, i4
+
+
+@inlined
+def _write_rest(
+    found: Any, width: Any, changed: Any, out: NDArray[np.uint8], scratch: NDArray[np.uint8], bit: NDArray[np.int64]
+) -> None:
+    """Write a number's place in its cell: its first two bits, up to eight more and all others to a layer each."""
+    zero, one, two = splat(_ZERO), splat(_ONE), splat(np.uint32(2))
+    width = select(changed, width, zero)
+    pairs = interleaved(packed(width > zero), packed(width > one))
+    left = select(width > two, width - two, zero)
+    first = found >> left
+    put(out, bit[0], _pairs_of(first), np.uint64(pairs))
+    bit[0] += count_ones(pairs)
+    more = smaller(left, splat(np.uint32(8)))
+    left = left - more
+    fields = (one << more) - one
+    second = (found >> left) & fields
+    for half in range(2):
+        where = upper_bytes(fields) if half else lower_bytes(fields)
+        put(scratch[0], bit[1], upper_bytes(second) if half else lower_bytes(second), where)
+        bit[1] += count_ones(where)
+    for n in range(32):
+        reads = left > splat(np.uint32(n))
+        wanted = packed(reads)
+        if wanted == _ZERO:
+            break
+        own = packed(((found >> select(reads, left - splat(np.uint32(n)) - one, zero)) & one) == one)
+        put(scratch[1], bit[2], np.uint64(own), np.uint64(wanted))
+        bit[2] += count_ones(wanted)
+
+
+@inlined
+def _pairs_of(x: Any) -> np.uint64:
+    """The two lowest bits of each lane, side by side."""
+    one = splat(_ONE)
+    low, high = packed((x & one) == one), packed(((x >> one) & one) == one)
+    return np.uint64(interleaved(low, high))

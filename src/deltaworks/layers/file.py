@@ -1,0 +1,315 @@
+"""The file that holds the layers of one expert: blocks one after the other, an index of them, and what they are of.
+
+::
+
+    magic, 8 bytes
+    the layers of each block, the first to the last, block after block in any order
+    the index: one INDEX record a block, in the order of the tensors
+    the contents: JSON
+    the end: END, which says where index and contents stand and what their checksums are
+
+Whoever reads the first so many layers of a block reads one range of the file. Numbers are little-endian; checksums are
+the first 8 bytes of BLAKE3. See ``docs/layers.md`` for what is inside a block.
+"""
+
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from deltaworks.checkpoints.codec import encode_reference
+from deltaworks.checkpoints.dtypes import BF16, DTYPES, F8_E4M3, F8_E5M2, F16, F32, DType
+from deltaworks.checkpoints.reader import ByteCounter, RangeReader
+from deltaworks.errors import CatalogError, CheckpointError
+from deltaworks.layers.cells import DEPTH, FORMAT_VERSION
+from deltaworks.layers.decode import decode_block, layers_start, open_block, opened_bytes
+
+MAGIC: Final = b"DWLAYERS"
+INDEX: Final = np.dtype(
+    [("offset", "<u8"), ("ends", "<u4", DEPTH), ("checksums", "<u8", DEPTH), ("left", "<f4", DEPTH), ("square", "<f4")]
+)
+"""Of each block: its place in the file, where in it each layer ends, their checksums, the squares that remain of the
+delta where so many layers are read, and the square of the delta itself."""
+END: Final = np.dtype(
+    [
+        ("index", "<u8"),
+        ("blocks", "<u8"),
+        ("contents", "<u8"),
+        ("contents_bytes", "<u8"),
+        ("index_checksum", "<u8"),
+        ("contents_checksum", "<u8"),
+        ("magic", "S8"),
+    ]
+)
+SHIFTS: Final = {BF16: 16, F16: 13, F32: 0, F8_E4M3: 20, F8_E5M2: 21}
+"""Element types that have layers, and how many bits of a float32 they leave at zero. Others are kept as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayeredTensor:
+    """One tensor of the expert.
+
+    Attributes:
+        name: its name.
+        dtype: the expert's element type.
+        shape: its shape.
+        is_delta: whether its blocks hold layers; else they hold the elements as they are, as the last layer.
+        first: the index record of its first block.
+        blocks: how many there are.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    is_delta: bool
+    first: int
+    blocks: int
+
+
+def checksum(data: Any) -> int:
+    """Of bytes or an array of them."""
+    return int.from_bytes(blake3(data).digest(8), "little")
+
+
+class LayerWriter:
+    """Writes a file of layers; nothing stands under its name before `commit`. Threads may share it.
+
+    Args:
+        path: the file to appear.
+        blocks: how many blocks there will be.
+    """
+
+    def __init__(self, path: Path, blocks: int) -> None:
+        self._path = path
+        self._partial = path.with_name(f".{path.name}.{os.getpid()}")
+        self._fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        self._index = np.zeros(blocks, INDEX)
+        self._lock = threading.Lock()
+        self._end = len(MAGIC)
+        self._write(MAGIC, 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written so far."""
+        return self._end
+
+    def add(
+        self,
+        record: int,
+        layers: NDArray[np.uint8],
+        ends: NDArray[np.int64],
+        left: NDArray[np.float64],
+        square: float,
+    ) -> None:
+        """Write a block.
+
+        Args:
+            record: its place in the index.
+            layers: uint8; all layers, one after the other.
+            ends: int64, [DEPTH]; where each ends.
+            left: float64, [DEPTH]; squares that so many layers leave of the delta.
+            square: of the delta.
+        """
+        total = int(ends[-1])
+        with self._lock:
+            offset, self._end = self._end, self._end + total
+        own = self._index[record]
+        own["offset"], own["ends"], own["left"], own["square"] = offset, ends, left, square
+        starts = [0, *ends[:-1].tolist()]
+        own["checksums"] = [checksum(layers[a:b]) for a, b in zip(starts, ends.tolist(), strict=True)]
+        self._write(layers[:total].data, offset)
+
+    def commit(self, tensors: Sequence[LayeredTensor], about: Mapping[str, Any]) -> None:
+        """Write index and contents, flush them and give the file its name.
+
+        Args:
+            tensors: what the blocks are of.
+            about: what else a reader should find: block size and fingerprints.
+        """
+        contents = json.dumps(
+            {"version": FORMAT_VERSION, **about, "tensors": [asdict(t) for t in tensors]}, separators=(",", ":")
+        ).encode()
+        index = self._index.tobytes()
+        end = np.zeros(1, END)
+        end["index"], end["blocks"] = self._end, len(self._index)
+        end["contents"], end["contents_bytes"] = self._end + len(index), len(contents)
+        end["index_checksum"], end["contents_checksum"] = checksum(index), checksum(contents)
+        end["magic"] = MAGIC
+        self._write(index + contents + end.tobytes(), self._end)
+        os.fsync(self._fd)
+        self._partial.replace(self._path)
+
+    def abandon(self) -> None:
+        """Leave nothing behind; harmless after `commit`."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self._partial.unlink(missing_ok=True)
+
+    def _write(self, data: Any, offset: int) -> None:
+        view = memoryview(data)
+        while view:
+            done = os.pwrite(self._fd, view, offset)
+            view, offset = view[done:], offset + done
+
+
+class LayerFile:
+    """A file of layers, open for reading; safe to share between threads.
+
+    Args:
+        path: the file.
+        counter: every byte read of blocks is added to it.
+        direct: what the page cache does not hold may be read around it.
+
+    Attributes:
+        tensors: what it holds, by name.
+        about: what its writer said of it.
+        index: a record of INDEX a block.
+
+    Raises:
+        CatalogError: the file is cut off, damaged, or of another version.
+    """
+
+    def __init__(self, path: Path, counter: ByteCounter, *, direct: bool = False) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                end = self._tail(file.fileno(), size)
+                index = os.pread(file.fileno(), int(end["blocks"]) * INDEX.itemsize, int(end["index"]))
+                contents = os.pread(file.fileno(), int(end["contents_bytes"]), int(end["contents"]))
+        except OSError as error:
+            raise CatalogError(f"cannot read {path}: {error.strerror}") from error
+        for what, data in (("index", index), ("contents", contents)):
+            if checksum(data) != int(end[f"{what}_checksum"]):
+                raise CatalogError(f"the {what} of {path} {'are' if what == 'contents' else 'is'} damaged; {_REBUILD}")
+        self.about: dict[str, Any] = json.loads(contents)
+        if self.about["version"] != FORMAT_VERSION:
+            raise CatalogError(
+                f"{path} has layers of version {self.about['version']}, not {FORMAT_VERSION}; {_REBUILD}"
+            )
+        self.index = np.frombuffer(index, INDEX)
+        self.tensors = {
+            t["name"]: LayeredTensor(**{**t, "shape": tuple(t["shape"])}) for t in self.about.pop("tensors")
+        }
+        self._reader = RangeReader(path, counter, direct=direct)
+
+    def _tail(self, fd: int, size: int) -> Any:
+        tail = os.pread(fd, END.itemsize, max(0, size - END.itemsize))
+        if len(tail) == END.itemsize:
+            end = np.frombuffer(tail, END)[0]
+            first, last = int(end["index"]), int(end["contents"])
+            if (
+                end["magic"] == MAGIC
+                and first + int(end["blocks"]) * INDEX.itemsize == last
+                and last + int(end["contents_bytes"]) + END.itemsize == size
+            ):
+                return end
+        raise CatalogError(f"{self.path} is cut off or no file of layers; {_REBUILD}")
+
+    @property
+    def block_size(self) -> int:
+        """Elements a block."""
+        return int(self.about["block_size"])
+
+    def count(self, tensor: LayeredTensor, block: int) -> int:
+        """Elements in a block."""
+        return min(self.block_size, int(np.prod(tensor.shape, dtype=np.int64)) - block * self.block_size)
+
+    def open_block(self, tensor: LayeredTensor, block: int, depth: int, row: NDArray[np.uint8]) -> None:
+        """Read the first layers of a block of a tensor that has any, and open them for `decode_tile`.
+
+        Args:
+            tensor: which.
+            block: which of its blocks.
+            depth: how many layers, one at least.
+            row: uint8, at least `opened_bytes` of that; set.
+
+        Raises:
+            CatalogError: a layer is damaged.
+        """
+        own, count = self.index[tensor.first + block], self.count(tensor, block)
+        start = layers_start(count)
+        self.read(tensor, block, depth, row[start : start + int(own["ends"][depth - 1])])
+        open_block(row, count, own["ends"].astype(np.int64), depth, SHIFTS[DTYPES[tensor.dtype]])
+
+    def read(self, tensor: LayeredTensor, block: int, depth: int, out: NDArray[np.uint8]) -> None:
+        """Read the first layers of a block to `out` (uint8, of their size), and check them.
+
+        Raises:
+            CatalogError: a layer is damaged.
+        """
+        own = self.index[tensor.first + block]
+        try:
+            self._reader.read_into(out, int(own["offset"]))
+        except CheckpointError as error:
+            raise CatalogError(f"layers of {tensor.name!r}, block {block}: {error}; {_REBUILD}") from error
+        start = 0
+        for layer in range(depth):
+            end = int(own["ends"][layer])
+            if checksum(out[start:end]) != int(own["checksums"][layer]):
+                raise CatalogError(
+                    f"layer {layer + 1} of {tensor.name!r}, block {block}, is damaged in {self.path}; {_REBUILD}"
+                )
+            start = end
+
+    def restore(self, tensor: LayeredTensor, block: int, base: NDArray[np.float32] | None) -> NDArray[np.uint8]:
+        """The elements of a block as the expert had them, bit by bit: uint8.
+
+        Args:
+            tensor: which.
+            block: which of its blocks.
+            base: float32, [elements]; the same block of the base, where the tensor is a delta.
+
+        Raises:
+            CatalogError: a layer is damaged.
+        """
+        nbytes = int(self.index[tensor.first + block]["ends"][-1])
+        if not tensor.is_delta:
+            whole = np.empty(nbytes, np.uint8)
+            self.read(tensor, block, DEPTH, whole)
+            return whole
+        assert base is not None
+        count, dtype = self.count(tensor, block), DTYPES[tensor.dtype]
+        row = np.zeros(opened_bytes(count, nbytes), np.uint8)
+        self.open_block(tensor, block, DEPTH, row)
+        values = np.empty(count, np.float32)
+        decode_block(row, base, count, values)
+        return exact_elements(values, dtype)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._reader.close()
+
+
+_REBUILD = "delete it and build it again: deltaworks analyze --layers --force"
+
+
+def exact_elements(values: NDArray[np.float32], dtype: DType) -> NDArray[np.uint8]:
+    """The elements (uint8) that decode to `values`; of NaNs too, which rounding would quieten."""
+    if dtype is F32:
+        return values.view(np.uint8)
+    if dtype is BF16:
+        return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    elements = encode_reference(values, dtype)
+    if dtype in (F16, F8_E5M2):
+        nan = np.isnan(values)
+        bits = values.view(np.uint32)[nan]
+        halves = (bits >> 16 & 0x8000 | bits >> 13 & 0x3FF | 0x7C00).astype(np.uint16)
+        if dtype is F16:
+            elements.view(np.uint16)[nan] = halves
+        else:
+            elements[nan] = halves >> 8
+    return elements
+
+
+def is_layered(expert: DType, base: DType) -> bool:
+    """Whether a delta between elements of these types has layers."""
+    return expert in SHIFTS and base in SHIFTS

@@ -1,0 +1,275 @@
+"""Layers give back every bit, say how far they are from it at every depth, and are found out where they are damaged."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+
+from deltaworks.checkpoints.codec import TILE, decode_reference, encode_reference
+from deltaworks.checkpoints.dtypes import BF16, F16, F32, F64, DType
+from deltaworks.checkpoints.reader import ByteCounter
+from deltaworks.errors import CatalogError
+from deltaworks.layers.bitstream import gather, gather_reference, scatter, scatter_reference
+from deltaworks.layers.cells import CENTRES, DEPTH, EDGES, GROUP, RANGES, WAYS
+from deltaworks.layers.decode import decode_block, layers_start, open_block, opened_bytes
+from deltaworks.layers.encode import encode_block, most_bytes
+from deltaworks.layers.file import SHIFTS, LayeredTensor, LayerFile, LayerWriter, exact_elements, is_layered
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+
+def padded(raw: Bytes) -> Bytes:
+    out = np.zeros(-(-len(raw) // 8) * 8, np.uint8)
+    out[: len(raw)] = raw
+    return out
+
+
+def layers_of(
+    base: Bytes, base_type: DType, expert: Bytes, expert_type: DType, count: int
+) -> tuple[Bytes, NDArray[np.int64], NDArray[np.float64]]:
+    room = most_bytes(count)
+    out, scratch = np.full(room, 0xA5, np.uint8), np.full((2, room), 0x5A, np.uint8)
+    ends, left = np.zeros(DEPTH, np.int64), np.zeros(DEPTH)
+    codes, shift = (base_type.code, expert_type.code), SHIFTS[expert_type]
+    encode_block(padded(base), codes[0], padded(expert), codes[1], count, shift, scratch, out, ends, left)
+    assert (np.diff(ends) >= 0).all()
+    assert ends[-1] <= room
+    return out[: ends[-1]], ends, left
+
+
+def told(layers: Bytes, ends: NDArray[np.int64], depth: int, base: Floats, shift: int) -> Floats:
+    nbytes, count = int(ends[depth - 1]), len(base)
+    row = np.full(opened_bytes(count, nbytes), 0x77, np.uint8)
+    row[layers_start(count) : layers_start(count) + nbytes] = layers[:nbytes]
+    open_block(row, count, ends, depth, shift)
+    out = np.empty(count, np.float32)
+    decode_block(row, base, count, out)
+    return out
+
+
+def check(base: Bytes, base_type: DType, expert: Bytes, expert_type: DType) -> list[float]:
+    """Round trip; returns relative errors by depth."""
+    count = len(expert) * 8 // expert_type.bits
+    layers, ends, left = layers_of(base, base_type, expert, expert_type, count)
+    b, x = decode_reference(base, base_type), decode_reference(expert, expert_type)
+    with np.errstate(all="ignore"):
+        delta = (x - b).astype(np.float64)
+        finite = np.isfinite(delta)
+        errors = []
+        for depth in range(1, DEPTH + 1):
+            got = told(layers, ends, depth, b, SHIFTS[expert_type])
+            missed = float(np.square((x.astype(np.float64) - got)[finite]).sum())
+            whole = float(np.square(delta[finite]).sum())
+            # Blocks that hold what is not finite are never weighed by what layers leave.
+            if finite.all() and whole < 1e30:
+                # What is told is added to the base, and rounded.
+                rounding = 1e-20 + 2.0**-23 * float(np.linalg.norm(np.maximum(np.abs(b), np.abs(x)).astype(np.float64)))
+                assert np.sqrt(left[depth - 1]) == pytest.approx(np.sqrt(missed), rel=1e-3, abs=rounding)
+            errors.append(float(np.sqrt(missed / whole)) if whole else 0.0)
+    assert left[-1] == 0
+    np.testing.assert_array_equal(exact_elements(got, expert_type), expert)
+    return errors
+
+
+def fine_tune(
+    count: int, rng: np.random.Generator, *, unchanged: float = 0.0, scale: float = 0.05
+) -> tuple[Floats, Floats]:
+    base = rng.normal(0, 0.02, count).astype(np.float32)
+    delta = rng.normal(0, 0.02 * scale, count) * (rng.random(count) >= unchanged)
+    return base, (base + delta).astype(np.float32)
+
+
+@pytest.mark.parametrize("expert_type", SHIFTS, ids=lambda t: t.name)
+@pytest.mark.parametrize("base_type", [BF16, F32], ids=lambda t: t.name)
+@pytest.mark.parametrize("unchanged", [0.0, 0.5, 0.97, 1.0])
+def test_every_bit_comes_back(expert_type: DType, base_type: DType, unchanged: float) -> None:
+    rng = np.random.default_rng(1)
+    for count in (0, 1, 15, 16, 127, 128, 255, 257, TILE - 1, TILE, 3 * TILE + 77):
+        b, x = fine_tune(count, rng, unchanged=unchanged)
+        base = encode_reference(b, base_type)
+        expert = encode_reference(np.where(x == b, decode_reference(base, base_type), x), expert_type)
+        check(base, base_type, expert, expert_type)
+
+
+@given(st.data())
+def test_any_bits_come_back(data: st.DataObject) -> None:
+    base_type = data.draw(st.sampled_from([BF16, F16, F32]))
+    expert_type = data.draw(st.sampled_from(list(SHIFTS)))
+    count = data.draw(st.integers(0, 600))
+    seed = data.draw(st.integers(0, 2**32))
+    rng = np.random.default_rng(seed)
+    base = rng.integers(0, 256, count * base_type.bits // 8, np.uint8)
+    expert = rng.integers(0, 256, count * expert_type.bits // 8, np.uint8)
+    if base_type is expert_type and count and data.draw(st.booleans()):
+        same = rng.random(count) < data.draw(st.sampled_from([0.3, 0.9]))
+        wide = np.repeat(same, base_type.bits // 8)
+        expert = np.where(wide, base, expert)
+    check(base, base_type, expert, expert_type)
+
+
+@given(
+    hnp.arrays(np.uint16, st.integers(1, 300), elements=st.integers(0, 2**16 - 1)),
+    st.sampled_from([0.0, 1e-41, 3e-39, 1e-30, 1.0, 3e38, np.inf, np.nan]),
+)
+def test_strange_numbers_beside_common_ones_come_back(patterns: NDArray[np.uint16], strange: float) -> None:
+    base = patterns.view(np.uint8)
+    x = decode_reference(base, BF16).copy()
+    with np.errstate(all="ignore"):
+        x[::7] = strange
+        x[1::7] = -x[1::7]
+        x[2::7] *= np.float32(1.01)
+        check(base, BF16, encode_reference(x, BF16), BF16)
+
+
+def test_what_each_depth_leaves() -> None:
+    b, x = fine_tune(1 << 16, np.random.default_rng(0))
+    errors = check(encode_reference(b, BF16), BF16, encode_reference(x, BF16), BF16)
+    # A Gaussian's bound at one bit is 0.5, and 0.60 is the best that a sign and one size can do (Max, 1960).
+    assert errors[:5] == pytest.approx([0.605, 0.38, 0.2, 0.11, 0.03], rel=0.1)
+    assert errors[-1] == 0.0
+
+
+def test_an_exact_block_of_a_fine_tune_takes_half_of_its_bytes() -> None:
+    b, x = fine_tune(1 << 16, np.random.default_rng(0), scale=0.03)
+    _, ends, _ = layers_of(encode_reference(b, BF16), BF16, encode_reference(x, BF16), BF16, len(b))
+    bits = 8 * ends / len(b)
+    assert bits[:4] == pytest.approx([1.03, 2.1, 3.1, 4.1], abs=0.02)
+    assert bits[-1] < 8
+    b, x = fine_tune(1 << 16, np.random.default_rng(0), scale=0.03, unchanged=0.95)
+    _, ends, _ = layers_of(encode_reference(b, BF16), BF16, encode_reference(x, BF16), BF16, len(b))
+    assert 8 * ends[-1] / len(b) < 1.5
+
+
+def test_groups_that_did_not_change_stay_as_they_are_from_the_second_layer_on() -> None:
+    b, x = fine_tune(TILE, np.random.default_rng(0))
+    x[GROUP : 2 * GROUP] = b[GROUP : 2 * GROUP]
+    base, expert = encode_reference(b, BF16), encode_reference(x, BF16)
+    layers, ends, _ = layers_of(base, BF16, expert, BF16, TILE)
+    before = decode_reference(base, BF16)
+    for depth in range(2, DEPTH + 1):
+        got = told(layers, ends, depth, before, 16)
+        np.testing.assert_array_equal(got[GROUP : 2 * GROUP], before[GROUP : 2 * GROUP])
+
+
+def test_the_centres_are_those_of_a_normal_group() -> None:
+    rng = np.random.default_rng(0)
+    values = np.abs(rng.normal(size=(20_000, GROUP)))
+    whole = EDGES[:, 8].astype(np.float64)
+    fits = whole[:, None] * 2.0 ** np.ceil(np.log2(values.max(axis=1) / whole[:, None]))
+    way, unit = fits.argmin(axis=0), fits.min(axis=0) / whole[fits.argmin(axis=0)]
+    scaled = values / unit[:, None]
+    cell = (scaled[:, :, None] >= EDGES[way][:, None, 1:8]).sum(axis=2)
+    for w in range(WAYS):
+        own, at = scaled[way == w].ravel(), cell[way == w].ravel()
+        for depth in (2, 3, 4):
+            halves = at >> (4 - depth)
+            means = [own[halves == i].mean() for i in range(1 << (depth - 1))]
+            assert CENTRES[w, (1 << (depth - 1)) - 2 :][: len(means)] == pytest.approx(means, rel=0.03)
+
+
+def test_ranges_ascend() -> None:
+    assert (np.diff(RANGES) > 0).all()
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
+def test_bits_are_spread_and_gathered(source: int, where: int) -> None:
+    s, w = np.uint64(source), np.uint64(where)
+    places = [i for i in range(64) if where >> i & 1]
+    expected = sum((source >> k & 1) << i for k, i in enumerate(places))
+    assert int(scatter_reference(s, w)) == expected
+    assert int(gather_reference(np.uint64(expected), w)) == source & ((1 << len(places)) - 1)
+    assert _scatter(s, w) == expected
+    assert _gather(np.uint64(expected), w) == source & ((1 << len(places)) - 1)
+
+
+def _compiled(function: Any) -> Any:
+    import numba
+
+    @numba.njit
+    def call(source: np.uint64, where: np.uint64) -> np.uint64:
+        return function(source, where)  # type: ignore[no-any-return]
+
+    return call
+
+
+_scatter, _gather = _compiled(scatter), _compiled(gather)
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> tuple[Path, LayeredTensor, Floats, Bytes]:
+    """A file with one tensor of two blocks."""
+    b, x = fine_tune(4096 + 500, np.random.default_rng(3))
+    base, expert = encode_reference(b, BF16), encode_reference(x, BF16)
+    tensor = LayeredTensor("w", "BF16", (len(b),), is_delta=True, first=0, blocks=2)
+    writer = LayerWriter(tmp_path / "x.layers", 2)
+    for block in range(2):
+        own = slice(2 * 4096 * block, 2 * 4096 * (block + 1))
+        layers, ends, left = layers_of(base[own], BF16, expert[own], BF16, len(expert[own]) // 2)
+        writer.add(block, layers, ends, left, 1.0)
+    assert not (tmp_path / "x.layers").exists()
+    writer.commit([tensor], {"block_size": 4096})
+    writer.abandon()
+    assert [p.name for p in tmp_path.iterdir()] == ["x.layers"]
+    return tmp_path / "x.layers", tensor, decode_reference(base, BF16), expert
+
+
+def restored(path: Path, tensor: LayeredTensor, base: Floats) -> Bytes:
+    file = LayerFile(path, ByteCounter())
+    parts = [file.restore(file.tensors[tensor.name], i, base[4096 * i : 4096 * (i + 1)]) for i in range(2)]
+    file.close()
+    return np.concatenate(parts)
+
+
+def test_a_file_gives_back_what_was_written(stored: tuple[Path, LayeredTensor, Floats, Bytes]) -> None:
+    path, tensor, base, expert = stored
+    np.testing.assert_array_equal(restored(path, tensor, base), expert)
+    counter = ByteCounter()
+    file = LayerFile(path, counter)
+    row = np.zeros(opened_bytes(4096, 10_000), np.uint8)
+    file.open_block(tensor, 0, 1, row)
+    assert counter.value == file.index[0]["ends"][0]
+    file.close()
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(stored: tuple[Path, LayeredTensor, Floats, Bytes]) -> None:
+    path, tensor, base, _ = stored
+    sound = path.read_bytes()
+    ends = LayerFile(path, ByteCounter()).index["ends"]
+    places = {0: None, 8: (1, 0), 8 + int(ends[0, 2]): (4, 0), int(8 + ends[0, 6]): (1, 1), len(sound) - 30: None}
+    rng = np.random.default_rng(0)
+    places |= {int(p): places.get(int(p)) for p in rng.integers(8, len(sound), 200)}
+    for place, what in places.items():
+        if place == 0:
+            continue  # what stands at the start is for people
+        damaged = bytearray(sound)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        with pytest.raises(CatalogError, match=f"layer {what[0]} of 'w', block {what[1]}" if what else "damaged|cut off"):
+            restored(path, tensor, base)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 60, 0.5, -1])
+def test_a_file_that_was_cut_off_is_refused(stored: tuple[Path, LayeredTensor, Floats, Bytes], kept: float) -> None:
+    path, *_ = stored
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * kept) if isinstance(kept, float) else kept])
+    with pytest.raises(CatalogError, match="cut off"):
+        LayerFile(path, ByteCounter())
+
+
+def test_an_abandoned_file_leaves_nothing(tmp_path: Path) -> None:
+    writer = LayerWriter(tmp_path / "x.layers", 1)
+    writer.abandon()
+    assert not list(tmp_path.iterdir())
+
+
+def test_doubles_have_no_layers() -> None:
+    assert is_layered(BF16, F32)
+    assert not is_layered(F64, BF16)
+    assert not is_layered(BF16, F64)
