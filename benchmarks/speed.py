@@ -6,7 +6,8 @@
     python benchmarks/speed.py .bench --render                    # write the docs from what was measured
 
 Runs are interleaved: each round runs every case once, and in each case every program and the bare reading and writing
-of the same bytes, one after the other. Medians over the rounds are reported. What was measured is kept after every run
+of the same bytes, one after the other; runs of mergekit that take longer than two minutes are repeated once only.
+Medians over the rounds are reported, and how many runs they are of. What was measured is kept after every run
 (benchmarks/results/speed.json), so an interrupted benchmark goes on where it was.
 
 A cold run begins with none of the models' files in the page cache, a warm one with all of them; the programs' own files
@@ -82,6 +83,7 @@ class Case:
         return self.method != "linear" or self.budget is not None
 
 
+LONG_S, LONG_RUNS = 120, 2
 FIXED = "1GB"
 GROWTH = (2, 4, 8, 16, 32)
 CASES = (
@@ -276,7 +278,8 @@ def run(bench: Bench, cases: list[Case], rounds: int, known: dict[str, Any]) -> 
         if len(own["ours"]) <= number:
             bench.temper(case)
             own["ours"].append(bench.ours(case, out))
-        if case.peer and case.budget is None and bench.mergekit and len(own["mergekit"]) <= number:
+        wanted = case.peer and case.budget is None and bench.mergekit
+        if wanted and len(own["mergekit"]) <= number and not _is_long_enough(own["mergekit"]):
             bench.temper(case)
             own["mergekit"].append(bench.theirs(case, other))
             agreement = known.setdefault("agreement", {})
@@ -287,6 +290,10 @@ def run(bench: Bench, cases: list[Case], rounds: int, known: dict[str, Any]) -> 
         RESULTS.write_text(json.dumps(known, indent=1) + "\n")
         ours, theirs = (own[t][-1]["wall_s"] if own[t] else None for t in ("ours", "mergekit"))
         print(f"{number + 1} {case.name}: {ours} s, mergekit {theirs} s, limit {own['limit'][-1]}", flush=True)
+
+
+def _is_long_enough(rows: list[dict[str, Any]]) -> bool:
+    return len(rows) >= LONG_RUNS and median(rows, "wall_s") > LONG_S
 
 
 def median(rows: list[dict[str, Any]], key: str) -> float:

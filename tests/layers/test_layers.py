@@ -250,7 +250,8 @@ def test_a_flipped_bit_is_found_wherever_it_is(stored: tuple[Path, LayeredTensor
         damaged = bytearray(sound)
         damaged[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
-        with pytest.raises(CatalogError, match=f"layer {what[0]} of 'w', block {what[1]}" if what else "damaged|cut off"):
+        message = f"layer {what[0]} of 'w', block {what[1]}" if what else "damaged|cut off"
+        with pytest.raises(CatalogError, match=message):
             restored(path, tensor, base)
 
 

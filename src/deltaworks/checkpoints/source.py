@@ -1,9 +1,6 @@
 """A model's weight files, open for reading blocks of tensors."""
 
-import os
-import threading
 from collections.abc import Iterable
-from contextlib import suppress
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -14,8 +11,6 @@ from deltaworks.checkpoints.cached import PAGE, cached_bytes
 from deltaworks.checkpoints.checkpoint import Checkpoint
 from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.checkpoints.reader import ByteCounter, RangeReader
-
-_FETCHED_AT_ONCE = 4 << 20
 
 
 class _HasCheckpoint(Protocol):
@@ -47,24 +42,6 @@ def are_cached(models: Iterable[_HasCheckpoint]) -> bool:
                 found += cached_bytes(file.fileno(), 0, shard.size) or 0
             total += shard.size
     return found * 2 > total
-
-
-def fetch_ahead(model: _HasCheckpoint) -> None:
-    """Have the system bring a model's weight files to the page cache while the caller does something else.
-
-    Two pieces at most are on their way at a time: what the caller itself has to read would wait behind all of them.
-    """
-
-    def fetch() -> None:
-        for shard in model.checkpoint.shards:
-            with suppress(OSError), (model.checkpoint.path / shard.name).open("rb") as file:
-                fd = file.fileno()
-                for start in range(0, shard.size, _FETCHED_AT_ONCE):
-                    os.posix_fadvise(fd, start, _FETCHED_AT_ONCE, os.POSIX_FADV_WILLNEED)
-                    os.pread(fd, 1, max(0, start - 1))
-
-    if hasattr(os, "posix_fadvise"):
-        threading.Thread(target=fetch, daemon=True).start()
 
 
 class Source:

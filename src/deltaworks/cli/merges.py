@@ -1,11 +1,13 @@
 """merge, plan, run, verify: many experts to one model."""
 
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from deltaworks.checkpoints.ahead import fetch_ahead
 from deltaworks.cli.options import AsJson, BlockSize, CatalogPath, Quiet, Threads, print_json
 from deltaworks.units import format_bytes
 
@@ -57,6 +59,11 @@ Balanced = Annotated[
 VerifyError = Annotated[
     bool, typer.Option("--verify-error", help="Measure what the budget cost; reads every expert in full.")
 ]
+_MODEL = re.compile(r"""^[\s-]*(?:base_)?model:[ \t]*["']?([^\s"'#]+)""", re.MULTILINE)
+_BUDGET = re.compile(r"^\s*budget:", re.MULTILINE)
+_FETCHED = 512 << 20
+"""About what a disk reads while the program loads."""
+
 ProfileRun = Annotated[bool, typer.Option("--profile-run", help="Print where the time went, on standard error.")]
 
 
@@ -93,6 +100,8 @@ def merge(
     and analyzed where the method needs it, once. OUT appears when everything is written and flushed, with a manifest
     that `verify` checks. A stopped merge leaves nothing at OUT; the same command again takes up what was finished.
     """
+    if budget is None:
+        _fetch_starts(recipe)
     from deltaworks.catalog.store import Catalog
     from deltaworks.cli.progress import make_progress
     from deltaworks.merging.prepare import MergeOptions, plan_inputs, prepare_plan
@@ -238,6 +247,21 @@ def verify(
         typer.echo(
             f"{out} is what its manifest says: {result['files']} files, {format_bytes(result['bytes'])}{unknown}"
         )
+
+
+def _fetch_starts(recipe: Path) -> None:
+    """Have the start of every local model that a recipe names brought to memory, while the program itself loads."""
+    try:
+        text = recipe.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return  # whoever loads it says what is wrong
+    if _BUDGET.search(text):
+        return
+    files = []
+    for name in dict.fromkeys(_MODEL.findall(text)):
+        folder = next((f for f in (recipe.parent / name, Path(name)) if f.is_dir()), None)
+        files += sorted(folder.glob("*.safetensors"))[:1] if folder else []
+    fetch_ahead(files, _FETCHED)
 
 
 def _budget(text: str | None) -> "Budget | None":

@@ -15,8 +15,8 @@ from deltaworks.catalog.register import check_same_tensors, check_unchanged, ens
 from deltaworks.catalog.statistics import DeltaTable, read_table
 from deltaworks.catalog.storage import read_cost
 from deltaworks.catalog.store import Catalog
+from deltaworks.checkpoints.ahead import fetch_ahead
 from deltaworks.checkpoints.sidecars import chat_template, vocabulary
-from deltaworks.checkpoints.source import fetch_ahead
 from deltaworks.errors import ChangedError, NonFiniteError, RecipeError
 from deltaworks.merging.budget import Budget, parse_budget
 from deltaworks.merging.contributions import Overlaps
@@ -119,7 +119,8 @@ class Prepared:
         if weighs:
             # Planning takes as long as reading a base, of which a merge within a budget needs nearly all.
             for base in dict.fromkeys(self._bases.values()):
-                fetch_ahead(self.models[base])
+                checkpoint = self.models[base].checkpoint
+                fetch_ahead([checkpoint.path / shard.name for shard in checkpoint.shards])
             pairs = list(self._bases.items())
             for pair in pairs:
                 self._analyze(*pair)
