@@ -35,7 +35,7 @@ def layers_of(
 ) -> tuple[Bytes, NDArray[np.int64], NDArray[np.float64]]:
     room = most_bytes(count)
     out, scratch = np.full(room, 0xA5, np.uint8), np.full((2, room), 0x5A, np.uint8)
-    ends, left = np.zeros(DEPTH, np.int64), np.zeros(DEPTH)
+    ends, left = np.zeros(DEPTH, np.int64), np.zeros(DEPTH + 1)
     codes, shift = (base_type.code, expert_type.code), SHIFTS[expert_type]
     encode_block(padded(base), codes[0], padded(expert), codes[1], count, shift, scratch, out, ends, left)
     assert (np.diff(ends) >= 0).all()
@@ -62,6 +62,8 @@ def check(base: Bytes, base_type: DType, expert: Bytes, expert_type: DType) -> l
         delta = (x - b).astype(np.float64)
         finite = np.isfinite(delta)
         errors = []
+        if finite.all() and np.square(delta).sum() < 1e30:
+            assert left[0] == pytest.approx(np.square(delta).sum(), rel=1e-5, abs=1e-34)
         for depth in range(1, DEPTH + 1):
             got = told(layers, ends, depth, b, SHIFTS[expert_type])
             missed = float(np.square((x.astype(np.float64) - got)[finite]).sum())
@@ -69,8 +71,8 @@ def check(base: Bytes, base_type: DType, expert: Bytes, expert_type: DType) -> l
             # Blocks that hold what is not finite are never weighed by what layers leave.
             if finite.all() and whole < 1e30:
                 # What is told is added to the base, and rounded.
-                rounding = 1e-20 + 2.0**-23 * float(np.linalg.norm(np.maximum(np.abs(b), np.abs(x)).astype(np.float64)))
-                assert np.sqrt(left[depth - 1]) == pytest.approx(np.sqrt(missed), rel=1e-3, abs=rounding)
+                rounding = 1e-17 + 2.0**-23 * float(np.linalg.norm(np.maximum(np.abs(b), np.abs(x)).astype(np.float64)))
+                assert np.sqrt(left[depth]) == pytest.approx(np.sqrt(missed), rel=1e-3, abs=rounding)
             errors.append(float(np.sqrt(missed / whole)) if whole else 0.0)
     assert left[-1] == 0
     np.testing.assert_array_equal(exact_elements(got, expert_type), expert)
@@ -211,7 +213,7 @@ def stored(tmp_path: Path) -> tuple[Path, LayeredTensor, Floats, Bytes]:
     for block in range(2):
         own = slice(2 * 4096 * block, 2 * 4096 * (block + 1))
         layers, ends, left = layers_of(base[own], BF16, expert[own], BF16, len(expert[own]) // 2)
-        writer.add(block, layers, ends, left, 1.0)
+        writer.add(block, layers, ends, left)
     assert not (tmp_path / "x.layers").exists()
     writer.commit([tensor], {"block_size": 4096})
     writer.abandon()

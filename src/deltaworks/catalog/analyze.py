@@ -3,12 +3,14 @@
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from deltaworks.catalog.histogram import BINS, Histogram, drain
+from deltaworks.catalog.layering import LayerBuffers, Layering
 from deltaworks.catalog.models import Model
 from deltaworks.catalog.sketch import BUCKETS, SAMPLES, sample_places, signs
 from deltaworks.catalog.statistics import (
@@ -70,7 +72,8 @@ class _Block:
 
 
 class _Slot:
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, buffers: LayerBuffers | None) -> None:
+        self.layers = buffers
         self.rows = page_aligned(2, nbytes + 2 * PAGE)
         self.base, self.expert = self.rows
         self.scratch = np.empty((3, TILE), np.float32)
@@ -91,6 +94,7 @@ def analyze(
     block_size: int | None = None,
     threads: int | None = None,
     force: bool = False,
+    layers: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure the delta of `expert` against `base` and keep it, unless the catalog has it already.
@@ -102,18 +106,22 @@ def analyze(
         block_size: elements a block; by default what an earlier analysis used, or `default_block_size`.
         threads: compute threads; all cores by default.
         force: measure again.
+        layers: keep the delta itself as well, in layers.
         progress: told of the bytes read.
 
     Returns:
         The summary: `block_size`, `tensors`, `elements`, `zeros` (elements whose delta is zero), `relative_norm` (of
-        the delta against the base), `nonfinite` (tensors with NaN or infinity), `bytes_read`, `statistics_bytes`.
+        the delta against the base), `nonfinite` (tensors with NaN or infinity), `bytes_read`, `statistics_bytes`, and
+        where layers were asked for `layers_bytes`.
 
     Raises:
         UserError: the block size is no power of two from 4 Ki to 4 Mi.
     """
     progress = progress or Silent()
     known = catalog.find_analysis(expert.fingerprint, base.fingerprint)
-    if known is not None and not force and block_size in (None, known[0]):
+    layers_file = catalog.layers_file(expert.fingerprint, base.fingerprint)
+    has_layers = layers_file.is_file()
+    if known is not None and not force and block_size in (None, known[0]) and (has_layers or not layers):
         return known[2]
     block_size = check_block_size(block_size or (known[0] if known else default_block_size(base)))
     threads = threads or os.cpu_count() or 1
@@ -121,25 +129,35 @@ def analyze(
     counter = ByteCounter()
     path = catalog.statistics_file(expert.fingerprint, base.fingerprint)
     widest = max((t.dtype.bits for pair in pairs for t in pair), default=8) // 8
-    slots = [_Slot(block_size * widest) for _ in range(threads + READS_IN_FLIGHT + 2)]
+    most = min(block_size, max((b.count for b, _ in pairs), default=1))
+    slots = [
+        _Slot(block_size * widest, LayerBuffers(most) if layers else None) for _ in range(threads + READS_IN_FLIGHT + 2)
+    ]
     measure_read_cost(catalog, expert)
     progress.start(f"analyze {expert.name}", sum(b.nbytes + e.nbytes for b, e in pairs))
     with (
         Source(base, counter, direct=not are_cached([base])) as base_source,
         Source(expert, counter, direct=not are_cached([expert])) as expert_source,
+        ExitStack() as unfinished,
     ):
         writer = StatisticsWriter(path, block_size)
-        stages = _Stages(base_source, expert_source, pairs, block_size, writer, progress)
+        unfinished.callback(writer.abandon)
+        layering = Layering(layers_file, expert, base, pairs, block_size) if layers else None
+        if layering is not None:
+            unfinished.callback(layering.abandon)
+        stages = _Stages(base_source, expert_source, pairs, block_size, writer, layering, progress)
+        kept: dict[str, Any] = {}
         try:
-            pipeline = Pipeline(slots, stages.read, stages.compute, lambda *_: None, stages.commit, threads)
+            pipeline = Pipeline(slots, stages.read, stages.compute, stages.write, stages.commit, threads)
             pipeline.run(_blocks(pairs, block_size))
             writer.commit()
+            if layering is not None:
+                kept = layering.commit(expert_source)
         except OSError as error:
             raise storage_error(path, error) from error
         finally:
-            writer.abandon()
             progress.finish()
-    result = stages.summary.result(block_size, counter.value, path.stat().st_size)
+    result = stages.summary.result(block_size, counter.value, path.stat().st_size) | kept
     catalog.save_analysis(expert.fingerprint, base.fingerprint, block_size, path, result)
     if result["relative_norm"] > FAR_FROM_BASE:
         progress.note(
@@ -159,10 +177,11 @@ class _Stages:
         pairs: Sequence[tuple[TensorInfo, TensorInfo]],
         block_size: int,
         writer: StatisticsWriter,
+        layering: Layering | None,
         progress: Progress,
     ) -> None:
         self._base, self._expert, self._pairs, self._block_size = base, expert, pairs, block_size
-        self._writer, self._progress = writer, progress
+        self._writer, self._layering, self._progress = writer, layering, progress
         self._gathered: dict[int, dict[int, BlockStatistics]] = {}
         self._next = 0
         self._signs = signs()
@@ -182,7 +201,9 @@ class _Stages:
         )
 
     def compute(self, task: _Block, slot: _Slot) -> None:
-        """Measure the block in the slot."""
+        """Measure the block in the slot, and encode it."""
+        if self._layering is not None and slot.layers is not None and self._layering.is_layered(task.tensor):
+            self._layering.encode((task.base, slot.base), (task.expert, slot.expert), task.count, slot.layers)
         measure_block(
             slot.base,
             task.base.dtype.code,
@@ -199,6 +220,11 @@ class _Stages:
             slot.values,
         )
         slot.used = drain(slot.histogram, slot.bins, slot.counts)
+
+    def write(self, task: _Block, slot: _Slot) -> None:
+        """Write the block's layers."""
+        if self._layering is not None and slot.layers is not None and self._layering.is_layered(task.tensor):
+            self._layering.write(task.tensor, task.block, slot.layers)
 
     def commit(self, task: _Block, slot: _Slot) -> None:
         """Take the result over, and hand on every tensor that is complete, in order."""

@@ -159,6 +159,10 @@ class Catalog:
         """Where the statistics of the delta between two fingerprints are kept."""
         return self.path / "statistics" / f"{expert[:24]}-{base[:24]}.parquet"
 
+    def layers_file(self, expert: str, base: str) -> Path:
+        """Where the layers of the delta between two fingerprints are kept, once they are built."""
+        return self.path / "layers" / f"{expert[:24]}-{base[:24]}.layers"
+
     def save_analysis(self, expert: str, base: str, block_size: int, file: Path, summary: dict[str, Any]) -> None:
         """Record that the statistics of the delta `expert` minus `base` (fingerprints) stand in `file`."""
         with self.transaction():

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from deltaworks.cli.options import AsJson, BlockSize, CatalogPath, Quiet, Threads, print_json
-from deltaworks.units import format_bytes
+from deltaworks.units import format_bytes, parse_bytes
 
 
 def attach(app: typer.Typer) -> None:
@@ -65,6 +65,21 @@ def analyze(
         str | None, typer.Option(metavar="BASE", help="Analyze against this base instead of the one registered with.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Measure again what the catalog has.")] = False,
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers/--no-layers",
+            help="Keep each expert as well, as layers over its base: about 45% of its bytes, to the last bit.",
+        ),
+    ] = False,
+    layers_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="With --layers: the most that all layers in the catalog may take together. [default: the disk]",
+            show_default=False,
+        ),
+    ] = None,
     block_size: BlockSize = None,
     threads: Threads = None,
     catalog: CatalogPath = None,
@@ -76,6 +91,7 @@ def analyze(
     `merge` does this where it must; do it ahead to keep it out of the first merge.
     """
     from deltaworks.catalog import analyze as analyzing
+    from deltaworks.catalog.layering import check_room
     from deltaworks.catalog.models import Kind
     from deltaworks.catalog.register import base_of, check_unchanged, find_model
     from deltaworks.catalog.store import Catalog
@@ -92,8 +108,11 @@ def analyze(
             raise UserError(
                 "the catalog holds no experts; register one with: deltaworks register NAME PATH --base BASE"
             )
-        for model in chosen:
-            against = base_of(opened, model, base, progress=progress)
+        pairs = [(model, base_of(opened, model, base, progress=progress)) for model in chosen]
+        without = [m for m, b in pairs if force or not opened.layers_file(m.fingerprint, b.fingerprint).is_file()]
+        if layers and without:
+            progress.note(check_room(opened, without, parse_bytes(layers_limit) if layers_limit else None))
+        for model, against in pairs:
             summary = analyzing.analyze(
                 opened,
                 check_unchanged(opened, model, progress),
@@ -101,6 +120,7 @@ def analyze(
                 block_size=block_size,
                 threads=threads,
                 force=force,
+                layers=layers,
                 progress=progress,
             )
             results.append({"expert": model.name, "base": against.name, **summary})

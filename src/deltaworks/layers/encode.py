@@ -18,6 +18,7 @@ from deltaworks.checkpoints.vector import (
     load,
     lookup,
     lower_bytes,
+    maximum,
     packed,
     select,
     splat,
@@ -27,7 +28,7 @@ from deltaworks.checkpoints.vector import (
     widen,
 )
 from deltaworks.layers.bitstream import SLACK, count_ones, lanes_below, put, put_half
-from deltaworks.layers.cells import CENTRES, DEPTH, EDGES, GROUP, MEANS, OCTAVES, RANGES, RAW, SPAN, WAYS
+from deltaworks.layers.cells import CENTRES, EDGES, GROUP, MEANS, OCTAVES, RANGES, RAW, SPAN, WAYS
 from deltaworks.layers.decode import (
     HEAD,
     IS_SPARSE,
@@ -82,7 +83,8 @@ def encode_block(
         scratch: uint8, [2, `most_bytes(count)`].
         out: uint8, at least `most_bytes(count)`; set.
         ends: int64, [DEPTH]; set to where each layer ends.
-        left: float64, [DEPTH]; set to the sum of squares of what each depth leaves of the delta.
+        left: float64, [DEPTH + 1]; set to the sum of squares of what so many layers leave of the delta, none first;
+            what is infinite or NaN does not count.
     """
     tiles = -(-count // TILE)
     b, x = np.zeros((1, TILE), np.float32), np.zeros((1, TILE), np.float32)
@@ -93,17 +95,21 @@ def encode_block(
     magnitude = splat(MAGNITUDE)
     for t in range(tiles):
         n = _load_tiles(base, base_code, expert, expert_code, t, count, b, x)
-        for i in range(0, n, LANES):
-            vb, vx = load(b, 0, i), load(x, 0, i)
-            size = bits(vx - vb) & magnitude
-            other = bits(vb) != bits(vx)
-            where = packed(other)
-            changed[t + 1] += count_ones(where)
-            g = (t * TILE + i) // GROUP
-            peaks[g] = max(peaks[g], largest(size))
-            differs[g] |= where != _ZERO
-            finite = select(size < splat(_INFINITE), floats(size), splat(np.float32(0.0)))
-            means[(t * TILE + i) // SPAN] += sum_in_order(widen(finite))
+        for s in range(0, n, SPAN):
+            total = splat(0.0)
+            for g in range(s, min(s + SPAN, n), GROUP):
+                peak, ones = splat(_ZERO), 0
+                for i in range(g, min(g + GROUP, n), LANES):
+                    vb, vx = load(b, 0, i), load(x, 0, i)
+                    size = bits(vx - vb) & magnitude
+                    ones += count_ones(packed(bits(vb) != bits(vx)))
+                    peak = maximum(peak, size)
+                    finite = select(size < splat(_INFINITE), floats(size), splat(np.float32(0.0)))
+                    total = total + widen(finite)
+                place = (t * TILE + g) // GROUP
+                peaks[place], differs[place] = largest(peak), ones > 0
+                changed[t + 1] += ones
+            means[(t * TILE + s) // SPAN] = sum_in_order(total)
     for t in range(tiles):
         changed[t + 1] += changed[t]
     sparse = (count - changed[tiles]) * SPARSE_FROM > count
@@ -178,7 +184,6 @@ def encode_block(
         out[at : at + nbytes] = scratch[layer, :nbytes]
         at += nbytes
         ends[layer + 5] = at
-    left[DEPTH - 1] = 0.0
 
 
 @kernel
@@ -316,7 +321,7 @@ def _write_group(
 ) -> int:
     """Write one group; returns how many elements of the block have bits so far."""
     edges, centres = scaled(EDGES, max(1, code), top), scaled(CENTRES, max(1, code), top)
-    left1 = left2 = left3 = left4 = left5 = left6 = splat(0.0)
+    left0 = left1 = left2 = left3 = left4 = left5 = left6 = splat(np.float32(0.0))
     zeros, nothing, all_bits = splat(_ZERO), splat(np.float32(0.0)), splat(np.uint32(shift))
     for i in range(start, min(start + GROUP, n), LANES):
         vb, vx = load(b, 0, i), load(x, 0, i)
@@ -332,9 +337,10 @@ def _write_group(
         told = select(negative, nothing - splat(mean), splat(mean))
         finite = (bits(delta) & splat(MAGNITUDE)) < splat(_INFINITE)
         real = changed & finite
+        own = _square(select(real, delta, nothing))
+        left0 = left0 + own
         left1 = left1 + _square(select(real, delta - told, nothing))
         if code in (0, RAW):
-            own = _square(select(real, delta, nothing))
             left2, left3, left4, left5, left6 = left2 + own, left3 + own, left4 + own, left5 + own, left6 + own
             if code == RAW:
                 _write_rest(place, splat(np.uint32(32)) - all_bits, changed, out, scratch, bit)
@@ -357,12 +363,13 @@ def _write_group(
         left5 = left5 + _square(select(changed, delta - told, nothing))
         told = number_at(first + _middle(found, many, width, splat(np.uint32(10))), all_bits) - vb
         left6 = left6 + _square(select(changed, delta - told, nothing))
-    left[0] += sum_in_order(left1)
-    left[1] += sum_in_order(left2)
-    left[2] += sum_in_order(left3)
-    left[3] += sum_in_order(left4)
-    left[4] += sum_in_order(left5)
-    left[5] += sum_in_order(left6)
+    left[0] += sum_in_order(widen(left0))
+    left[1] += sum_in_order(widen(left1))
+    left[2] += sum_in_order(widen(left2))
+    left[3] += sum_in_order(widen(left3))
+    left[4] += sum_in_order(widen(left4))
+    left[5] += sum_in_order(widen(left5))
+    left[6] += sum_in_order(widen(left6))
     return active
 
 
@@ -377,9 +384,8 @@ def _put_lanes(out: NDArray[np.uint8], bit: int, lanes: Any, where: np.uint32, s
 
 @inlined
 def _square(x: Any) -> Any:
-    """The squares of F32, as F64."""
-    wide = widen(x)
-    return wide * wide
+    """The squares of F32: their sums over a group are far more exact than what is made of them."""
+    return x * x
 
 
 @inlined

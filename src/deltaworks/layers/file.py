@@ -33,10 +33,10 @@ from deltaworks.layers.decode import decode_block, layers_start, open_block, ope
 
 MAGIC: Final = b"DWLAYERS"
 INDEX: Final = np.dtype(
-    [("offset", "<u8"), ("ends", "<u4", DEPTH), ("checksums", "<u8", DEPTH), ("left", "<f4", DEPTH), ("square", "<f4")]
+    [("offset", "<u8"), ("ends", "<u4", DEPTH), ("checksums", "<u8", DEPTH), ("left", "<f4", DEPTH + 1)]
 )
-"""Of each block: its place in the file, where in it each layer ends, their checksums, the squares that remain of the
-delta where so many layers are read, and the square of the delta itself."""
+"""Of each block: its place in the file, where in it each layer ends, their checksums, and the squares that remain of
+the delta where so many layers are read, none first."""
 END: Final = np.dtype(
     [
         ("index", "<u8"),
@@ -93,38 +93,35 @@ class LayerWriter:
         self._index = np.zeros(blocks, INDEX)
         self._lock = threading.Lock()
         self._end = len(MAGIC)
-        self._write(MAGIC, 0)
 
     @property
     def nbytes(self) -> int:
         """Bytes written so far."""
         return self._end
 
-    def add(
-        self,
-        record: int,
-        layers: NDArray[np.uint8],
-        ends: NDArray[np.int64],
-        left: NDArray[np.float64],
-        square: float,
-    ) -> None:
+    def add(self, record: int, layers: NDArray[np.uint8], ends: NDArray[np.int64], left: NDArray[np.float64]) -> None:
         """Write a block.
 
         Args:
             record: its place in the index.
             layers: uint8; all layers, one after the other.
             ends: int64, [DEPTH]; where each ends.
-            left: float64, [DEPTH]; squares that so many layers leave of the delta.
-            square: of the delta.
+            left: float64, [DEPTH + 1]; squares that so many layers leave of the delta.
         """
         total = int(ends[-1])
         with self._lock:
             offset, self._end = self._end, self._end + total
         own = self._index[record]
-        own["offset"], own["ends"], own["left"], own["square"] = offset, ends, left, square
+        own["offset"], own["ends"], own["left"] = offset, ends, left
         starts = [0, *ends[:-1].tolist()]
         own["checksums"] = [checksum(layers[a:b]) for a, b in zip(starts, ends.tolist(), strict=True)]
         self._write(layers[:total].data, offset)
+
+    def add_raw(self, record: int, elements: NDArray[np.uint8]) -> None:
+        """Write a block of a tensor that is no delta: its elements (uint8) as they are."""
+        ends = np.zeros(DEPTH, np.int64)
+        ends[-1] = len(elements)
+        self.add(record, elements, ends, np.zeros(DEPTH + 1))
 
     def commit(self, tensors: Sequence[LayeredTensor], about: Mapping[str, Any]) -> None:
         """Write index and contents, flush them and give the file its name.
@@ -143,6 +140,7 @@ class LayerWriter:
         end["index_checksum"], end["contents_checksum"] = checksum(index), checksum(contents)
         end["magic"] = MAGIC
         self._write(index + contents + end.tobytes(), self._end)
+        self._write(MAGIC, 0)
         os.fsync(self._fd)
         self._partial.replace(self._path)
 

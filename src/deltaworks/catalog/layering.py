@@ -1,0 +1,160 @@
+"""Layers of a delta, written while it is analyzed."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltaworks.catalog.models import Model
+from deltaworks.catalog.store import Catalog
+from deltaworks.checkpoints.header import TensorInfo
+from deltaworks.checkpoints.source import Source
+from deltaworks.errors import UserError
+from deltaworks.layers.cells import DEPTH
+from deltaworks.layers.encode import encode_block, most_bytes
+from deltaworks.layers.file import SHIFTS, LayeredTensor, LayerWriter, is_layered
+from deltaworks.units import format_bytes
+
+USUAL_SHARE = 0.45
+"""Of an expert's bytes that its layers come to: 0.42 to 0.45 for fine-tunes in BF16."""
+
+Pairs = Sequence[tuple[TensorInfo, TensorInfo]]
+
+
+class LayerBuffers:
+    """What a thread encodes a block with.
+
+    Args:
+        block_size: elements in a block.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self.packed = np.empty(most_bytes(block_size), np.uint8)
+        self.scratch = np.empty((2, len(self.packed)), np.uint8)
+        self.ends = np.zeros(DEPTH, np.int64)
+        self.left = np.zeros(DEPTH + 1)
+
+
+class Layering:
+    """The layers of one expert on their way to their file. Threads may share it.
+
+    Args:
+        path: the file to appear.
+        expert: the model.
+        base: what its deltas are against.
+        pairs: tensors of the base and of the expert that are analyzed.
+        block_size: elements a block.
+    """
+
+    def __init__(self, path: Path, expert: Model, base: Model, pairs: Pairs, block_size: int) -> None:
+        self._block_size = block_size
+        self._tensors: list[LayeredTensor] = []
+        self._records: list[int | None] = []
+        end = 0
+        for b, e in pairs:
+            layered = is_layered(e.dtype, b.dtype)
+            self._records.append(end if layered else None)
+            if layered:
+                end = self._add(e, end, is_delta=True)
+        held = {t.name for t in self._tensors}
+        # An expert that is gone is to come back whole, so the rest of it is kept as it is.
+        self._rest = [t for t in expert.checkpoint.tensors.values() if t.name not in held]
+        self._first_rest = end
+        for info in self._rest:
+            end = self._add(info, end, is_delta=False)
+        path.parent.mkdir(exist_ok=True)
+        self._about = {"block_size": block_size, "expert": expert.fingerprint, "base": base.fingerprint}
+        self._writer = LayerWriter(path, end)
+
+    def _add(self, info: TensorInfo, first: int, *, is_delta: bool) -> int:
+        blocks = max(1, -(-info.count // self._block_size))
+        self._tensors.append(LayeredTensor(info.name, info.dtype.name, info.shape, is_delta, first, blocks))
+        return first + blocks
+
+    def encode(
+        self,
+        base: tuple[TensorInfo, NDArray[np.uint8]],
+        expert: tuple[TensorInfo, NDArray[np.uint8]],
+        count: int,
+        buffers: LayerBuffers,
+    ) -> None:
+        """Encode a block of so many elements, of which a tensor and raw elements (uint8) are given of both models."""
+        encode_block(
+            base[1],
+            base[0].dtype.code,
+            expert[1],
+            expert[0].dtype.code,
+            count,
+            SHIFTS[expert[0].dtype],
+            buffers.scratch,
+            buffers.packed,
+            buffers.ends,
+            buffers.left,
+        )
+
+    def is_layered(self, pair: int) -> bool:
+        """Whether a pair of tensors has layers."""
+        return self._records[pair] is not None
+
+    def write(self, pair: int, block: int, buffers: LayerBuffers) -> None:
+        """Write a block that was encoded."""
+        first = self._records[pair]
+        assert first is not None
+        self._writer.add(first + block, buffers.packed, buffers.ends, buffers.left)
+
+    def commit(self, source: Source) -> dict[str, Any]:
+        """Write what is no delta, and finish the file.
+
+        Args:
+            source: the expert's open files.
+
+        Returns:
+            `layers_bytes`, of the file.
+        """
+        record = self._first_rest
+        for info in self._rest:
+            for start in range(0, max(1, info.count), self._block_size):
+                count = min(self._block_size, info.count - start)
+                raw = np.empty(info.dtype.nbytes(count), np.uint8)
+                source.read(info, start, count, raw)
+                self._writer.add_raw(record, raw)
+                record += 1
+        self._writer.commit(self._tensors, self._about)
+        return {"layers_bytes": self._writer.nbytes}
+
+    def abandon(self) -> None:
+        """Leave nothing behind; harmless after `commit`."""
+        self._writer.abandon()
+
+
+def check_room(catalog: Catalog, experts: Sequence[Model], limit: int | None) -> str:
+    """What the layers of some experts will take.
+
+    Args:
+        catalog: where they go.
+        experts: those that have none yet.
+        limit: the most that all layers in the catalog may take together; None for what the disk has.
+
+    Returns:
+        A line for people.
+
+    Raises:
+        UserError: they would take more than `limit`, or than the disk has left.
+    """
+    wanted = round(USUAL_SHARE * sum(e.checkpoint.nbytes for e in experts))
+    folder = catalog.path / "layers"
+    held = sum(p.stat().st_size for p in folder.glob("*.layers")) if folder.is_dir() else 0
+    free = shutil.disk_usage(catalog.path).free
+    line = (
+        f"the layers of {len(experts)} expert{'s' if len(experts) > 1 else ''} will take about {format_bytes(wanted)}"
+        f" in {folder}"
+        f" ({format_bytes(held)} there, {format_bytes(free)} free)"
+    )
+    if limit is not None and held + wanted > limit:
+        raise UserError(f"{line}, more than the limit of {format_bytes(limit)}; raise --layers-limit")
+    if wanted > free:
+        raise UserError(f"{line}, more than there is; make room, or leave --layers out")
+    return line
