@@ -75,8 +75,8 @@ def measure(family: Path) -> dict[str, Any]:
                 "bits": [8 * int(e) / count for e in ends],
                 "left": [float(np.sqrt(v / left[0])) for v in left[1:]],
                 "entropy": entropy(distance),
-                "zstd": {str(k): 8 * len(pa.compress(distance, _zstd(k), asbytes=True)) / count for k in LEVELS},
-                "split_zstd": {str(k): 8 * len(pa.compress(split, _zstd(k), asbytes=True)) / count for k in LEVELS},
+                "zstd": {str(k): 8 * len(_zstd(k).compress(distance, asbytes=True)) / count for k in LEVELS},
+                "split_zstd": {str(k): 8 * len(_zstd(k).compress(split, asbytes=True)) / count for k in LEVELS},
             }
             file.close()
     return rows
@@ -89,7 +89,7 @@ def _zstd(level: int) -> pa.Codec:
 def render(known: dict[str, Any]) -> None:
     """Write the tables of docs/layers.md."""
     lines = ["", "| family | expert | layers | entropy | zstd -3 | -19 | bytes split, -3 | -19 |", "|---|" + "---|" * 7]
-    near = ["", "| family | expert | " + " | ".join(f"{d} layers" for d in range(1, DEPTH)) + " |", "|---|---" * DEPTH]
+    near = ["", "| family | expert | " + " | ".join(f"{d} layer{'s' if d > 1 else ''}" for d in range(1, DEPTH)) + " |", "|---|---" * DEPTH]
     near[2] = "|---|---|" + "---|" * (DEPTH - 1)
     for family, experts in known.items():
         for name, row in experts.items():
