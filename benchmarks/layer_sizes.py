@@ -89,8 +89,8 @@ def _zstd(level: int) -> pa.Codec:
 def render(known: dict[str, Any]) -> None:
     """Write the tables of docs/layers.md."""
     lines = ["", "| family | expert | layers | entropy | zstd -3 | -19 | bytes split, -3 | -19 |", "|---|" + "---|" * 7]
-    near = ["", "| family | expert | " + " | ".join(f"{d} layer{'s' if d > 1 else ''}" for d in range(1, DEPTH)) + " |", "|---|---" * DEPTH]
-    near[2] = "|---|---|" + "---|" * (DEPTH - 1)
+    depths = [f"{d} layer{'s' if d > 1 else ''}" for d in range(1, DEPTH)]
+    near = ["", f"| family | expert | {' | '.join(depths)} |", "|---|---|" + "---|" * len(depths)]
     for family, experts in known.items():
         for name, row in experts.items():
             sizes = [row["file_bits"], row["entropy"], *row["zstd"].values(), *row["split_zstd"].values()]

@@ -2,7 +2,9 @@
 
 import math
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +38,7 @@ from deltaworks.progress import Progress, Silent
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 1 << 12, 1 << 22
 _BLOCKS_A_MODEL = 512
+_UNFINISHED = 4
 FAR_FROM_BASE = 1.0
 """Relative norm of a delta from which on an expert is no plausible fine-tune: two unrelated models differ by 1.4."""
 
@@ -146,10 +149,12 @@ def analyze(
         if layering is not None:
             unfinished.callback(layering.abandon)
         stages = _Stages(base_source, expert_source, pairs, block_size, writer, layering, progress)
+        unfinished.callback(stages.close)
         kept: dict[str, Any] = {}
         try:
             pipeline = Pipeline(slots, stages.read, stages.compute, stages.write, stages.commit, threads)
             pipeline.run(_blocks(pairs, block_size))
+            stages.finish()
             writer.commit()
             if layering is not None:
                 kept = layering.commit(expert_source)
@@ -184,6 +189,9 @@ class _Stages:
         self._writer, self._layering, self._progress = writer, layering, progress
         self._gathered: dict[int, dict[int, BlockStatistics]] = {}
         self._next = 0
+        # What is made of a whole tensor would hold up the blocks of the next.
+        self._finishing = ThreadPoolExecutor(1)
+        self._unfinished: deque[Future[None]] = deque()
         self._signs = signs()
         self.summary = _Summary()
 
@@ -239,11 +247,25 @@ class _Stages:
             if len(found) < _block_count(pair[0], self._block_size):
                 return
             ordered = [found[i] for i in range(len(found))]
-            total = add_up([b.histogram for b in ordered])
-            self._writer.add(TensorStatistics(pair[1].name, self._block_size, total, ordered))
-            self.summary.add(pair[1].name, ordered)
+            self._unfinished.append(self._finishing.submit(self._finish_tensor, pair[1].name, ordered))
+            if len(self._unfinished) > _UNFINISHED:
+                self._unfinished.popleft().result()
             del self._gathered[self._next]
             self._next += 1
+
+    def _finish_tensor(self, name: str, blocks: list[BlockStatistics]) -> None:
+        total = add_up([b.histogram for b in blocks])
+        self._writer.add(TensorStatistics(name, self._block_size, total, blocks))
+        self.summary.add(name, blocks)
+
+    def finish(self) -> None:
+        """Wait until every tensor that is complete is written."""
+        while self._unfinished:
+            self._unfinished.popleft().result()
+
+    def close(self) -> None:
+        """Give up what is not written."""
+        self._finishing.shutdown(cancel_futures=True)
 
 
 def _blocks(pairs: Sequence[tuple[TensorInfo, TensorInfo]], block_size: int) -> Iterator[_Block]:
