@@ -15,7 +15,7 @@ from deltaworks.checkpoints.dtypes import BF16, F16, F32, F64, DType
 from deltaworks.checkpoints.reader import ByteCounter
 from deltaworks.errors import CatalogError
 from deltaworks.layers.bitstream import gather, gather_reference, scatter, scatter_reference
-from deltaworks.layers.cells import CENTRES, DEPTH, EDGES, GROUP, RANGES, WAYS
+from deltaworks.layers.cells import CENTRES, DEPTH, EDGES, GROUP, RANGES, SHARES, WAYS
 from deltaworks.layers.decode import decode_block, layers_start, open_block, opened_bytes
 from deltaworks.layers.encode import encode_block, most_bytes
 from deltaworks.layers.file import SHIFTS, LayeredTensor, LayerFile, LayerWriter, exact_elements, is_layered
@@ -172,7 +172,9 @@ def test_the_centres_are_those_of_a_normal_group() -> None:
         for depth in (2, 3, 4):
             halves = at >> (4 - depth)
             means = [own[halves == i].mean() for i in range(1 << (depth - 1))]
-            assert CENTRES[w, (1 << (depth - 1)) - 2 :][: len(means)] == pytest.approx(means, rel=0.03)
+            first = (1 << (depth - 1)) - 2
+            assert CENTRES[w, first:][: len(means)] == pytest.approx(means, rel=0.03)
+            assert SHARES[w, first] == pytest.approx((halves == 0).mean(), rel=0.03)
 
 
 def test_ranges_ascend() -> None:

@@ -55,6 +55,17 @@ CENTRES: Final = np.array(
 """Mean magnitudes, in the same units, in the 2, 4 and 8 cells of layers 2 to 4 where a group is normally distributed
 and its range the smallest that holds it: float32, [WAYS, 2 + 4 + 8 and two zeros]."""
 
+SHARES: Final = np.full((WAYS, 16), 1e30, np.float32)
+"""How many of a normal group's elements lie in the first cell of layers 2, 3 and 4, where CENTRES has those: float32,
+[WAYS, 16], with a large number elsewhere."""
+SHARES[:, (0, 2, 6)] = (
+    (0.936, 0.664, 0.372),
+    (0.736, 0.435, 0.229),
+    (0.690, 0.388, 0.200),
+    (0.682, 0.382, 0.197),
+    (0.678, 0.380, 0.196),
+)
+
 RANGES: Final = np.array(
     [0.0, *(EDGES[i % WAYS, 8] * 2.0 ** (i // WAYS - OCTAVES) for i in range(WAYS * OCTAVES)), np.inf], np.float32
 )

@@ -30,16 +30,16 @@ from deltaworks.checkpoints.vector import (
     upper_bytes,
 )
 from deltaworks.layers.bitstream import SLACK, count_ones, lanes_below, next_bits, scatter, take, take_word
-from deltaworks.layers.cells import CENTRES, DEPTH, EDGES, GROUP, MEANS, OCTAVES, RAW, SPAN, WAYS
+from deltaworks.layers.cells import CENTRES, DEPTH, EDGES, GROUP, MEANS, OCTAVES, RAW, SHARES, SPAN, WAYS
 
 IS_SPARSE: Final = 1
 """Flag of a block in which layers tell which elements changed at all."""
 
 HEAD: Final = 8
-"""Bytes at the start of layer 1: flags, two bytes of zeros, the tops of means and ranges (int16 each), a byte of
-zeros twice."""
+"""Bytes at the start of layer 1: flags; which share of the elements is unchanged, in 256ths; two of zeros; the tops of
+means and ranges (int16 each)."""
 
-_SHIFT, _TOPS, _STARTS, _TABLES = 1, 3, 5, 16
+_SHIFT, _TOPS, _STARTS, _UNCHANGED, _TABLES = 1, 3, 5, 12, 16
 _SIGN = np.uint32(0x80000000)
 _ZERO, _ONE, _ALL = np.uint32(0), np.uint32(1), np.uint32(0xFFFFFFFF)
 _SIXTEEN = np.uint32(0xFFFF)
@@ -78,7 +78,7 @@ def open_block(row: NDArray[np.uint8], count: int, ends: NDArray[np.int64], dept
     table[0], table[_SHIFT] = depth, shift
     head = row[start : start + HEAD]
     sparse = head[0] & IS_SPARSE
-    table[2] = sparse
+    table[2], table[_UNCHANGED] = sparse, head[1]
     tops = head[4:8].view(np.int16)
     table[_TOPS], table[_TOPS + 1] = tops[0], tops[1]
     at = start + HEAD
@@ -149,6 +149,33 @@ def scaled(table: NDArray[np.float32], code: int, top: int) -> Any:
 
 
 @inlined
+def centres_above(code: int, top: int, unchanged: int) -> Any:
+    """The row of CENTRES (F32) for positive deltas, the first cells of which hold the unchanged elements as well.
+
+    Args:
+        code: of the range.
+        top: of the ranges.
+        unchanged: 256ths of the elements.
+    """
+    share = np.float32(unchanged) / np.float32(256.0)
+    changed = load(SHARES, (code - 1) % WAYS, 0) * splat((np.float32(1.0) - share) * np.float32(0.5))
+    return scaled(CENTRES, code, top) * (changed / (splat(share) + changed))
+
+
+@inlined
+def mean_above(mean: np.float32, unchanged: int) -> np.float32:
+    """The mean of what is not negative, where changed elements have this mean magnitude."""
+    share = np.float32(unchanged) / np.float32(256.0)
+    return mean * ((np.float32(1.0) - share) / (np.float32(1.0) + share))
+
+
+@inlined
+def signed(negative: Any, below: Any, above: Any) -> Any:
+    """`above`, or where `negative` is set, the opposite of `below`."""
+    return select(negative, splat(np.float32(0.0)) - below, above)
+
+
+@inlined
 def cells_of(base: Any, negative: Any, edges: Any, cell: Any, shift: Any) -> Any:
     """The ranks of the first number of a cell of the delta, and how many there are (one at least): U32 each.
 
@@ -190,14 +217,15 @@ def decode_tile(
         8 * int(table[_STARTS + 5]) + active,
         8 * int(table[_STARTS + 6]) + active,
     )
+    unchanged = int(table[_UNCHANGED])
     if depth == 1:
         unit = np.float32(math.ldexp(1.0, int(table[_TOPS])))
-        _decode_signs(row, means + tile * (TILE // SPAN), unit, mask, signs, sparse, base, count, out)
+        _decode_signs(row, means + tile * (TILE // SPAN), unit, unchanged, mask, signs, sparse, base, count, out)
     else:
         ranges = int(table[_STARTS + 3]) + tile * (TILE // GROUP)
         top = int(table[_TOPS + 1])
         if depth <= 4:
-            _decode_cells(row, ranges, top, mask, signs, planes, depth, sparse, base, count, out)
+            _decode_cells(row, ranges, top, unchanged, mask, signs, planes, depth, sparse, base, count, out)
         else:
             at = _TABLES + tiles + tile
             first = int(table[at])
@@ -216,6 +244,7 @@ def _decode_signs(
     row: NDArray[np.uint8],
     means: int,
     unit: np.float32,
+    unchanged: int,
     mask: int,
     signs: int,
     sparse: bool,
@@ -225,17 +254,17 @@ def _decode_signs(
 ) -> None:
     """A tile of which layer 1 is there: signs and means. Places are those of its parts, of bits in bits."""
     for s in range(0, count, SPAN):
-        mean = splat(unit * MEANS[row[means + s // SPAN]])
-        opposite = splat(np.float32(0.0)) - mean
+        mean = unit * MEANS[row[means + s // SPAN]]
+        above, below = splat(mean_above(mean, unchanged)), splat(mean)
         for i in range(s, min(s + SPAN, count), LANES):
             b = load(base, 0, i)
             if sparse:
                 where = take(row, mask + i, lanes_below(count - i))
-                told = b + select(unpacked(take(row, signs, where)), opposite, mean)
+                told = b + signed(unpacked(take(row, signs, where)), below, above)
                 store(out, i, select(unpacked(where), told, b))
                 signs += count_ones(where)
             else:
-                store(out, i, b + select(unpacked(np.uint32(next_bits(row, signs + i))), opposite, mean))
+                store(out, i, b + signed(unpacked(np.uint32(next_bits(row, signs + i))), below, above))
 
 
 @kernel
@@ -243,6 +272,7 @@ def _decode_cells(
     row: NDArray[np.uint8],
     ranges: int,
     top: int,
+    unchanged: int,
     mask: int,
     signs: int,
     planes: tuple[int, int, int],
@@ -259,7 +289,7 @@ def _decode_cells(
     for g in range(0, count, GROUP):
         code = row[ranges + g // GROUP]
         known = code not in (0, RAW)
-        centres = scaled(CENTRES, max(1, code), top)
+        above, below = centres_above(max(1, code), top, unchanged), scaled(CENTRES, max(1, code), top)
         for i in range(g, min(g + GROUP, count), LANES):
             b = load(base, 0, i)
             where = take(row, mask + i, lanes_below(count - i)) if sparse else _SIXTEEN
@@ -267,9 +297,8 @@ def _decode_cells(
                 i2 = take_some(row, at + bit2, where, sparse)
                 i3 = take_some(row, at + bit3, where, sparse) if depth > 2 else none
                 i4 = take_some(row, at + bit4, where, sparse) if depth > 3 else none
-                size = estimate(centres, depth, indices(i2, i3, i4))
-                negative = take_some(row, at, where, sparse)
-                told = b + select(negative, splat(np.float32(0.0)) - size, size)
+                cell, negative = indices(i2, i3, i4), take_some(row, at, where, sparse)
+                told = b + signed(negative, estimate(below, depth, cell), estimate(above, depth, cell))
                 b = select(unpacked(where), told, b) if sparse else told
             store(out, i, b)
             at += count_ones(where) if sparse else LANES

@@ -33,12 +33,15 @@ from deltaworks.layers.decode import (
     HEAD,
     IS_SPARSE,
     cells_of,
+    centres_above,
     estimate,
     indices,
     interleaved,
+    mean_above,
     number_at,
     places_of,
     scaled,
+    signed,
     smaller,
 )
 
@@ -115,10 +118,14 @@ def encode_block(
     sparse = (count - changed[tiles]) * SPARSE_FROM > count
     out[: HEAD + SLACK] = 0
     out[0] = IS_SPARSE if sparse else 0
+    unchanged = 0 if sparse else min(255, (256 * (count - changed[tiles]) + count // 2) // max(1, count))
+    out[1] = unchanged
     tops = out[4:8].view(np.int16)
     at = HEAD
     out[at : at + len(means) + SLACK] = 0
-    tops[0] = _write_means(means, changed, sparse, count, b, x, base, base_code, expert, expert_code, out[at:])
+    tops[0] = _write_means(
+        means, changed, sparse, unchanged, count, b, x, base, base_code, expert, expert_code, out[at:]
+    )
     at += len(means)
     if sparse:
         for t in range(tiles):
@@ -166,8 +173,8 @@ def encode_block(
             out[ranges + place] = code
             mean = np.float32(math.ldexp(1.0, int(tops[0]))) * MEANS[out[HEAD + (t * TILE + g) // SPAN]]
             active = _write_group(
-                b, x, g, n, code, top, mean, shift, sparse, out, mask_bit + t * TILE, sign_bit, planes, active,
-                scratch, bit, left,
+                b, x, g, n, code, top, mean, unchanged, shift, sparse, out, mask_bit + t * TILE, sign_bit, planes,
+                active, scratch, bit, left,
             )  # fmt: skip
         for layer in range(3):
             start = filled[layer] + (2 * tiles if layer else 0)
@@ -219,6 +226,7 @@ def _write_means(
     means: NDArray[np.float64],
     changed: NDArray[np.int64],
     sparse: bool,
+    unchanged: int,
     count: int,
     b: NDArray[np.float32],
     x: NDArray[np.float32],
@@ -230,7 +238,7 @@ def _write_means(
 ) -> int:
     """Turn sums of magnitudes into means of what changed, and write their codes; returns their top."""
     for s in range(len(means)):
-        means[s] /= min(SPAN, count - s * SPAN)
+        means[s] /= min(SPAN, count - s * SPAN) * (1.0 - unchanged / 256.0)
     if sparse:
         for t in range(len(changed) - 1):
             n = _load_tiles(base, base_code, expert, expert_code, t, count, b, x)
@@ -308,6 +316,7 @@ def _write_group(
     code: int,
     top: int,
     mean: np.float32,
+    unchanged: int,
     shift: int,
     sparse: bool,
     out: NDArray[np.uint8],
@@ -320,7 +329,9 @@ def _write_group(
     left: NDArray[np.float64],
 ) -> int:
     """Write one group; returns how many elements of the block have bits so far."""
-    edges, centres = scaled(EDGES, max(1, code), top), scaled(CENTRES, max(1, code), top)
+    edges, below = scaled(EDGES, max(1, code), top), scaled(CENTRES, max(1, code), top)
+    above = centres_above(max(1, code), top, unchanged)
+    mean_positive = mean_above(mean, unchanged)
     left0 = left1 = left2 = left3 = left4 = left5 = left6 = splat(np.float32(0.0))
     zeros, nothing, all_bits = splat(_ZERO), splat(np.float32(0.0)), splat(np.uint32(shift))
     for i in range(start, min(start + GROUP, n), LANES):
@@ -334,7 +345,7 @@ def _write_group(
         negative = place < places_of(vb, all_bits)
         _put_lanes(out, sign_bit + active, negative, where, sparse)
         delta = vx - vb
-        told = select(negative, nothing - splat(mean), splat(mean))
+        told = signed(negative, splat(mean), splat(mean_positive))
         finite = (bits(delta) & splat(MAGNITUDE)) < splat(_INFINITE)
         real = changed & finite
         own = _square(select(real, delta, nothing))
@@ -352,9 +363,9 @@ def _write_group(
         _put_lanes(out, planes[1] + active, i3, where, sparse)
         _put_lanes(out, planes[2] + active, i4, where, sparse)
         active += count_ones(where)
-        left2 = left2 + _square(_miss(delta, estimate(centres, 2, cell), negative, changed))
-        left3 = left3 + _square(_miss(delta, estimate(centres, 3, cell), negative, changed))
-        left4 = left4 + _square(_miss(delta, estimate(centres, 4, cell), negative, changed))
+        left2 = left2 + _square(_miss(delta, 2, cell, below, above, negative, changed))
+        left3 = left3 + _square(_miss(delta, 3, cell, below, above, negative, changed))
+        left4 = left4 + _square(_miss(delta, 4, cell, below, above, negative, changed))
         first, many = cells_of(vb, negative, edges, cell, all_bits)
         width = splat(np.uint32(32)) - leading_zeros(many - splat(_ONE))
         found = select(changed, place - first, zeros)
@@ -389,10 +400,10 @@ def _square(x: Any) -> Any:
 
 
 @inlined
-def _miss(delta: Any, size: Any, negative: Any, changed: Any) -> Any:
-    """What a magnitude leaves of a delta."""
-    nothing = splat(np.float32(0.0))
-    return select(changed, delta - select(negative, nothing - size, size), nothing)
+def _miss(delta: Any, depth: int, cell: Any, below: Any, above: Any, negative: Any, changed: Any) -> Any:
+    """What 2, 3 or 4 layers leave of a delta."""
+    told = signed(negative, estimate(below, depth, cell), estimate(above, depth, cell))
+    return select(changed, delta - told, splat(np.float32(0.0)))
 
 
 @inlined

@@ -1,0 +1,74 @@
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from deltaworks.checkpoints.ahead import fetch_ahead
+from deltaworks.checkpoints.cached import cached_bytes
+from deltaworks.cli.merges import _fetch_starts
+
+SIZE = 12 << 20
+
+
+def in_memory(path: Path) -> int:
+    with path.open("rb") as file:
+        return cached_bytes(file.fileno(), 0, SIZE) or 0
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    """Two files that the page cache does not hold."""
+    made = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
+    for path in made:
+        with path.open("wb") as file:
+            file.write(b"x" * SIZE)
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if any(in_memory(path) for path in made):
+        pytest.skip("this file system keeps what was written in memory, or does not say")
+    return made
+
+
+def wait_for(path: Path, nbytes: int) -> None:
+    for _ in range(100):
+        if in_memory(path) >= nbytes:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"{in_memory(path):,} bytes in memory, not {nbytes:,}")
+
+
+def test_files_are_in_memory_soon(files: list[Path]) -> None:
+    fetch_ahead(files)
+    for path in files:
+        wait_for(path, SIZE)
+
+
+def test_no_more_than_asked_for_is_fetched_and_the_starts_first(files: list[Path]) -> None:
+    fetch_ahead(files, 8 << 20)
+    for path in files:
+        wait_for(path, 4 << 20)
+    time.sleep(0.2)
+    assert sum(in_memory(path) for path in files) < 16 << 20
+
+
+def test_what_is_not_there_is_passed_over(tmp_path: Path) -> None:
+    fetch_ahead([tmp_path / "none"])
+    fetch_ahead([])
+
+
+def test_a_merge_fetches_the_models_that_its_recipe_names(files: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    moved = files[0].rename(tmp_path / "m" / "model.safetensors")
+    (tmp_path / "r.yml").write_text("base_model: nobody/there\nmodels:\n  - model: 'm'\n    parameters: {weight: 1}\n")
+    _fetch_starts(tmp_path / "r.yml")
+    wait_for(moved, SIZE)
+
+
+def test_a_recipe_with_a_budget_or_none_at_all_fetches_nothing(files: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "r.yml").write_text("models:\n  - model: .\nx-deltaworks:\n  budget: 10%\n")
+    _fetch_starts(tmp_path / "r.yml")
+    _fetch_starts(tmp_path / "none.yml")
+    time.sleep(0.2)
+    assert not any(in_memory(path) for path in files)
