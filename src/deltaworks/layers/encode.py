@@ -95,26 +95,9 @@ def encode_block(
     peaks = np.zeros(-(-count // GROUP), np.uint32)
     differs = np.zeros(len(peaks), np.bool_)
     changed = np.zeros(tiles + 1, np.int64)
-    magnitude = splat(MAGNITUDE)
     for t in range(tiles):
         n = _load_tiles(base, base_code, expert, expert_code, t, count, b, x)
-        for s in range(0, n, SPAN):
-            total = splat(0.0)
-            for g in range(s, min(s + SPAN, n), GROUP):
-                peak, ones = splat(_ZERO), 0
-                for i in range(g, min(g + GROUP, n), LANES):
-                    vb, vx = load(b, 0, i), load(x, 0, i)
-                    size = bits(vx - vb) & magnitude
-                    ones += count_ones(packed(bits(vb) != bits(vx)))
-                    peak = maximum(peak, size)
-                    finite = select(size < splat(_INFINITE), floats(size), splat(np.float32(0.0)))
-                    total = total + widen(finite)
-                place = (t * TILE + g) // GROUP
-                peaks[place], differs[place] = largest(peak), ones > 0
-                changed[t + 1] += ones
-            means[(t * TILE + s) // SPAN] = sum_in_order(total)
-    for t in range(tiles):
-        changed[t + 1] += changed[t]
+        changed[t + 1] = changed[t] + _survey(b, x, n, t * TILE, means, peaks, differs)
     sparse = (count - changed[tiles]) * SPARSE_FROM > count
     out[: HEAD + SLACK] = 0
     out[0] = IS_SPARSE if sparse else 0
@@ -136,10 +119,10 @@ def encode_block(
     if sparse:
         out[at : at + -(-count // 8) + SLACK] = 0
         at += -(-count // 8)
-    total = changed[tiles] if sparse else count
+    plane = -(-(changed[tiles] if sparse else count) // 8)
     sign_bit = 8 * at
-    out[at : at + -(-total // 8) + SLACK] = 0
-    at += -(-total // 8)
+    out[at : at + plane + SLACK] = 0
+    at += plane
     ends[0] = at
     highest = _ZERO
     for peak in peaks:
@@ -150,8 +133,8 @@ def encode_block(
     planes = np.empty(3, np.int64)
     for layer in range(3):
         planes[layer] = 8 * at
-        out[at : at + -(-total // 8) + SLACK] = 0
-        at += -(-total // 8)
+        out[at : at + plane + SLACK] = 0
+        at += plane
         ends[layer + 1] = at
     left[:] = 0.0
     lengths = at
@@ -213,6 +196,48 @@ def _load_tiles(
     b[0, n:end] = np.float32(0.0)
     x[0, n:end] = np.float32(0.0)
     return n
+
+
+@kernel
+def _survey(
+    b: NDArray[np.float32],
+    x: NDArray[np.float32],
+    n: int,
+    start: int,
+    sums: NDArray[np.float64],
+    peaks: NDArray[np.uint32],
+    differs: NDArray[np.bool_],
+) -> int:
+    """Look at a tile of `n` elements that begins at an element of its block.
+
+    Args:
+        b: float32, [1, TILE]; of the base.
+        x: float32, [1, TILE]; of the expert.
+        n: elements in the tile.
+        start: the first's place in the block.
+        sums: float64; set to the sum of finite magnitudes of every SPAN elements.
+        peaks: uint32; set to the bits of the largest magnitude of every GROUP.
+        differs: bool; set to whether anything in the group changed.
+
+    Returns:
+        How many elements changed.
+    """
+    changed, magnitude = 0, splat(MAGNITUDE)
+    for s in range(0, n, SPAN):
+        total = splat(0.0)
+        for g in range(s, min(s + SPAN, n), GROUP):
+            peak, ones = splat(_ZERO), 0
+            for i in range(g, min(g + GROUP, n), LANES):
+                vb, vx = load(b, 0, i), load(x, 0, i)
+                size = bits(vx - vb) & magnitude
+                ones += count_ones(packed(bits(vb) != bits(vx)))
+                peak = maximum(peak, size)
+                total = total + widen(select(size < splat(_INFINITE), floats(size), splat(np.float32(0.0))))
+            place = (start + g) // GROUP
+            peaks[place], differs[place] = largest(peak), ones > 0
+            changed += ones
+        sums[(start + s) // SPAN] = sum_in_order(total)
+    return changed
 
 
 @kernel
