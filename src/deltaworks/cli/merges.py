@@ -59,6 +59,14 @@ Balanced = Annotated[
 VerifyError = Annotated[
     bool, typer.Option("--verify-error", help="Measure what the budget cost; reads every expert in full.")
 ]
+Layers = Annotated[
+    bool,
+    typer.Option(
+        "--layers/--no-layers",
+        help="Without a budget: read experts from the catalog's layers where it has them (analyze --layers): less than"
+        " half of the bytes, and the same result.",
+    ),
+]
 _MODEL = re.compile(r"""^[\s-]*(?:base_)?model:[ \t]*["']?([^\s"'#]+)""", re.MULTILINE)
 _BUDGET = re.compile(r"^\s*budget:", re.MULTILINE)
 _FETCHED = 512 << 20
@@ -89,6 +97,7 @@ def merge(
     allow_nonfinite: AllowNonfinite = False,
     block_size: BlockSize = None,
     threads: Threads = None,
+    layers: Layers = False,
     profile_run: ProfileRun = False,
     catalog: CatalogPath = None,
     quiet: Quiet = False,
@@ -100,7 +109,7 @@ def merge(
     and analyzed where the method needs it, once. OUT appears when everything is written and flushed, with a manifest
     that `verify` checks. A stopped merge leaves nothing at OUT; the same command again takes up what was finished.
     """
-    if budget is None:
+    if budget is None and not layers:
         _fetch_starts(recipe)
     from deltaworks.catalog.store import Catalog
     from deltaworks.cli.progress import make_progress
@@ -120,6 +129,7 @@ def merge(
         base=base,
         fair=fair,
         balanced=balanced,
+        layers=layers,
     )
     loaded = load_recipe(recipe)
     check_output(out, force=force)
@@ -202,6 +212,7 @@ def run(
     allow_nonfinite: AllowNonfinite = False,
     block_size: BlockSize = None,
     threads: Threads = None,
+    layers: Layers = False,
     profile_run: ProfileRun = False,
     catalog: CatalogPath = None,
     quiet: Quiet = False,
@@ -216,7 +227,7 @@ def run(
 
     progress = make_progress(quiet=quiet)
     loaded = load_plan(plan_file)
-    options = MergeOptions(block_size=block_size, threads=threads, allow_nonfinite=allow_nonfinite)
+    options = MergeOptions(block_size=block_size, threads=threads, allow_nonfinite=allow_nonfinite, layers=layers)
     check_output(out, force=force)
     with Catalog(catalog) as opened:
         models = plan_inputs(opened, loaded, progress)

@@ -221,6 +221,17 @@ class LayerFile:
         """Elements in a block."""
         return min(self.block_size, int(np.prod(tensor.shape, dtype=np.int64)) - block * self.block_size)
 
+    def nbytes(self, tensor: LayeredTensor) -> int:
+        """Bytes of all layers of a tensor."""
+        return int(self._records(tensor)["ends"][:, -1].sum())
+
+    def largest(self, tensor: LayeredTensor) -> int:
+        """Bytes of all layers of the largest block of a tensor."""
+        return int(self._records(tensor)["ends"][:, -1].max())
+
+    def _records(self, tensor: LayeredTensor) -> Any:
+        return self.index[tensor.first : tensor.first + tensor.blocks]
+
     def open_block(self, tensor: LayeredTensor, block: int, depth: int, row: NDArray[np.uint8]) -> None:
         """Read the first layers of a block of a tensor that has any, and open them for `decode_tile`.
 

@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from deltaworks.catalog.models import Model
 from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.codec import decode_reference
-from deltaworks.checkpoints.dtypes import BY_CODE
 from deltaworks.checkpoints.pipeline import READS_IN_FLIGHT, Pipeline
 from deltaworks.checkpoints.reader import ByteCounter, page_aligned
 from deltaworks.checkpoints.source import Source, are_cached
 from deltaworks.checkpoints.writer import OutputTensor, ShardLayout, ShardWriter, plan_shards
 from deltaworks.errors import CheckpointError, NonFiniteError
+from deltaworks.layers.file import LayerFile
 from deltaworks.merging.methods.operation import Block
 from deltaworks.merging.plan import Plan
 from deltaworks.merging.prepare import MergeOptions
@@ -40,15 +40,23 @@ class Reads:
     expert: ByteCounter
     base: ByteCounter
 
-    def sources(self, plan: Plan, models: Sequence[Model]) -> tuple[dict[int, Source], bool]:
+    def sources(
+        self, plan: Plan, models: Sequence[Model], layered: Collection[int] = ()
+    ) -> tuple[dict[int, Source], bool]:
         """The open files of every model that the plan reads weights of, by its place in the plan.
+
+        Args:
+            plan: the plan.
+            models: its models.
+            layered: places of experts that are read as layers over their bases.
 
         Returns:
             Them, and whether most of what they hold is in memory.
         """
-        used = sorted({i.model for t in plan.tensors for i in (*t.inputs, *([t.stand_in] if t.stand_in else []))})
+        named = {i.model for t in plan.tensors for i in (*t.inputs, *([t.stand_in] if t.stand_in else []))}
+        used = sorted(named | {b for i in layered if (b := plan.models[i].base) is not None})
         counters = [self.base if m.role == "base" else self.expert for m in plan.models]
-        cached = are_cached(models[i] for i in used)
+        cached = are_cached(models[i] for i in used if i not in layered)
         return {i: Source(models[i], counters[i], direct=not cached) for i in used}, cached
 
 
@@ -104,6 +112,7 @@ def execute(
     reads: Reads,
     finished: Callable[[ShardLayout, str, int], None],
     progress: Progress,
+    layers: Mapping[int, Path] | None = None,
 ) -> StageTimes:
     """Write some shards of a plan; returns where the time went.
 
@@ -119,18 +128,22 @@ def execute(
         finished: called with each shard when it is complete and flushed, one at a time, with its BLAKE3 and the bytes
             of experts that went into it.
         progress: told of the bytes that went through.
+        layers: files of layers that are read instead of experts, by their places in the plan.
 
     Raises:
         NonFiniteError: a merged tensor holds NaN or infinity.
         CheckpointError: an input cannot be read.
         DeltaworksError: the output cannot be written.
     """
-    block_size = stream_block_size(plan, options.block_size)
+    opened = {place: LayerFile(path, reads.expert) for place, path in (layers or {}).items()}
+    # Layers are read in their own blocks, or not at all.
+    wanted = min((f.block_size for f in opened.values()), default=None)
+    block_size = stream_block_size(plan, wanted or options.block_size)
     by_name = {t.name: t for t in plan.tensors}
     shard_of = {t.name: shard for shard in shards for t in shard.tensors}
-    streams = [TensorStream(plan, by_name[name], models, block_size, folder) for name in shard_of]
+    streams = [TensorStream(plan, by_name[name], models, block_size, folder, opened) for name in shard_of]
     threads = options.threads or os.cpu_count() or 1
-    stages = _Stages(plan, models, streams, shard_of, folder, reads, options, finished, progress)
+    stages = _Stages(plan, models, streams, shard_of, folder, reads, options, finished, progress, opened)
     out_bytes = max((s.tensor.dtype.nbytes(min(s.block_size, s.elements)) for s in streams), default=8)
     rows_bytes = Rows(streams).nbytes
     slots = make_slots(lambda: _Slot(out_bytes), rows_bytes + out_bytes, threads)
@@ -145,6 +158,8 @@ def execute(
     finally:
         progress.finish()
         stages.close()
+        for file in opened.values():
+            file.close()
     return StageTimes(
         **{f"{stage}_s": round(pipeline.busy_s[stage], 4) for stage in ("read", "compute", "write")},
         **{f"{stage}_waited_s": round(pipeline.waited_s[stage], 4) for stage in ("read", "compute", "commit")},
@@ -169,6 +184,7 @@ class _Stages:
         options: MergeOptions,
         finished: Callable[[ShardLayout, str, int], None],
         progress: Progress,
+        layered: Collection[int],
     ) -> None:
         self._plan, self._streams, self._shard_of, self._folder = plan, streams, shard_of, folder
         self._options, self._finished, self._progress = options, finished, progress
@@ -183,7 +199,7 @@ class _Stages:
         for stream in streams:
             name = shard_of[stream.tensor.name].name
             self._left[name] = self._left.get(name, 0) + stream.blocks
-        self._sources, self.are_cached = reads.sources(plan, models)
+        self._sources, self.are_cached = reads.sources(plan, models, layered)
 
     def read(self, task: Task, slot: _Slot) -> None:
         """Fill the slot's rows with the task's block of every input."""
@@ -310,8 +326,8 @@ def make_slots(make: Callable[[], Slot], nbytes: int, cores: int) -> list[Slot]:
 
 def _nonfinite(stream: TensorStream, block: Block, plan: Plan) -> NonFiniteError:
     for k, (model, name) in enumerate(stream.tensor.inputs):
-        dtype = BY_CODE[int(block.inputs.codes[k])]
-        if not np.isfinite(decode_reference(block.raw(k, dtype.bits), dtype)).all():
+        dtype = block.dtype(k)
+        if dtype and not np.isfinite(decode_reference(block.raw(k, dtype.bits), dtype)).all():
             return NonFiniteError(
                 f"{plan.models[model].name} holds NaN or infinity in tensor {name!r}; mend or leave out this model,"
                 " or merge all the same with --allow-nonfinite"

@@ -42,6 +42,7 @@ class MergeOptions:
             model; None for what the recipe says, or the base that the experts are registered with.
         fair: weigh all experts alike, however small their deltas; None for what the recipe says.
         balanced: weigh all tensors alike, however small their deltas; None for what the recipe says.
+        layers: read experts from the catalog's layers where it has them and there is no budget.
     """
 
     shard_bytes: int = DEFAULT_SHARD_BYTES
@@ -53,6 +54,7 @@ class MergeOptions:
     base: str | None = None
     fair: bool | None = None
     balanced: bool | None = None
+    layers: bool = False
 
 
 def prepare_plan(
@@ -110,7 +112,8 @@ class Prepared:
         stand_in = options.base or recipe.stand_in
         self.models, stand_in = _models(catalog, recipe, stand_in, relative_to, self._progress)
         _check_bases(catalog, recipe, self.models)
-        self._bases = _bases(catalog, recipe, self.models, stand_in, self._progress, weighs=weighs)
+        needs_bases = weighs or options.layers
+        self._bases = _bases(catalog, recipe, self.models, stand_in, self._progress, weighs=needs_bases)
         self._fair = recipe.fair if options.fair is None else options.fair
         self._balanced = recipe.balanced if options.balanced is None else options.balanced
         self._tables: dict[tuple[str, str], DeltaTable] = {}

@@ -93,6 +93,16 @@ def _check_apart(out: Path, models: Sequence[Model]) -> None:
             raise OutputError(f"{out} and the input {model.path} overlap; choose another folder")
 
 
+def _layer_files(catalog: Catalog, plan: Plan, models: Sequence[Model]) -> dict[int, Path]:
+    """The files of layers that the catalog has of a plan's experts, by their places in the plan."""
+    files = {
+        place: catalog.layers_file(expert.fingerprint, models[planned.base].fingerprint)
+        for place, (expert, planned) in enumerate(zip(models, plan.models, strict=True))
+        if planned.base is not None
+    }
+    return {place: path for place, path in files.items() if path.is_file()}
+
+
 def run_plan(
     catalog: Catalog,
     plan: Plan,
@@ -139,7 +149,8 @@ def run_plan(
         todo = [s for s in shards if not staging.take_over(s, progress)]
         _check_space(out, sum(s.nbytes for s in todo))
 
-        stages = execute(plan, models, todo, staging.folder, options, staging.reads, staging.record, progress)
+        layers = _layer_files(catalog, plan, models) if options.layers and plan.budget_bytes is None else None
+        stages = execute(plan, models, todo, staging.folder, options, staging.reads, staging.record, progress, layers)
         if changed := next((m for m in models if not untouched(m)), None):
             staging.forget()
             raise ChangedError(f"{changed.path} changed while it was being read; nothing was committed: merge again")

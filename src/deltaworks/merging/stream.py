@@ -23,8 +23,11 @@ from deltaworks.checkpoints.reader import page_aligned
 from deltaworks.checkpoints.source import Source, places_in_rows
 from deltaworks.checkpoints.writer import storage_error
 from deltaworks.errors import CheckpointError
-from deltaworks.merging.methods.operation import Block, Inputs, Operation
-from deltaworks.merging.plan import Plan, PlannedTensor
+from deltaworks.layers.cells import DEPTH
+from deltaworks.layers.decode import opened_bytes
+from deltaworks.layers.file import LayeredTensor, LayerFile
+from deltaworks.merging.methods.operation import LAYERED, Block, Inputs, Operation
+from deltaworks.merging.plan import InputTensor, Plan, PlannedTensor
 
 
 class Rows:
@@ -39,8 +42,9 @@ class Rows:
         elements = max((min(s.block_size, s.elements) for s in streams), default=0)
         inputs = max((len(s.infos) for s in streams), default=1)
         bits = max((t.dtype.bits for s in streams for t in s.infos), default=8)
+        opened = max((s.opened_bytes for s in streams), default=0)
         # A block begins somewhere in the first page, and is loaded in whole vectors.
-        self.raw = page_aligned(inputs, elements * bits // 8 + 2 * PAGE)
+        self.raw = page_aligned(inputs, max(elements * bits // 8 + 2 * PAGE, opened))
         self.codes = np.zeros(inputs, np.int64)
         self.places = np.zeros(inputs, np.int64)
         self.present = np.ones((inputs, -(-elements // TILE) or 1), np.bool_)
@@ -67,13 +71,20 @@ class TensorStream:
         models: the plan's models, in its order.
         block_size: elements streamed at once.
         spool: folder for what later passes need again.
+        layers: files of layers that are read instead of experts, by their places in the plan.
 
     Raises:
         CheckpointError: a model does not hold what the plan reads.
     """
 
     def __init__(
-        self, plan: Plan, tensor: PlannedTensor, models: Sequence[Model], block_size: int, spool: Path
+        self,
+        plan: Plan,
+        tensor: PlannedTensor,
+        models: Sequence[Model],
+        block_size: int,
+        spool: Path,
+        layers: Mapping[int, LayerFile] | None = None,
     ) -> None:
         self.tensor, self.elements = tensor, tensor.count
         self.places = [i.model for i in tensor.inputs]
@@ -91,6 +102,8 @@ class TensorStream:
                 self.infos.append(_info(models[tensor.stand_in.model], tensor.stand_in.tensor, tensor))
                 self.places.append(tensor.stand_in.model)
         self.block_size = block_size
+        self._layers: dict[int, tuple[LayerFile, LayeredTensor]] = {}
+        self._find_layers(plan, models, layers or {})
         self.blocks = max(1, -(-self.elements // block_size))
         self._whole = [r for r, ranges in enumerate(self._ranges) if ranges is None]
         self._is_whole = np.array([ranges is None for ranges in self._ranges])
@@ -110,6 +123,33 @@ class TensorStream:
         self._lock = threading.Lock()
         self._spool_folder, self._spool_fd = spool, -1
 
+    def _find_layers(self, plan: Plan, models: Sequence[Model], layers: Mapping[int, LayerFile]) -> None:
+        """Note which inputs come from layers; what those are layers over becomes the stand-in."""
+        if self.tensor.reads:
+            return
+        found = {}
+        for r, (place, name) in enumerate(self.tensor.inputs):
+            file, base = layers.get(place), plan.models[place].base
+            tensor = file.tensors.get(name) if file else None
+            if file and tensor and tensor.is_delta and file.block_size == self.block_size and base is not None:
+                found[r] = file, tensor, InputTensor(base, name)
+        if len({b for _, _, b in found.values()}) != 1:
+            return
+        self._layers = {r: (file, tensor) for r, (file, tensor, _) in found.items()}
+        (stand_in,) = {b for _, _, b in found.values()}
+        if stand_in in self.tensor.inputs:
+            self._stand_in = self.tensor.inputs.index(stand_in)
+        else:
+            self._stand_in = len(self.infos)
+            self.infos.append(_info(models[stand_in.model], stand_in.tensor, self.tensor))
+            self.places.append(stand_in.model)
+
+    @property
+    def opened_bytes(self) -> int:
+        """The most that an opened block of layers takes."""
+        count = min(self.block_size, self.elements)
+        return max((opened_bytes(count, file.largest(tensor)) for file, tensor in self._layers.values()), default=0)
+
     def count(self, index: int) -> int:
         """Elements in a block."""
         return min(self.block_size, self.elements - index * self.block_size)
@@ -122,8 +162,10 @@ class TensorStream:
     def expert_bytes(self) -> int:
         """Bytes that are read of experts."""
         return sum(
-            info.dtype.nbytes(self.elements if r is None else sum(min(b, self.elements) - a for a, b in r))
-            for info, r, is_expert in zip(self.infos, self._ranges, self._is_expert, strict=False)
+            self._layers[k][0].nbytes(self._layers[k][1])
+            if k in self._layers
+            else info.dtype.nbytes(self.elements if r is None else sum(min(b, self.elements) - a for a, b in r))
+            for k, (info, r, is_expert) in enumerate(zip(self.infos, self._ranges, self._is_expert, strict=False))
             if is_expert
         )
 
@@ -140,6 +182,9 @@ class TensorStream:
         n = len(self.infos)
         places = places_in_rows(self._offsets, self._bits, start)
         rows.codes[:n], rows.places[:n] = self._codes, places * 8 // self._bits
+        for r in self._layers:
+            rows.codes[r] += LAYERED
+            rows.places[r] = 0
         rows.present[: len(self._ranges)] = self._is_whole[:, None]
         parts = self._parts_of(index)
         if stage == 0 < self.passes and self._is_idle(parts):
@@ -153,7 +198,8 @@ class TensorStream:
             self._read(sources, rows, r, place, a, b - a, stage)
         for r in self._whole:
             self._read(sources, rows, r, int(places[r]), start, count, stage)
-        if self._stand_in >= len(self._ranges) and sum(rows_read.values()) < count * len(self._ranges):
+        omits = self._layers or sum(rows_read.values()) < count * len(self._ranges)
+        if self._stand_in >= len(self._ranges) and omits:
             r = self._stand_in
             self._read(sources, rows, r, int(places[r]), start, count, stage)
 
@@ -199,6 +245,10 @@ class TensorStream:
         is_again, comes_again = stage > first_read, first_read < self.passes
         spools = comes_again and self._spools and is_input and self._is_expert[r]
         if is_again and rows.holds:
+            return
+        if r in self._layers:
+            file, tensor = self._layers[r]
+            file.open_block(tensor, first // self.block_size, DEPTH, row)
             return
         if is_again and spools:
             os.preadv(self._spool(), [part.data], self._spool_place(r, first))

@@ -10,11 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.codec import TILE, decode, decode_reference, encode_reference
-from deltaworks.checkpoints.dtypes import BF16, BY_CODE
+from deltaworks.checkpoints.dtypes import BF16, BY_CODE, DType
 from deltaworks.checkpoints.jit import kernel
 from deltaworks.checkpoints.vector import LANES, ZERO
+from deltaworks.layers.decode import decode_block, decode_tile
+from deltaworks.layers.file import exact_elements
 
 _BF16 = BF16.code
+
+LAYERED = 16
+"""Added to the code of a row's element type where the row holds an opened block of layers over the stand-in's row."""
 
 
 class Inputs(NamedTuple):
@@ -22,7 +27,7 @@ class Inputs(NamedTuple):
 
     Attributes:
         rows: uint8, [rows, bytes]; one row an input, and one more for the stand-in where it is no input.
-        codes: int64, [rows]; the element type of each.
+        codes: int64, [rows]; the element type of each; see LAYERED.
         places: int64, [rows]; the element of each row at which the block begins.
         present: bool, [inputs, tiles]; whether a tile of the block was read. One that was not reads as the stand-in's.
         stand_in: the row of the stand-in.
@@ -61,13 +66,23 @@ class Block:
         present = np.repeat(self.inputs.present[k], TILE * bits // 8)[: len(own)]
         if present.all():
             return own
-        dtype, other = (BY_CODE.get(int(self.inputs.codes[r])) for r in (k, self.inputs.stand_in))
+        dtype, other = (self.dtype(r) for r in (k, self.inputs.stand_in))
         stand_in = self._row(self.inputs.stand_in, other.bits if other else bits)
         if dtype and other and other is not dtype:
             stand_in = encode_reference(decode_reference(stand_in, other), dtype)
         return np.where(present, own, stand_in)
 
+    def dtype(self, r: int) -> DType | None:
+        """The element type of a row; None for integers."""
+        return BY_CODE.get(int(self.inputs.codes[r]) % LAYERED)
+
     def _row(self, r: int, bits: int) -> NDArray[np.uint8]:
+        dtype, base = self.dtype(r), self.dtype(self.inputs.stand_in)
+        if self.inputs.codes[r] >= LAYERED and dtype and base:
+            values = np.empty(self.count, np.float32)
+            below = decode_reference(self._row(self.inputs.stand_in, base.bits), base)
+            decode_block(self.inputs.rows[r], below, self.count, values)
+            return exact_elements(values, dtype)
         start = int(self.inputs.places[r]) * bits // 8
         return self.inputs.rows[r, start : start + self.count * bits // 8]
 
@@ -148,6 +163,14 @@ def find_rows(inputs: Inputs, tile: int, rows: NDArray[np.int64]) -> bool:
 @kernel
 def stage(inputs: Inputs, row: int, start: int, n: int, out: NDArray[np.float32]) -> None:
     """Elements `start` to `start + n` of a row as float32 in `out` ([TILE]), with zeros up to a whole vector."""
+    if inputs.codes[row] >= LAYERED:
+        base = np.empty((1, TILE), np.float32)
+        r = inputs.stand_in
+        decode(inputs.rows[r], inputs.codes[r], inputs.places[r] + start, n, base[0])
+        for i in range(n, -(-n // LANES) * LANES):
+            base[0, i] = ZERO
+        decode_tile(inputs.rows[row], base, start // TILE, n, out)
+        return
     decode(inputs.rows[row], inputs.codes[row], inputs.places[row] + start, n, out)
     for i in range(n, -(-n // LANES) * LANES):
         out[i] = ZERO
