@@ -335,7 +335,7 @@ def _decode_rest(
         for i in range(g, min(g + GROUP, count), LANES):
             b = load(base, 0, i)
             where = take(row, mask + i, lanes_below(count - i)) if sparse else lanes_below(count - i)
-            if known:
+            if known and where != _ZERO:
                 changed = unpacked(where)
                 if raw:
                     first, many, width = zero, zero, all_bits
