@@ -149,9 +149,12 @@ class Bench:
         os.sync()
         programs = [p.absolute().parents[1] for p in (Path(sys.executable), self.mergekit) if p]
         # Some systems drop what nobody has read for a while: the programs themselves, the standard library's too.
-        for folder in (self.catalog, *programs, Path(os.__file__).parent):
+        for folder in (self.catalog, *programs, Path(sys.base_prefix)):
             for path in folder.rglob("*"):
-                if path.is_file() and path.suffix in (".py", ".pyc", ".so", ".nbi", ".nbc", ".parquet", ".sqlite"):
+                is_read = (
+                    path.suffix in (".py", ".pyc", ".nbi", ".nbc", ".parquet", ".sqlite") or ".so" in path.suffixes
+                )
+                if is_read and path.is_file():
                     path.read_bytes()
         for path in self.inputs(case):
             with path.open("rb") as file:
