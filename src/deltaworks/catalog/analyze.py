@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -125,7 +126,7 @@ def analyze(
     layers_file = catalog.layers_file(expert.fingerprint, base.fingerprint)
     has_layers = layers_file.is_file()
     if known is not None and not force and block_size in (None, known[0]) and (has_layers or not layers):
-        return known[2]
+        return known[2] | (_layers_bytes(layers_file) if layers else {})
     block_size = check_block_size(block_size or (known[0] if known else default_block_size(base)))
     threads = threads or os.cpu_count() or 1
     pairs = delta_tensors(expert, base)
@@ -150,26 +151,29 @@ def analyze(
             unfinished.callback(layering.abandon)
         stages = _Stages(base_source, expert_source, pairs, block_size, writer, layering, progress)
         unfinished.callback(stages.close)
-        kept: dict[str, Any] = {}
         try:
             pipeline = Pipeline(slots, stages.read, stages.compute, stages.write, stages.commit, threads)
             pipeline.run(_blocks(pairs, block_size))
             stages.finish()
             writer.commit()
             if layering is not None:
-                kept = layering.commit(expert_source)
+                layering.commit(expert_source)
         except OSError as error:
             raise storage_error(path, error) from error
         finally:
             progress.finish()
-    result = stages.summary.result(block_size, counter.value, path.stat().st_size) | kept
+    result = stages.summary.result(block_size, counter.value, path.stat().st_size)
     catalog.save_analysis(expert.fingerprint, base.fingerprint, block_size, path, result)
     if result["relative_norm"] > FAR_FROM_BASE:
         progress.note(
             f"{expert.name} differs from {base.name} by {result['relative_norm']:.0%} of its norm;"
             " is it a fine-tune of it?"
         )
-    return result
+    return result | (_layers_bytes(layers_file) if layers else {})
+
+
+def _layers_bytes(file: Path) -> dict[str, Any]:
+    return {"layers_bytes": file.stat().st_size}
 
 
 class _Stages:
@@ -210,8 +214,10 @@ class _Stages:
 
     def compute(self, task: _Block, slot: _Slot) -> None:
         """Measure the block in the slot, and encode it."""
-        if self._layering is not None and slot.layers is not None and self._layering.is_layered(task.tensor):
-            self._layering.encode((task.base, slot.base), (task.expert, slot.expert), task.count, slot.layers)
+        if self._layering is not None and slot.layers is not None:
+            self._layering.encode(
+                task.tensor, (task.base, slot.base), (task.expert, slot.expert), task.count, slot.layers
+            )
         measure_block(
             slot.base,
             task.base.dtype.code,
@@ -231,7 +237,7 @@ class _Stages:
 
     def write(self, task: _Block, slot: _Slot) -> None:
         """Write the block's layers."""
-        if self._layering is not None and slot.layers is not None and self._layering.is_layered(task.tensor):
+        if self._layering is not None and slot.layers is not None:
             self._layering.write(task.tensor, task.block, slot.layers)
 
     def commit(self, task: _Block, slot: _Slot) -> None:

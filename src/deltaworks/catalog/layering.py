@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,12 +75,23 @@ class Layering:
 
     def encode(
         self,
+        pair: int,
         base: tuple[TensorInfo, NDArray[np.uint8]],
         expert: tuple[TensorInfo, NDArray[np.uint8]],
         count: int,
         buffers: LayerBuffers,
     ) -> None:
-        """Encode a block of so many elements, of which a tensor and raw elements (uint8) are given of both models."""
+        """Encode a block of so many elements of a pair of tensors, where that has layers.
+
+        Args:
+            pair: which.
+            base: the tensor and raw elements (uint8) of the base.
+            expert: of the expert.
+            count: elements in the block.
+            buffers: set.
+        """
+        if self._records[pair] is None:
+            return
         encode_block(
             base[1],
             base[0].dtype.code,
@@ -95,25 +105,14 @@ class Layering:
             buffers.left,
         )
 
-    def is_layered(self, pair: int) -> bool:
-        """Whether a pair of tensors has layers."""
-        return self._records[pair] is not None
-
     def write(self, pair: int, block: int, buffers: LayerBuffers) -> None:
         """Write a block that was encoded."""
         first = self._records[pair]
-        assert first is not None
-        self._writer.add(first + block, buffers.packed, buffers.ends, buffers.left)
+        if first is not None:
+            self._writer.add(first + block, buffers.packed, buffers.ends, buffers.left)
 
-    def commit(self, source: Source) -> dict[str, Any]:
-        """Write what is no delta, and finish the file.
-
-        Args:
-            source: the expert's open files.
-
-        Returns:
-            `layers_bytes`, of the file.
-        """
+    def commit(self, source: Source) -> None:
+        """Write what is no delta, of the expert's open files, and finish the file."""
         record = self._first_rest
         for info in self._rest:
             for start in range(0, max(1, info.count), self._block_size):
@@ -123,7 +122,6 @@ class Layering:
                 self._writer.add_raw(record, raw)
                 record += 1
         self._writer.commit(self._tensors, self._about)
-        return {"layers_bytes": self._writer.nbytes}
 
     def abandon(self) -> None:
         """Leave nothing behind; harmless after `commit`."""

@@ -100,6 +100,7 @@ def analyze(
 
     if bool(names) == every:
         raise UserError("name the experts to analyze, or give --all")
+    limit = parse_bytes(layers_limit) if layers_limit else None
     progress = make_progress(quiet=quiet)
     results = []
     with Catalog(catalog) as opened:
@@ -111,7 +112,7 @@ def analyze(
         pairs = [(model, base_of(opened, model, base, progress=progress)) for model in chosen]
         without = [m for m, b in pairs if force or not opened.layers_file(m.fingerprint, b.fingerprint).is_file()]
         if layers and without:
-            progress.note(check_room(opened, without, parse_bytes(layers_limit) if layers_limit else None))
+            progress.note(check_room(opened, without, limit))
         for model, against in pairs:
             summary = analyzing.analyze(
                 opened,

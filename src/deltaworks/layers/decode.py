@@ -5,7 +5,7 @@ the same tile of the base.
 """
 
 import math
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,11 +45,6 @@ _ZERO, _ONE, _ALL = np.uint32(0), np.uint32(1), np.uint32(0xFFFFFFFF)
 _SIXTEEN = np.uint32(0xFFFF)
 
 
-def shift_of(mantissa_bits: int) -> int:
-    """Bits of a float32 that a type with so many bits of mantissa leaves at zero."""
-    return 23 - mantissa_bits
-
-
 def opened_bytes(count: int, layer_bytes: int) -> int:
     """Bytes of an opened block of `count` elements whose layers have so many bytes: a multiple of 8."""
     tiles = -(-count // TILE)
@@ -70,7 +65,7 @@ def open_block(row: NDArray[np.uint8], count: int, ends: NDArray[np.int64], dept
         count: elements in the block.
         ends: int64, [DEPTH]; the byte at which each layer ends, from the first's start.
         depth: how many layers are there, one at least.
-        shift: of the expert's element type, see `shift_of`.
+        shift: bits of a float32 that the expert's type leaves at zero.
     """
     tiles = -(-count // TILE)
     start = 4 * (_TABLES + 4 * tiles)
@@ -193,6 +188,21 @@ def cells_of(base: Any, negative: Any, edges: Any, cell: Any, shift: Any) -> Any
     return first, select(end > first, end - first, splat(_ONE))
 
 
+class _Parts(NamedTuple):
+    """Where the bits of a tile begin in its opened block.
+
+    `mask` tells which elements changed where the block is `sparse`, `planes` are those of layers 2 to 4, and `streams`
+    those of layers 5 to 7. `unchanged` is their share of the elements in 256ths.
+    """
+
+    sparse: bool
+    unchanged: int
+    mask: int
+    signs: int
+    planes: tuple[int, int, int]
+    streams: tuple[int, int, int]
+
+
 @kernel
 def decode_tile(
     row: NDArray[np.uint8], base: NDArray[np.float32], tile: int, count: int, out: NDArray[np.float32]
@@ -207,34 +217,33 @@ def decode_tile(
         out: float32, [TILE]; set, with zeros from `count` up to a whole vector.
     """
     table = row[: len(row) // 4 * 4].view(np.int32)
-    depth, sparse, means = table[0], table[2] != 0, int(table[_STARTS])
+    depth, means = int(table[0]), int(table[_STARTS])
     tiles = ((means - HEAD) // 4 - _TABLES) // 4
-    active = int(table[_TABLES + tile])
-    mask = 8 * int(table[_STARTS + 1]) + tile * TILE
-    signs = 8 * int(table[_STARTS + 2]) + active
-    planes = (
-        8 * int(table[_STARTS + 4]) + active,
-        8 * int(table[_STARTS + 5]) + active,
-        8 * int(table[_STARTS + 6]) + active,
+    active, at = int(table[_TABLES + tile]), _TABLES + tiles + tile
+    parts = _Parts(
+        table[2] != 0,
+        int(table[_UNCHANGED]),
+        8 * int(table[_STARTS + 1]) + tile * TILE,
+        8 * int(table[_STARTS + 2]) + active,
+        (
+            8 * int(table[_STARTS + 4]) + active,
+            8 * int(table[_STARTS + 5]) + active,
+            8 * int(table[_STARTS + 6]) + active,
+        ),
+        (
+            int(table[at]) if depth > 4 else 0,
+            int(table[at + tiles]) if depth > 5 else 0,
+            int(table[at + 2 * tiles]) if depth > 6 else 0,
+        ),
     )
-    unchanged = int(table[_UNCHANGED])
+    ranges, top = int(table[_STARTS + 3]) + tile * (TILE // GROUP), int(table[_TOPS + 1])
     if depth == 1:
         unit = np.float32(math.ldexp(1.0, int(table[_TOPS])))
-        _decode_signs(row, means + tile * (TILE // SPAN), unit, unchanged, mask, signs, sparse, base, count, out)
+        _decode_signs(row, means + tile * (TILE // SPAN), unit, parts, base, count, out)
+    elif depth <= 4:
+        _decode_cells(row, ranges, top, parts, depth, base, count, out)
     else:
-        ranges = int(table[_STARTS + 3]) + tile * (TILE // GROUP)
-        top = int(table[_TOPS + 1])
-        if depth <= 4:
-            _decode_cells(row, ranges, top, unchanged, mask, signs, planes, depth, sparse, base, count, out)
-        else:
-            at = _TABLES + tiles + tile
-            first = int(table[at])
-            second = int(table[at + tiles]) if depth > 5 else 0
-            third = int(table[at + 2 * tiles]) if depth > 6 else 0
-            shift = np.uint32(table[_SHIFT])
-            _decode_rest(
-                row, ranges, top, mask, signs, planes, (first, second, third), depth, shift, sparse, base, count, out
-            )
+        _decode_rest(row, ranges, top, parts, depth, np.uint32(table[_SHIFT]), base, count, out)
     for i in range(count, -(-count // LANES) * LANES):
         out[i] = np.float32(0.0)
 
@@ -244,18 +253,16 @@ def _decode_signs(
     row: NDArray[np.uint8],
     means: int,
     unit: np.float32,
-    unchanged: int,
-    mask: int,
-    signs: int,
-    sparse: bool,
+    parts: _Parts,
     base: NDArray[np.float32],
     count: int,
     out: NDArray[np.float32],
 ) -> None:
-    """A tile of which layer 1 is there: signs and means. Places are those of its parts, of bits in bits."""
+    """A tile of which layer 1 is there: signs, and means of which the first's code stands at a byte."""
+    sparse, mask, signs = parts.sparse, parts.mask, parts.signs
     for s in range(0, count, SPAN):
         mean = unit * MEANS[row[means + s // SPAN]]
-        above, below = splat(mean_above(mean, unchanged)), splat(mean)
+        above, below = splat(mean_above(mean, parts.unchanged)), splat(mean)
         for i in range(s, min(s + SPAN, count), LANES):
             b = load(base, 0, i)
             if sparse:
@@ -272,24 +279,20 @@ def _decode_cells(
     row: NDArray[np.uint8],
     ranges: int,
     top: int,
-    unchanged: int,
-    mask: int,
-    signs: int,
-    planes: tuple[int, int, int],
+    parts: _Parts,
     depth: int,
-    sparse: bool,
     base: NDArray[np.float32],
     count: int,
     out: NDArray[np.float32],
 ) -> None:
-    """A tile of which layers 1 to 2, 3 or 4 are there; see `_decode_signs`."""
-    bit2, bit3, bit4 = planes[0] - signs, planes[1] - signs, planes[2] - signs
-    at = signs
+    """A tile of which layers 1 to 2, 3 or 4 are there; the code of its first range stands at byte `ranges`."""
+    sparse, mask, at = parts.sparse, parts.mask, parts.signs
+    bit2, bit3, bit4 = parts.planes[0] - at, parts.planes[1] - at, parts.planes[2] - at
     none = unpacked(_ZERO)
     for g in range(0, count, GROUP):
         code = row[ranges + g // GROUP]
         known = code not in (0, RAW)
-        above, below = centres_above(max(1, code), top, unchanged), scaled(CENTRES, max(1, code), top)
+        above, below = centres_above(max(1, code), top, parts.unchanged), scaled(CENTRES, max(1, code), top)
         for i in range(g, min(g + GROUP, count), LANES):
             b = load(base, 0, i)
             where = take(row, mask + i, lanes_below(count - i)) if sparse else _SIXTEEN
@@ -309,22 +312,18 @@ def _decode_rest(
     row: NDArray[np.uint8],
     ranges: int,
     top: int,
-    mask: int,
-    signs: int,
-    planes: tuple[int, int, int],
-    streams: tuple[int, int, int],
+    parts: _Parts,
     depth: int,
-    shift_: np.uint32,
-    sparse: bool,
+    type_shift: np.uint32,
     base: NDArray[np.float32],
     count: int,
     out: NDArray[np.float32],
 ) -> None:
-    """A tile of which layers 1 to 5, 6 or 7 are there; see `_decode_signs`."""
-    bit2, bit3, bit4 = planes[0] - signs, planes[1] - signs, planes[2] - signs
-    at = signs
-    first_bit, second_bit, third_bit = streams
-    shift, zero, one = splat(shift_), splat(_ZERO), splat(_ONE)
+    """A tile of which layers 1 to 5, 6 or 7 are there; see `_decode_cells`."""
+    sparse, mask, at = parts.sparse, parts.mask, parts.signs
+    bit2, bit3, bit4 = parts.planes[0] - at, parts.planes[1] - at, parts.planes[2] - at
+    first_bit, second_bit, third_bit = parts.streams
+    shift, zero, one = splat(type_shift), splat(_ZERO), splat(_ONE)
     all_bits = splat(np.uint32(32)) - shift
     twice = lanes() + lanes()
     for g in range(0, count, GROUP):

@@ -13,6 +13,7 @@ from deltaworks.checkpoints.vector import (
     MAGNITUDE,
     bits,
     floats,
+    lanes_set,
     largest,
     leading_zeros,
     load,
@@ -82,7 +83,7 @@ def encode_block(
         expert: raw elements of the expert, likewise.
         expert_code: their type's code.
         count: elements in the block.
-        shift: bits of a float32 that the expert's type leaves at zero; see `shift_of`.
+        shift: bits of a float32 that the expert's type leaves at zero.
         scratch: uint8, [2, `most_bytes(count)`].
         out: uint8, at least `most_bytes(count)`; set.
         ends: int64, [DEPTH]; set to where each layer ends.
@@ -93,11 +94,11 @@ def encode_block(
     b, x = np.zeros((1, TILE), np.float32), np.zeros((1, TILE), np.float32)
     means = np.zeros(-(-count // SPAN), np.float64)
     peaks = np.zeros(-(-count // GROUP), np.uint32)
-    differs = np.zeros(len(peaks), np.bool_)
+    ones = np.zeros(len(peaks), np.int64)
     changed = np.zeros(tiles + 1, np.int64)
     for t in range(tiles):
         n = _load_tiles(base, base_code, expert, expert_code, t, count, b, x)
-        changed[t + 1] = changed[t] + _survey(b, x, n, t * TILE, means, peaks, differs)
+        changed[t + 1] = changed[t] + _survey(b, x, n, t * TILE, means, peaks, ones)
     sparse = (count - changed[tiles]) * SPARSE_FROM > count
     out[: HEAD + SLACK] = 0
     out[0] = IS_SPARSE if sparse else 0
@@ -106,9 +107,7 @@ def encode_block(
     tops = out[4:8].view(np.int16)
     at = HEAD
     out[at : at + len(means) + SLACK] = 0
-    tops[0] = _write_means(
-        means, changed, sparse, unchanged, count, b, x, base, base_code, expert, expert_code, out[at:]
-    )
+    tops[0] = _write_means(means, ones, sparse, unchanged, count, out[at:])
     at += len(means)
     if sparse:
         for t in range(tiles):
@@ -152,7 +151,7 @@ def encode_block(
         bit = np.array([8 * filled[0], 8 * (2 * tiles + filled[1]), 8 * (2 * tiles + filled[2])])
         for g in range(0, n, GROUP):
             place = (t * TILE + g) // GROUP
-            code = _choose_range(peaks[place], differs[place], top, b, x, g, min(n, g + GROUP), shift)
+            code = _choose_range(peaks[place], ones[place] > 0, top, b, x, g, min(n, g + GROUP), shift)
             out[ranges + place] = code
             mean = np.float32(math.ldexp(1.0, int(tops[0]))) * MEANS[out[HEAD + (t * TILE + g) // SPAN]]
             active = _write_group(
@@ -206,7 +205,7 @@ def _survey(
     start: int,
     sums: NDArray[np.float64],
     peaks: NDArray[np.uint32],
-    differs: NDArray[np.bool_],
+    ones: NDArray[np.int64],
 ) -> int:
     """Look at a tile of `n` elements that begins at an element of its block.
 
@@ -217,7 +216,7 @@ def _survey(
         start: the first's place in the block.
         sums: float64; set to the sum of finite magnitudes of every SPAN elements.
         peaks: uint32; set to the bits of the largest magnitude of every GROUP.
-        differs: bool; set to whether anything in the group changed.
+        ones: int64; set to how many elements of the group changed.
 
     Returns:
         How many elements changed.
@@ -226,16 +225,16 @@ def _survey(
     for s in range(0, n, SPAN):
         total = splat(0.0)
         for g in range(s, min(s + SPAN, n), GROUP):
-            peak, ones = splat(_ZERO), 0
+            peak, own = splat(_ZERO), 0
             for i in range(g, min(g + GROUP, n), LANES):
                 vb, vx = load(b, 0, i), load(x, 0, i)
                 size = bits(vx - vb) & magnitude
-                ones += count_ones(packed(bits(vb) != bits(vx)))
+                own += lanes_set(bits(vb) != bits(vx))
                 peak = maximum(peak, size)
                 total = total + widen(select(size < splat(_INFINITE), floats(size), splat(np.float32(0.0))))
             place = (start + g) // GROUP
-            peaks[place], differs[place] = largest(peak), ones > 0
-            changed += ones
+            peaks[place], ones[place] = largest(peak), own
+            changed += own
         sums[(start + s) // SPAN] = sum_in_order(total)
     return changed
 
@@ -249,30 +248,19 @@ def _top(highest: np.uint32) -> int:
 @kernel
 def _write_means(
     means: NDArray[np.float64],
-    changed: NDArray[np.int64],
+    ones: NDArray[np.int64],
     sparse: bool,
     unchanged: int,
     count: int,
-    b: NDArray[np.float32],
-    x: NDArray[np.float32],
-    base: NDArray[np.uint8],
-    base_code: int,
-    expert: NDArray[np.uint8],
-    expert_code: int,
     out: NDArray[np.uint8],
 ) -> int:
     """Turn sums of magnitudes into means of what changed, and write their codes; returns their top."""
+    each = SPAN // GROUP
     for s in range(len(means)):
-        means[s] /= min(SPAN, count - s * SPAN) * (1.0 - unchanged / 256.0)
-    if sparse:
-        for t in range(len(changed) - 1):
-            n = _load_tiles(base, base_code, expert, expert_code, t, count, b, x)
-            for s in range(0, n, SPAN):
-                own = 0
-                for i in range(s, min(n, s + SPAN), LANES):
-                    own += count_ones(packed(bits(load(b, 0, i)) != bits(load(x, 0, i))))
-                place = (t * TILE + s) // SPAN
-                means[place] *= min(SPAN, count - place * SPAN) / max(1, own)
+        own = 0
+        for n in ones[each * s : each * (s + 1)]:
+            own += n
+        means[s] /= max(1, own) if sparse else min(SPAN, count - s * SPAN) * (1.0 - unchanged / 256.0)
     highest = 0.0
     for mean in means:
         highest = max(highest, mean)
@@ -320,12 +308,12 @@ def _holds(
     unit = np.float32(math.ldexp(1.0, top + (code - 1) // WAYS - OCTAVES))
     # A single cell, as wide as the whole range.
     edges = load(_WHOLE, (code - 1) % WAYS, 0) * splat(unit)
-    bits_zero, zeros = splat(np.uint32(shift)), splat(_ZERO)
+    shifts, zeros = splat(np.uint32(shift)), splat(_ZERO)
     for i in range(start, end, LANES):
         vb, vx = load(b, 0, i), load(x, 0, i)
-        place, own = places_of(vx, bits_zero), places_of(vb, bits_zero)
+        place, own = places_of(vx, shifts), places_of(vb, shifts)
         negative = place < own
-        first, many = cells_of(vb, negative, edges, zeros, bits_zero)
+        first, many = cells_of(vb, negative, edges, zeros, shifts)
         inside = (place >= first) & (place < first + many)
         if packed(inside | (bits(vb) == bits(vx))) != _ALL16:
             return False
@@ -358,7 +346,7 @@ def _write_group(
     above = centres_above(max(1, code), top, unchanged)
     mean_positive = mean_above(mean, unchanged)
     left0 = left1 = left2 = left3 = left4 = left5 = left6 = splat(np.float32(0.0))
-    zeros, nothing, all_bits = splat(_ZERO), splat(np.float32(0.0)), splat(np.uint32(shift))
+    zeros, nothing, shifts = splat(_ZERO), splat(np.float32(0.0)), splat(np.uint32(shift))
     for i in range(start, min(start + GROUP, n), LANES):
         vb, vx = load(b, 0, i), load(x, 0, i)
         where = lanes_below(n - i)
@@ -366,8 +354,8 @@ def _write_group(
             where = np.uint32(packed(bits(vb) != bits(vx)) & where)
             put(out, mask_bit + i, np.uint64(where), np.uint64(_ALL16))
         changed = unpacked(where)
-        place = places_of(vx, all_bits)
-        negative = place < places_of(vb, all_bits)
+        place = places_of(vx, shifts)
+        negative = place < places_of(vb, shifts)
         _put_lanes(out, sign_bit + active, negative, where, sparse)
         delta = vx - vb
         told = signed(negative, splat(mean), splat(mean_positive))
@@ -379,10 +367,10 @@ def _write_group(
         if code in (0, RAW):
             left2, left3, left4, left5, left6 = left2 + own, left3 + own, left4 + own, left5 + own, left6 + own
             if code == RAW:
-                _write_rest(place, splat(np.uint32(32)) - all_bits, changed, out, scratch, bit)
+                _write_rest(place, splat(np.uint32(32)) - shifts, changed, out, scratch, bit)
             active += count_ones(where)
             continue
-        i2, i3, i4 = _cell(vb, place, negative, edges, all_bits)
+        i2, i3, i4 = _cell(vb, place, negative, edges, shifts)
         cell = indices(i2, i3, i4)
         _put_lanes(out, planes[0] + active, i2, where, sparse)
         _put_lanes(out, planes[1] + active, i3, where, sparse)
@@ -391,13 +379,13 @@ def _write_group(
         left2 = left2 + _square(_miss(delta, 2, cell, below, above, negative, changed))
         left3 = left3 + _square(_miss(delta, 3, cell, below, above, negative, changed))
         left4 = left4 + _square(_miss(delta, 4, cell, below, above, negative, changed))
-        first, many = cells_of(vb, negative, edges, cell, all_bits)
+        first, many = cells_of(vb, negative, edges, cell, shifts)
         width = splat(np.uint32(32)) - leading_zeros(many - splat(_ONE))
         found = select(changed, place - first, zeros)
         _write_rest(found, width, changed, out, scratch, bit)
-        told = number_at(first + _middle(found, many, width, splat(np.uint32(2))), all_bits) - vb
+        told = number_at(first + _middle(found, many, width, splat(np.uint32(2))), shifts) - vb
         left5 = left5 + _square(select(changed, delta - told, nothing))
-        told = number_at(first + _middle(found, many, width, splat(np.uint32(10))), all_bits) - vb
+        told = number_at(first + _middle(found, many, width, splat(np.uint32(10))), shifts) - vb
         left6 = left6 + _square(select(changed, delta - told, nothing))
     left[0] += sum_in_order(widen(left0))
     left[1] += sum_in_order(widen(left1))

@@ -94,11 +94,6 @@ class LayerWriter:
         self._lock = threading.Lock()
         self._end = len(MAGIC)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes written so far."""
-        return self._end
-
     def add(self, record: int, layers: NDArray[np.uint8], ends: NDArray[np.int64], left: NDArray[np.float64]) -> None:
         """Write a block.
 

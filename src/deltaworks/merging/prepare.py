@@ -112,8 +112,8 @@ class Prepared:
         stand_in = options.base or recipe.stand_in
         self.models, stand_in = _models(catalog, recipe, stand_in, relative_to, self._progress)
         _check_bases(catalog, recipe, self.models)
-        needs_bases = weighs or options.layers
-        self._bases = _bases(catalog, recipe, self.models, stand_in, self._progress, weighs=needs_bases)
+        adds = weighs or options.layers
+        self._bases = _bases(catalog, recipe, self.models, stand_in, self._progress, weighs=weighs, adds=adds)
         self._fair = recipe.fair if options.fair is None else options.fair
         self._balanced = recipe.balanced if options.balanced is None else options.balanced
         self._tables: dict[tuple[str, str], DeltaTable] = {}
@@ -281,8 +281,13 @@ def _bases(
     progress: Progress,
     *,
     weighs: bool,
+    adds: bool,
 ) -> dict[str, str]:
-    """The reference of the base of each expert, as far as known; bases that only a budget needs join `models`."""
+    """The reference of the base of each expert, as far as known.
+
+    What a budget cannot do without is checked where `weighs` is set; bases that the recipe does not name join `models`
+    where `adds` is.
+    """
     bases: dict[str, str] = {}
     for part in recipe.slices:
         named = part.base_model or recipe.base_model
@@ -290,9 +295,9 @@ def _bases(
             base = stand_in or named
             if recipe.method.name == "slerp" and named is not None and base == named:
                 # Interpolating between two experts, of which the recipe has to call one the base.
-                base = _registered_base(catalog, models, named, progress, add=weighs) or named
+                base = _registered_base(catalog, models, named, progress, add=adds) or named
             elif base is None:
-                base = _registered_base(catalog, models, item.model, progress, add=weighs)
+                base = _registered_base(catalog, models, item.model, progress, add=adds)
             if base is None or item.model == base:
                 continue
             if bases.setdefault(item.model, base) != base:

@@ -42,7 +42,7 @@ class Rows:
         elements = max((min(s.block_size, s.elements) for s in streams), default=0)
         inputs = max((len(s.infos) for s in streams), default=1)
         bits = max((t.dtype.bits for s in streams for t in s.infos), default=8)
-        opened = max((s.opened_bytes for s in streams), default=0)
+        opened = max((s.largest_opened for s in streams), default=0)
         # A block begins somewhere in the first page, and is loaded in whole vectors.
         self.raw = page_aligned(inputs, max(elements * bits // 8 + 2 * PAGE, opened))
         self.codes = np.zeros(inputs, np.int64)
@@ -145,7 +145,7 @@ class TensorStream:
             self.places.append(stand_in.model)
 
     @property
-    def opened_bytes(self) -> int:
+    def largest_opened(self) -> int:
         """The most that an opened block of layers takes."""
         count = min(self.block_size, self.elements)
         return max((opened_bytes(count, file.largest(tensor)) for file, tensor in self._layers.values()), default=0)
