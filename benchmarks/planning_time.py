@@ -27,12 +27,12 @@ import pyarrow.parquet as pq
 from deltaworks.catalog import statistics
 from deltaworks.catalog.histogram import kept_elements
 from deltaworks.catalog.models import Kind, Model
-from deltaworks.catalog.sketch import BUCKETS, SAMPLES
 from deltaworks.catalog.statistics import CUT_DENSITIES, DENSITIES, pack_floats
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.checkpoint import Checkpoint, ShardFile
 from deltaworks.checkpoints.dtypes import BF16
 from deltaworks.checkpoints.header import TensorInfo
+from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES
 
 BLOCK = 1 << 18
 PLAN = """

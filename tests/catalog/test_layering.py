@@ -16,8 +16,12 @@ from deltaworks.catalog.models import Model
 from deltaworks.catalog.register import register
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.codec import decode_reference
+from deltaworks.checkpoints.dtypes import DTYPES
 from deltaworks.checkpoints.reader import ByteCounter, RangeReader
+from deltaworks.checkpoints.sketch import SAMPLES, sample_places, sketch_reference
 from deltaworks.errors import DeltaworksError
+from deltaworks.layers.cells import SKETCHED
+from deltaworks.layers.decode import decode_block, opened_bytes
 from deltaworks.layers.file import LayerFile
 
 
@@ -57,6 +61,35 @@ def registered(catalog: Catalog, root: Path, dtype: Any = BF16, base_dtype: Any 
     write_model(root / "expert", expert, shards=2)
     base_model = register(catalog, "base", str(root / "base"))
     return base_model, register(catalog, "expert", str(root / "expert"), "base")
+
+
+def test_what_layers_leave_is_sketched_and_sampled(catalog: Catalog, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    own = rng.normal(0, 0.02, 40 * 4096 - 700).astype(BF16)
+    write_model(tmp_path / "base", {"w": own})
+    write_model(tmp_path / "expert", {"w": (own + rng.normal(0, 0.001, len(own))).astype(BF16)})
+    base = register(catalog, "base", str(tmp_path / "base"))
+    expert = register(catalog, "expert", str(tmp_path / "expert"), "base")
+    analyze(catalog, expert, base, layers=True, block_size=4096)
+    file = LayerFile(catalog.layers_file(expert.fingerprint, base.fingerprint), ByteCounter())
+    (residual,) = file.residuals
+    tensor = file.tensors["w"]
+    before, after = (decode_reference(raw(m, "w"), DTYPES["BF16"]) for m in (base, expert))
+    for depth in range(1, SKETCHED + 1):
+        rest, sample = np.zeros_like(after), np.zeros(SAMPLES, np.float32)
+        for block in range(tensor.blocks):
+            part = slice(block * 4096, (block + 1) * 4096)
+            count = file.count(tensor, block)
+            row = np.zeros(opened_bytes(count, file.largest(tensor)), np.uint8)
+            file.open_block(tensor, block, depth, row)
+            told = np.empty(count, np.float32)
+            decode_block(row, before[part], count, told)
+            rest[part] = after[part] - told
+            sample[block::40] = rest[part][sample_places(block, count)[block::40]]
+        sketch = sketch_reference(rest, 0)
+        assert residual["sketch"][depth - 1] == pytest.approx(sketch / np.linalg.norm(sketch), abs=2e-3)
+        assert residual["sample"][depth - 1] == pytest.approx(sample, rel=1e-3, abs=1e-6)
+    file.close()
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from deltaworks.checkpoints.codec import TILE, decode_reference, encode_reference
 from deltaworks.checkpoints.dtypes import BF16, F16, F32, F64, DType
 from deltaworks.checkpoints.reader import ByteCounter
+from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES, sample_places, signs, sketch_reference
 from deltaworks.errors import CatalogError
 from deltaworks.layers.bitstream import gather, gather_reference, scatter, scatter_reference
-from deltaworks.layers.cells import CENTRES, DEPTH, EDGES, GROUP, RANGES, SHARES, WAYS
+from deltaworks.layers.cells import CENTRES, DEPTH, EDGES, GROUP, RANGES, SHARES, SKETCHED, WAYS
 from deltaworks.layers.decode import decode_block, layers_start, open_block, opened_bytes
-from deltaworks.layers.encode import encode_block, most_bytes
+from deltaworks.layers.encode import Residuals, encode_block, most_bytes
 from deltaworks.layers.file import SHIFTS, LayeredTensor, LayerFile, LayerWriter, exact_elements, is_layered
 
 Bytes = NDArray[np.uint8]
@@ -31,16 +32,18 @@ def padded(raw: Bytes) -> Bytes:
 
 
 def layers_of(
-    base: Bytes, base_type: DType, expert: Bytes, expert_type: DType, count: int
-) -> tuple[Bytes, NDArray[np.int64], NDArray[np.float64]]:
+    base: Bytes, base_type: DType, expert: Bytes, expert_type: DType, count: int, first: int = 0
+) -> tuple[Bytes, NDArray[np.int64], NDArray[np.float64], Residuals]:
     room = most_bytes(count)
     out, scratch = np.full(room, 0xA5, np.uint8), np.full((2, room), 0x5A, np.uint8)
     ends, left = np.zeros(DEPTH, np.int64), np.zeros(DEPTH + 1)
     codes, shift = (base_type.code, expert_type.code), SHIFTS[expert_type]
-    encode_block(padded(base), codes[0], padded(expert), codes[1], count, shift, scratch, out, ends, left)
+    sketches, samples = (np.full((SKETCHED, n), np.nan, np.float32) for n in (BUCKETS, SAMPLES))
+    residuals = Residuals(first, signs(), sample_places(3, count), sketches, samples)
+    encode_block(padded(base), codes[0], padded(expert), codes[1], count, shift, scratch, out, ends, left, residuals)
     assert (np.diff(ends) >= 0).all()
     assert ends[-1] <= room
-    return out[: ends[-1]], ends, left
+    return out[: ends[-1]], ends, left, residuals
 
 
 def told(layers: Bytes, ends: NDArray[np.int64], depth: int, base: Floats, shift: int) -> Floats:
@@ -56,7 +59,7 @@ def told(layers: Bytes, ends: NDArray[np.int64], depth: int, base: Floats, shift
 def check(base: Bytes, base_type: DType, expert: Bytes, expert_type: DType) -> list[float]:
     """Round trip; returns relative errors by depth."""
     count = len(expert) * 8 // expert_type.bits
-    layers, ends, left = layers_of(base, base_type, expert, expert_type, count)
+    layers, ends, left, residuals = layers_of(base, base_type, expert, expert_type, count, 3 * 8192)
     b, x = decode_reference(base, base_type), decode_reference(expert, expert_type)
     with np.errstate(all="ignore"):
         delta = (x - b).astype(np.float64)
@@ -73,6 +76,13 @@ def check(base: Bytes, base_type: DType, expert: Bytes, expert_type: DType) -> l
                 # What is told is added to the base, and rounded.
                 rounding = 1e-17 + 2.0**-23 * float(np.linalg.norm(np.maximum(np.abs(b), np.abs(x)).astype(np.float64)))
                 assert np.sqrt(left[depth]) == pytest.approx(np.sqrt(missed), rel=1e-3, abs=rounding)
+                if depth <= SKETCHED and count:
+                    rest, norm = x - got, np.sqrt(missed)
+                    sample, sketch = residuals.samples[depth - 1], residuals.sketches[depth - 1]
+                    off = pytest.approx(rest[residuals.places], rel=1e-3, abs=1e-3 * norm + rounding)
+                    assert sample == off
+                    wanted = sketch_reference(rest, residuals.first)
+                    assert sketch == pytest.approx(wanted, rel=1e-3, abs=1e-3 * norm + np.sqrt(count) * rounding)
             errors.append(float(np.sqrt(missed / whole)) if whole else 0.0)
     assert left[-1] == 0
     np.testing.assert_array_equal(exact_elements(got, expert_type), expert)
@@ -139,12 +149,12 @@ def test_what_each_depth_leaves() -> None:
 
 def test_an_exact_block_of_a_fine_tune_takes_half_of_its_bytes() -> None:
     b, x = fine_tune(1 << 16, np.random.default_rng(0), scale=0.03)
-    _, ends, _ = layers_of(encode_reference(b, BF16), BF16, encode_reference(x, BF16), BF16, len(b))
+    _, ends, _, _ = layers_of(encode_reference(b, BF16), BF16, encode_reference(x, BF16), BF16, len(b))
     bits = 8 * ends / len(b)
     assert bits[:4] == pytest.approx([1.03, 2.1, 3.1, 4.1], abs=0.02)
     assert bits[-1] < 8
     b, x = fine_tune(1 << 16, np.random.default_rng(0), scale=0.03, unchanged=0.95)
-    _, ends, _ = layers_of(encode_reference(b, BF16), BF16, encode_reference(x, BF16), BF16, len(b))
+    _, ends, _, _ = layers_of(encode_reference(b, BF16), BF16, encode_reference(x, BF16), BF16, len(b))
     assert 8 * ends[-1] / len(b) < 1.5
 
 
@@ -152,7 +162,7 @@ def test_groups_that_did_not_change_stay_as_they_are_from_the_second_layer_on() 
     b, x = fine_tune(TILE, np.random.default_rng(0))
     x[GROUP : 2 * GROUP] = b[GROUP : 2 * GROUP]
     base, expert = encode_reference(b, BF16), encode_reference(x, BF16)
-    layers, ends, _ = layers_of(base, BF16, expert, BF16, TILE)
+    layers, ends, _, _ = layers_of(base, BF16, expert, BF16, TILE)
     before = decode_reference(base, BF16)
     for depth in range(2, DEPTH + 1):
         got = told(layers, ends, depth, before, 16)
@@ -210,12 +220,13 @@ def stored(tmp_path: Path) -> tuple[Path, LayeredTensor, Floats, Bytes]:
     """A file with one tensor of two blocks."""
     b, x = fine_tune(4096 + 500, np.random.default_rng(3))
     base, expert = encode_reference(b, BF16), encode_reference(x, BF16)
-    tensor = LayeredTensor("w", "BF16", (len(b),), is_delta=True, first=0, blocks=2)
-    writer = LayerWriter(tmp_path / "x.layers", 2)
+    tensor = LayeredTensor("w", "BF16", (len(b),), is_delta=True, first=0, blocks=2, residual=0)
+    writer = LayerWriter(tmp_path / "x.layers", 2, 1)
     for block in range(2):
         own = slice(2 * 4096 * block, 2 * 4096 * (block + 1))
-        layers, ends, left = layers_of(base[own], BF16, expert[own], BF16, len(expert[own]) // 2)
+        layers, ends, left, _ = layers_of(base[own], BF16, expert[own], BF16, len(expert[own]) // 2)
         writer.add(block, layers, ends, left)
+    writer.add_residual(0, np.eye(SKETCHED, BUCKETS) * 3, np.ones((SKETCHED, SAMPLES), np.float32))
     assert not (tmp_path / "x.layers").exists()
     writer.commit([tensor], {"block_size": 4096})
     writer.abandon()
@@ -225,6 +236,7 @@ def stored(tmp_path: Path) -> tuple[Path, LayeredTensor, Floats, Bytes]:
 
 def restored(path: Path, tensor: LayeredTensor, base: Floats) -> Bytes:
     file = LayerFile(path, ByteCounter())
+    np.testing.assert_array_equal(file.residuals["sketch"], [np.eye(SKETCHED, BUCKETS)])
     parts = [file.restore(file.tensors[tensor.name], i, base[4096 * i : 4096 * (i + 1)]) for i in range(2)]
     file.close()
     return np.concatenate(parts)
@@ -269,7 +281,7 @@ def test_a_file_that_was_cut_off_is_refused(stored: tuple[Path, LayeredTensor, F
 
 
 def test_an_abandoned_file_leaves_nothing(tmp_path: Path) -> None:
-    writer = LayerWriter(tmp_path / "x.layers", 1)
+    writer = LayerWriter(tmp_path / "x.layers", 1, 0)
     writer.abandon()
     assert not list(tmp_path.iterdir())
 

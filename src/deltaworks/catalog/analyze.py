@@ -15,7 +15,6 @@ import numpy as np
 from deltaworks.catalog.histogram import BINS, Histogram, drain
 from deltaworks.catalog.layering import LayerBuffers, Layering
 from deltaworks.catalog.models import Model
-from deltaworks.catalog.sketch import BUCKETS, SAMPLES, sample_places, signs
 from deltaworks.catalog.statistics import (
     BLOCK_FIELDS,
     DEFAULT_BLOCK_SIZE,
@@ -32,6 +31,7 @@ from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.checkpoints.pipeline import READS_IN_FLIGHT, Pipeline
 from deltaworks.checkpoints.reader import ByteCounter, page_aligned
+from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES, sample_places, signs
 from deltaworks.checkpoints.source import Source, are_cached, places_in_rows
 from deltaworks.checkpoints.writer import storage_error
 from deltaworks.errors import UserError
@@ -216,7 +216,7 @@ class _Stages:
         """Measure the block in the slot, and encode it."""
         if self._layering is not None and slot.layers is not None:
             self._layering.encode(
-                task.tensor, (task.base, slot.base), (task.expert, slot.expert), task.count, slot.layers
+                task.tensor, (task.base, slot.base), (task.expert, slot.expert), task.block, task.count, slot.layers
             )
         measure_block(
             slot.base,
@@ -246,6 +246,8 @@ class _Stages:
         histogram = Histogram(slot.bins[: slot.used].copy(), slot.counts[: slot.used].copy())
         result = BlockStatistics(task.count, slot.values.copy(), slot.sketch.copy(), slot.sample.copy(), histogram)
         self._gathered.setdefault(task.tensor, {})[task.block] = result
+        if self._layering is not None and slot.layers is not None:
+            self._layering.gather(task.tensor, task.block, slot.layers)
         self._progress.advance(task.base.dtype.nbytes(task.count) + task.expert.dtype.nbytes(task.count))
         while self._next < len(self._pairs):
             found = self._gathered.get(self._next, {})

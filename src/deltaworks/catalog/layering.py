@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from deltaworks.catalog.models import Model
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.header import TensorInfo
+from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES, sample_places, signs
 from deltaworks.checkpoints.source import Source
 from deltaworks.errors import UserError
-from deltaworks.layers.cells import DEPTH
-from deltaworks.layers.encode import encode_block, most_bytes
-from deltaworks.layers.file import SHIFTS, LayeredTensor, LayerWriter, is_layered
+from deltaworks.layers.cells import DEPTH, SKETCHED
+from deltaworks.layers.encode import Residuals, encode_block, most_bytes
+from deltaworks.layers.file import SHIFTS, LayeredTensor, LayerWriter, blocks_sharing, is_layered
 from deltaworks.units import format_bytes
 
 USUAL_SHARE = 0.45
@@ -35,6 +36,8 @@ class LayerBuffers:
         self.scratch = np.empty((2, len(self.packed)), np.uint8)
         self.ends = np.zeros(DEPTH, np.int64)
         self.left = np.zeros(DEPTH + 1)
+        self.sketches = np.zeros((SKETCHED, BUCKETS), np.float32)
+        self.samples = np.zeros((SKETCHED, SAMPLES), np.float32)
 
 
 class Layering:
@@ -51,13 +54,15 @@ class Layering:
     def __init__(self, path: Path, expert: Model, base: Model, pairs: Pairs, block_size: int) -> None:
         self._block_size = block_size
         self._tensors: list[LayeredTensor] = []
-        self._records: list[int | None] = []
-        end = 0
+        self._deltas: list[LayeredTensor | None] = []
+        self._sharing, self._signs = blocks_sharing(block_size), signs()
+        self._parts: dict[int, list[tuple[int, NDArray[np.float32], NDArray[np.float32]]]] = {}
+        end = self._residuals = 0
         for b, e in pairs:
             layered = is_layered(e.dtype, b.dtype)
-            self._records.append(end if layered else None)
             if layered:
                 end = self._add(e, end, is_delta=True)
+            self._deltas.append(self._tensors[-1] if layered else None)
         held = {t.name for t in self._tensors}
         # An expert that is gone is to come back whole, so the rest of it is kept as it is.
         self._rest = [t for t in expert.checkpoint.tensors.values() if t.name not in held]
@@ -66,11 +71,13 @@ class Layering:
             end = self._add(info, end, is_delta=False)
         path.parent.mkdir(exist_ok=True)
         self._about = {"block_size": block_size, "expert": expert.fingerprint, "base": base.fingerprint}
-        self._writer = LayerWriter(path, end)
+        self._writer = LayerWriter(path, end, self._residuals)
 
     def _add(self, info: TensorInfo, first: int, *, is_delta: bool) -> int:
         blocks = max(1, -(-info.count // self._block_size))
-        self._tensors.append(LayeredTensor(info.name, info.dtype.name, info.shape, is_delta, first, blocks))
+        name, dtype, shape = info.name, info.dtype.name, info.shape
+        self._tensors.append(LayeredTensor(name, dtype, shape, is_delta, first, blocks, self._residuals))
+        self._residuals += -(-blocks // self._sharing) if is_delta else 0
         return first + blocks
 
     def encode(
@@ -78,20 +85,23 @@ class Layering:
         pair: int,
         base: tuple[TensorInfo, NDArray[np.uint8]],
         expert: tuple[TensorInfo, NDArray[np.uint8]],
+        block: int,
         count: int,
         buffers: LayerBuffers,
     ) -> None:
-        """Encode a block of so many elements of a pair of tensors, where that has layers.
+        """Encode a block of a pair of tensors, where that has layers.
 
         Args:
             pair: which.
             base: the tensor and raw elements (uint8) of the base.
             expert: of the expert.
-            count: elements in the block.
+            block: which.
+            count: elements in it.
             buffers: set.
         """
-        if self._records[pair] is None:
+        if self._deltas[pair] is None:
             return
+        first, places = block * self._block_size, sample_places(block, count)
         encode_block(
             base[1],
             base[0].dtype.code,
@@ -103,13 +113,33 @@ class Layering:
             buffers.packed,
             buffers.ends,
             buffers.left,
+            Residuals(first, self._signs, places, buffers.sketches, buffers.samples),
         )
 
     def write(self, pair: int, block: int, buffers: LayerBuffers) -> None:
         """Write a block that was encoded."""
-        first = self._records[pair]
-        if first is not None:
-            self._writer.add(first + block, buffers.packed, buffers.ends, buffers.left)
+        delta = self._deltas[pair]
+        if delta is not None:
+            self._writer.add(delta.first + block, buffers.packed, buffers.ends, buffers.left)
+
+    def gather(self, pair: int, block: int, buffers: LayerBuffers) -> None:
+        """Enter what layers leave of a block that was encoded, with that of the blocks beside it; for one thread."""
+        delta = self._deltas[pair]
+        if delta is None:
+            return
+        part = block // self._sharing
+        parts = self._parts.setdefault(delta.residual + part, [])
+        parts.append((block, buffers.sketches.copy(), buffers.samples.copy()))
+        many = min(self._sharing, delta.blocks - part * self._sharing)
+        if len(parts) == many:
+            del self._parts[delta.residual + part]
+            parts.sort(key=lambda p: p[0])
+            samples = np.zeros((SKETCHED, SAMPLES), np.float32)
+            for i, (_, _, own) in enumerate(parts):
+                samples[:, i::many] = own[:, i::many]
+            self._writer.add_residual(
+                delta.residual + part, np.sum([p[1] for p in parts], axis=0, dtype=np.float64), samples
+            )
 
     def commit(self, source: Source) -> None:
         """Write what is no delta, of the expert's open files, and finish the file."""

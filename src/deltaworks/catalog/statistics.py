@@ -29,9 +29,9 @@ from deltaworks.catalog.histogram import (
     place_cuts,
     surviving_energy,
 )
-from deltaworks.catalog.sketch import BUCKETS, SAMPLES, add_to_sketch, sketch_reference
 from deltaworks.checkpoints.codec import TILE, decode
 from deltaworks.checkpoints.jit import kernel
+from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES, add_to_sketch, sketch_reference
 from deltaworks.checkpoints.vector import (
     LANES,
     MAGNITUDE,

@@ -60,11 +60,13 @@ VerifyError = Annotated[
     bool, typer.Option("--verify-error", help="Measure what the budget cost; reads every expert in full.")
 ]
 Layers = Annotated[
-    bool,
+    bool | None,
     typer.Option(
         "--layers/--no-layers",
-        help="Without a budget: read experts from the catalog's layers where it has them (analyze --layers): less than"
-        " half of the bytes and the same result, for more processor time.",
+        help="Read experts from the catalog's layers where it has them (analyze --layers), or never. With a budget they"
+        " are used unless told otherwise; without one they are less than half of the bytes, with the same result, for"
+        " more processor time.  [default: with a budget]",
+        show_default=False,
     ),
 ]
 _MODEL = re.compile(r"""^[\s-]*(?:base_)?model:[ \t]*["']?([^\s"'#]+)""", re.MULTILINE)
@@ -97,7 +99,7 @@ def merge(
     allow_nonfinite: AllowNonfinite = False,
     block_size: BlockSize = None,
     threads: Threads = None,
-    layers: Layers = False,
+    layers: Layers = None,
     profile_run: ProfileRun = False,
     catalog: CatalogPath = None,
     quiet: Quiet = False,
@@ -151,6 +153,7 @@ def plan(
     base: StandIn = None,
     fair: Fair = None,
     balanced: Balanced = None,
+    layers: Layers = None,
     shard_size: ShardSize = "5GB",
     seed: Seed = 0,
     block_size: BlockSize = None,
@@ -180,6 +183,7 @@ def plan(
         base=base,
         fair=fair,
         balanced=balanced,
+        layers=layers,
     )
     started = time.monotonic()
     loaded = load_recipe(recipe)
@@ -212,7 +216,7 @@ def run(
     allow_nonfinite: AllowNonfinite = False,
     block_size: BlockSize = None,
     threads: Threads = None,
-    layers: Layers = False,
+    layers: Layers = None,
     profile_run: ProfileRun = False,
     catalog: CatalogPath = None,
     quiet: Quiet = False,

@@ -1,13 +1,14 @@
 """From elements to layers: a block at a time, inside a compiled kernel."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.codec import TILE, decode
 from deltaworks.checkpoints.jit import inlined, kernel
+from deltaworks.checkpoints.sketch import BUCKETS, add_to_sketch
 from deltaworks.checkpoints.vector import (
     LANES,
     MAGNITUDE,
@@ -23,13 +24,14 @@ from deltaworks.checkpoints.vector import (
     packed,
     select,
     splat,
+    store,
     sum_in_order,
     unpacked,
     upper_bytes,
     widen,
 )
 from deltaworks.layers.bitstream import SLACK, count_ones, lanes_below, put, put_half
-from deltaworks.layers.cells import CENTRES, EDGES, GROUP, MEANS, OCTAVES, RANGES, RAW, SPAN, WAYS
+from deltaworks.layers.cells import CENTRES, EDGES, GROUP, MEANS, OCTAVES, RANGES, RAW, SKETCHED, SPAN, WAYS
 from deltaworks.layers.decode import (
     HEAD,
     IS_SPARSE,
@@ -62,6 +64,24 @@ def most_bytes(count: int) -> int:
     return first + 3 * (count // 8 + 1) + 3 * 3 * tiles + 4 * count + 16 * SLACK
 
 
+class Residuals(NamedTuple):
+    """What is told of what the first layers of a block leave of its delta, beyond its squares.
+
+    Attributes:
+        first: flat index of the block's first element.
+        signs: of sketches, see `signs`.
+        places: int64, [SAMPLES]; the elements that are sampled, ascending.
+        sketches: float32, [SKETCHED, BUCKETS]; of what one layer leaves, two layers, and so on.
+        samples: float32, [SKETCHED, SAMPLES].
+    """
+
+    first: int
+    signs: NDArray[np.float32]
+    places: NDArray[np.int64]
+    sketches: NDArray[np.float32]
+    samples: NDArray[np.float32]
+
+
 @kernel
 def encode_block(
     base: NDArray[np.uint8],
@@ -74,6 +94,7 @@ def encode_block(
     out: NDArray[np.uint8],
     ends: NDArray[np.int64],
     left: NDArray[np.float64],
+    residuals: Residuals,
 ) -> None:
     """Write the layers of a block of the delta `expert` minus `base`.
 
@@ -89,8 +110,12 @@ def encode_block(
         ends: int64, [DEPTH]; set to where each layer ends.
         left: float64, [DEPTH + 1]; set to the sum of squares of what so many layers leave of the delta, none first;
             what is infinite or NaN does not count.
+        residuals: sketches and samples of the same; set.
     """
     tiles = -(-count // TILE)
+    residuals.sketches[:] = np.float32(0.0)
+    residuals.samples[:] = np.float32(0.0)
+    residual, sampled = np.zeros((SKETCHED, TILE), np.float32), 0
     b, x = np.zeros((1, TILE), np.float32), np.zeros((1, TILE), np.float32)
     means = np.zeros(-(-count // SPAN), np.float64)
     peaks = np.zeros(-(-count // GROUP), np.uint32)
@@ -156,8 +181,14 @@ def encode_block(
             mean = np.float32(math.ldexp(1.0, int(tops[0]))) * MEANS[out[HEAD + (t * TILE + g) // SPAN]]
             active = _write_group(
                 b, x, g, n, code, top, mean, unchanged, shift, sparse, out, mask_bit + t * TILE, sign_bit, planes,
-                active, scratch, bit, left,
+                active, scratch, bit, left, residual,
             )  # fmt: skip
+        residual[:, -(-n // LANES) * LANES : -(-n // BUCKETS) * BUCKETS] = np.float32(0.0)
+        for layer in range(SKETCHED):
+            add_to_sketch(residual[layer], n, residuals.first // TILE + t, residuals.signs, residuals.sketches[layer])
+        while sampled < len(residuals.places) and residuals.places[sampled] < t * TILE + n:
+            residuals.samples[:, sampled] = residual[:, residuals.places[sampled] - t * TILE]
+            sampled += 1
         for layer in range(3):
             start = filled[layer] + (2 * tiles if layer else 0)
             nbytes = -(-bit[layer] // 8) - start
@@ -340,6 +371,7 @@ def _write_group(
     scratch: NDArray[np.uint8],
     bit: NDArray[np.int64],
     left: NDArray[np.float64],
+    residual: NDArray[np.float32],
 ) -> int:
     """Write one group; returns how many elements of the block have bits so far."""
     edges, below = scaled(EDGES, max(1, code), top), scaled(CENTRES, max(1, code), top)
@@ -361,10 +393,15 @@ def _write_group(
         told = signed(negative, splat(mean), splat(mean_positive))
         finite = (bits(delta) & splat(MAGNITUDE)) < splat(_INFINITE)
         real = changed & finite
-        own = _square(select(real, delta, nothing))
+        whole = select(real, delta, nothing)
+        own = _square(whole)
         left0 = left0 + own
-        left1 = left1 + _square(select(real, delta - told, nothing))
+        rest = select(real, delta - told, nothing)
+        store(residual[0], i, rest)
+        left1 = left1 + _square(rest)
         if code in (0, RAW):
+            for layer in range(1, SKETCHED):
+                store(residual[layer], i, whole)
             left2, left3, left4, left5, left6 = left2 + own, left3 + own, left4 + own, left5 + own, left6 + own
             if code == RAW:
                 _write_rest(place, splat(np.uint32(32)) - shifts, changed, out, scratch, bit)
@@ -376,15 +413,23 @@ def _write_group(
         _put_lanes(out, planes[1] + active, i3, where, sparse)
         _put_lanes(out, planes[2] + active, i4, where, sparse)
         active += count_ones(where)
-        left2 = left2 + _square(_miss(delta, 2, cell, below, above, negative, changed))
-        left3 = left3 + _square(_miss(delta, 3, cell, below, above, negative, changed))
-        left4 = left4 + _square(_miss(delta, 4, cell, below, above, negative, changed))
+        rest = _miss(delta, 2, cell, below, above, negative, changed)
+        store(residual[1], i, rest)
+        left2 = left2 + _square(rest)
+        rest = _miss(delta, 3, cell, below, above, negative, changed)
+        store(residual[2], i, rest)
+        left3 = left3 + _square(rest)
+        rest = _miss(delta, 4, cell, below, above, negative, changed)
+        store(residual[3], i, rest)
+        left4 = left4 + _square(rest)
         first, many = cells_of(vb, negative, edges, cell, shifts)
         width = splat(np.uint32(32)) - leading_zeros(many - splat(_ONE))
         found = select(changed, place - first, zeros)
         _write_rest(found, width, changed, out, scratch, bit)
         told = number_at(first + _middle(found, many, width, splat(np.uint32(2))), shifts) - vb
-        left5 = left5 + _square(select(changed, delta - told, nothing))
+        rest = select(changed, delta - told, nothing)
+        store(residual[4], i, rest)
+        left5 = left5 + _square(rest)
         told = number_at(first + _middle(found, many, width, splat(np.uint32(10))), shifts) - vb
         left6 = left6 + _square(select(changed, delta - told, nothing))
     left[0] += sum_in_order(widen(left0))

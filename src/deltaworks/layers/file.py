@@ -5,8 +5,9 @@
     magic, 8 bytes
     the layers of each block, the first to the last, block after block in any order
     the index: one INDEX record a block, in the order of the tensors
+    the residuals: one RESIDUAL record for every so many blocks of a delta, in the same order
     the contents: JSON
-    the end: END, which says where index and contents stand and what their checksums are
+    the end: END, which says where those three stand and what their checksums are
 
 Whoever reads the first so many layers of a block reads one range of the file. Numbers are little-endian; checksums are
 the first 8 bytes of BLAKE3. See ``docs/layers.md`` for what is inside a block.
@@ -17,6 +18,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,8 +29,9 @@ from numpy.typing import NDArray
 from deltaworks.checkpoints.codec import encode_reference
 from deltaworks.checkpoints.dtypes import BF16, DTYPES, F8_E4M3, F8_E5M2, F16, F32, DType
 from deltaworks.checkpoints.reader import ByteCounter, RangeReader
+from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES
 from deltaworks.errors import CatalogError, CheckpointError
-from deltaworks.layers.cells import DEPTH, FORMAT_VERSION
+from deltaworks.layers.cells import DEPTH, FORMAT_VERSION, SKETCHED
 from deltaworks.layers.decode import decode_block, layers_start, open_block, opened_bytes
 
 MAGIC: Final = b"DWLAYERS"
@@ -37,13 +40,20 @@ INDEX: Final = np.dtype(
 )
 """Of each block: its place in the file, where in it each layer ends, their checksums, and the squares that remain of
 the delta where so many layers are read, none first."""
+RESIDUAL: Final = np.dtype([("sketch", "<f2", (SKETCHED, BUCKETS)), ("sample", "<f4", (SKETCHED, SAMPLES))])
+"""What so many layers, one first, leave of the delta in RESIDUAL_ELEMENTS elements, or in one block where that has
+more: sketches, scaled to a norm of one, and samples. Of m blocks that share a record, the first gives its samples 0, m,
+2m and so on, the second its samples 1, m + 1, 2m + 1."""
+RESIDUAL_ELEMENTS: Final = 1 << 18
 END: Final = np.dtype(
     [
         ("index", "<u8"),
         ("blocks", "<u8"),
+        ("residuals", "<u8"),
         ("contents", "<u8"),
         ("contents_bytes", "<u8"),
         ("index_checksum", "<u8"),
+        ("residuals_checksum", "<u8"),
         ("contents_checksum", "<u8"),
         ("magic", "S8"),
     ]
@@ -63,6 +73,7 @@ class LayeredTensor:
         is_delta: whether its blocks hold layers; else they hold the elements as they are, as the last layer.
         first: the index record of its first block.
         blocks: how many there are.
+        residual: the first of its records of residuals; they are for `blocks_sharing` blocks each.
     """
 
     name: str
@@ -71,6 +82,12 @@ class LayeredTensor:
     is_delta: bool
     first: int
     blocks: int
+    residual: int
+
+
+def blocks_sharing(block_size: int) -> int:
+    """How many blocks of a delta share a record of residuals."""
+    return max(1, RESIDUAL_ELEMENTS // block_size)
 
 
 def checksum(data: Any) -> int:
@@ -84,13 +101,15 @@ class LayerWriter:
     Args:
         path: the file to appear.
         blocks: how many blocks there will be.
+        residuals: how many records of residuals.
     """
 
-    def __init__(self, path: Path, blocks: int) -> None:
+    def __init__(self, path: Path, blocks: int, residuals: int) -> None:
         self._path = path
         self._partial = path.with_name(f".{path.name}.{os.getpid()}")
         self._fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         self._index = np.zeros(blocks, INDEX)
+        self._residuals = np.zeros(residuals, RESIDUAL)
         self._lock = threading.Lock()
         self._end = len(MAGIC)
 
@@ -118,6 +137,13 @@ class LayerWriter:
         ends[-1] = len(elements)
         self.add(record, elements, ends, np.zeros(DEPTH + 1))
 
+    def add_residual(self, record: int, sketches: NDArray[np.float64], samples: NDArray[np.float32]) -> None:
+        """Enter what layers leave of some blocks: sketches, [SKETCHED, BUCKETS], and samples, [SKETCHED, SAMPLES]."""
+        norms = np.sqrt(np.square(sketches).sum(axis=1, keepdims=True))
+        own = self._residuals[record]
+        own["sketch"] = np.divide(sketches, norms, out=np.zeros_like(sketches), where=norms > 0)
+        own["sample"] = samples
+
     def commit(self, tensors: Sequence[LayeredTensor], about: Mapping[str, Any]) -> None:
         """Write index and contents, flush them and give the file its name.
 
@@ -128,13 +154,15 @@ class LayerWriter:
         contents = json.dumps(
             {"version": FORMAT_VERSION, **about, "tensors": [asdict(t) for t in tensors]}, separators=(",", ":")
         ).encode()
-        index = self._index.tobytes()
+        index, residuals = self._index.tobytes(), self._residuals.tobytes()
         end = np.zeros(1, END)
         end["index"], end["blocks"] = self._end, len(self._index)
-        end["contents"], end["contents_bytes"] = self._end + len(index), len(contents)
-        end["index_checksum"], end["contents_checksum"] = checksum(index), checksum(contents)
+        end["residuals"] = self._end + len(index)
+        end["contents"], end["contents_bytes"] = self._end + len(index) + len(residuals), len(contents)
+        for what, data in (("index", index), ("residuals", residuals), ("contents", contents)):
+            end[f"{what}_checksum"] = checksum(data)
         end["magic"] = MAGIC
-        self._write(index + contents + end.tobytes(), self._end)
+        self._write(index + residuals + contents + end.tobytes(), self._end)
         self._write(MAGIC, 0)
         os.fsync(self._fd)
         self._partial.replace(self._path)
@@ -153,15 +181,14 @@ class LayerWriter:
             view, offset = view[done:], offset + done
 
 
-class LayerFile:
-    """A file of layers, open for reading; safe to share between threads.
+class LayerIndex:
+    """What a file of layers holds, and how much of it tells how much.
 
     Args:
         path: the file.
-        counter: every byte read of blocks is added to it.
-        direct: what the page cache does not hold may be read around it.
 
     Attributes:
+        path: the file.
         tensors: what it holds, by name.
         about: what its writer said of it.
         index: a record of INDEX a block.
@@ -170,19 +197,18 @@ class LayerFile:
         CatalogError: the file is cut off, damaged, or of another version.
     """
 
-    def __init__(self, path: Path, counter: ByteCounter, *, direct: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         try:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                end = self._tail(file.fileno(), size)
+                self._end = end = self._tail(file.fileno(), size)
                 index = os.pread(file.fileno(), int(end["blocks"]) * INDEX.itemsize, int(end["index"]))
                 contents = os.pread(file.fileno(), int(end["contents_bytes"]), int(end["contents"]))
         except OSError as error:
             raise CatalogError(f"cannot read {path}: {error.strerror}") from error
         for what, data in (("index", index), ("contents", contents)):
-            if checksum(data) != int(end[f"{what}_checksum"]):
-                raise CatalogError(f"the {what} of {path} {'are' if what == 'contents' else 'is'} damaged; {_REBUILD}")
+            self._check(what, data)
         self.about: dict[str, Any] = json.loads(contents)
         if self.about["version"] != FORMAT_VERSION:
             raise CatalogError(
@@ -192,7 +218,6 @@ class LayerFile:
         self.tensors = {
             t["name"]: LayeredTensor(**{**t, "shape": tuple(t["shape"])}) for t in self.about.pop("tensors")
         }
-        self._reader = RangeReader(path, counter, direct=direct)
 
     def _tail(self, fd: int, size: int) -> Any:
         tail = os.pread(fd, END.itemsize, max(0, size - END.itemsize))
@@ -201,11 +226,28 @@ class LayerFile:
             first, last = int(end["index"]), int(end["contents"])
             if (
                 end["magic"] == MAGIC
-                and first + int(end["blocks"]) * INDEX.itemsize == last
+                and first + int(end["blocks"]) * INDEX.itemsize == int(end["residuals"]) <= last
                 and last + int(end["contents_bytes"]) + END.itemsize == size
             ):
                 return end
         raise CatalogError(f"{self.path} is cut off or no file of layers; {_REBUILD}")
+
+    def _check(self, what: str, data: bytes) -> None:
+        if checksum(data) != int(self._end[f"{what}_checksum"]):
+            raise CatalogError(f"the {what} of {self.path} {'is' if what == 'index' else 'are'} damaged; {_REBUILD}")
+
+    @cached_property
+    def residuals(self) -> Any:
+        """All records of RESIDUAL, read when they are asked for.
+
+        Raises:
+            CatalogError: they are damaged.
+        """
+        first, last = int(self._end["residuals"]), int(self._end["contents"])
+        with self.path.open("rb") as file:
+            data = os.pread(file.fileno(), last - first, first)
+        self._check("residuals", data)
+        return np.frombuffer(data, RESIDUAL)
 
     @property
     def block_size(self) -> int:
@@ -216,9 +258,10 @@ class LayerFile:
         """Elements in a block."""
         return min(self.block_size, int(np.prod(tensor.shape, dtype=np.int64)) - block * self.block_size)
 
-    def nbytes(self, tensor: LayeredTensor) -> int:
-        """Bytes of all layers of a tensor."""
-        return int(self._records(tensor)["ends"][:, -1].sum())
+    def nbytes(self, tensor: LayeredTensor, depths: NDArray[np.int64]) -> int:
+        """Bytes of so many layers of each block of a tensor: int64, [blocks]."""
+        read = np.flatnonzero(depths)
+        return int(self._records(tensor)["ends"][read, depths[read] - 1].sum())
 
     def largest(self, tensor: LayeredTensor) -> int:
         """Bytes of all layers of the largest block of a tensor."""
@@ -226,6 +269,23 @@ class LayerFile:
 
     def _records(self, tensor: LayeredTensor) -> Any:
         return self.index[tensor.first : tensor.first + tensor.blocks]
+
+
+class LayerFile(LayerIndex):
+    """A file of layers, open for reading; safe to share between threads.
+
+    Args:
+        path: the file.
+        counter: every byte read of blocks is added to it.
+        direct: what the page cache does not hold may be read around it.
+
+    Raises:
+        CatalogError: see `LayerIndex`.
+    """
+
+    def __init__(self, path: Path, counter: ByteCounter, *, direct: bool = False) -> None:
+        super().__init__(path)
+        self._reader = RangeReader(path, counter, direct=direct)
 
     def open_block(self, tensor: LayeredTensor, block: int, depth: int, row: NDArray[np.uint8]) -> None:
         """Read the first layers of a block of a tensor that has any, and open them for `decode_tile`.

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.catalog.histogram import Interval
-from deltaworks.catalog.sketch import BUCKETS, SAMPLES, sample_places
 from deltaworks.catalog.statistics import DENSITIES, DeltaTable
+from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES, sample_places
 from deltaworks.merging.election import elected_loss, elected_path, stretch_samples
 from deltaworks.merging.methods.delta import DeltaSum, Sparsify
 from deltaworks.merging.methods.operation import Operation
@@ -102,7 +102,7 @@ class Overlapping:
     def rank(self, cost: NDArray[np.int64], run: int) -> Ranking:
         """See `Contribution`."""
         cost = pool(cost, run)
-        ranking = Ranking.empty(*cost.shape)
+        ranking = Ranking.empty(len(cost), cost.shape[1])
         rank_overlapping(cost, pool(self.gram, run), ranking.order, ranking.end, ranking.cost, ranking.gain)
         return ranking
 
@@ -129,12 +129,14 @@ class Elected:
         samples: float32, [blocks, experts, SAMPLES]; weighted, thinned deltas, each scaled so that squares add up to
             those of its block.
         residual: float64, [blocks, experts]; squares that no sampled element stands for.
+        factors: float32, [blocks, experts]; what samples were multiplied by, to be weighed and scaled.
         weights: float32, [experts].
         normalize: whether values are divided by the weights of those who agree.
     """
 
     samples: NDArray[np.float32]
     residual: NDArray[np.float64]
+    factors: NDArray[np.float32]
     weights: NDArray[np.float32]
     normalize: bool
 
@@ -160,7 +162,7 @@ class Elected:
         left[-1] = 0.0
         taken, total = -np.diff(np.minimum.accumulate(left)), squares.sum(axis=0)
         gain = squares * np.divide(taken, total, out=np.zeros_like(total), where=total > 0)
-        ranking = Ranking.empty(*pooled_cost.shape)
+        ranking = Ranking.empty(len(pooled_cost), pooled_cost.shape[1])
         rank_in_order(pooled_cost, order, gain, ranking.order, ranking.end, ranking.cost, ranking.gain)
         return ranking
 
@@ -250,7 +252,7 @@ def contribution(
     """
     if isinstance(operation, DeltaSum) and operation.consensus:
         return _elected(operation, deltas, count)
-    coefficients, thinning = _coefficients(operation, experts, deltas)
+    coefficients, thinning = coefficients_of(operation, experts, deltas)
     norms = np.sqrt(np.stack([d.square for d in deltas], axis=1)) * np.abs(coefficients)
     signed = norms * np.sign(coefficients)
     gram = overlaps.of(deltas) * (signed[:, :, None] * signed[:, None, :])
@@ -267,7 +269,7 @@ def contribution(
     return Overlapping(gram, constant, norms, is_fixed)
 
 
-def _coefficients(
+def coefficients_of(
     operation: Operation, experts: Sequence[int], deltas: Sequence[Delta]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """What each delta is multiplied by on average, and by how much random thinning raises its energy beyond that."""
@@ -310,9 +312,12 @@ def _elected(operation: DeltaSum, deltas: Sequence[Delta], count: int) -> Electe
     each[-1] = (count - (blocks - 1) * size) / SAMPLES
     samples = np.zeros((blocks, len(deltas), SAMPLES), np.float32)
     residual = np.zeros((blocks, len(deltas)))
+    factors = np.zeros((blocks, len(deltas)), np.float32)
     for k, delta in enumerate(deltas):
         density = operation.densities[k]
-        sample, threshold, equal_until, factor = _thinning_of_sample(operation, k, delta, places)
+        sample, threshold, equal_until, factor = _thinning_of_sample(
+            operation, k, delta.table.sample[delta.rows], places
+        )
         if operation.sparsify is Sparsify.RANDOM:
             exact = delta.square * (factor**2 * min(1.0, density))
         else:
@@ -321,9 +326,30 @@ def _elected(operation: DeltaSum, deltas: Sequence[Delta], count: int) -> Electe
         # What the samples miss is taken to survive alone, where normalizing gives it back its full size.
         alone = operation.scale if operation.normalize else weight
         stretch_samples(
-            sample, threshold, equal_until, places, exact, each, _STRETCH, weight, alone, samples[:, k], residual[:, k]
-        )
-    return Elected(samples, residual, np.array(operation.weights, np.float32), operation.normalize)
+            sample, threshold, equal_until, places, exact, each, _STRETCH, weight, alone, samples[:, k],
+            residual[:, k], factors[:, k],
+        )  # fmt: skip
+    return Elected(samples, residual, factors, np.array(operation.weights, np.float32), operation.normalize)
+
+
+def told_samples(
+    operation: DeltaSum, k: int, delta: Delta, count: int, owners: NDArray[np.int64], seen: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Samples of an expert's delta as something tells them, thinned as those of the delta itself are.
+
+    Args:
+        operation: how the tensor is made.
+        k: which expert.
+        delta: its statistics.
+        count: elements in the tensor.
+        owners: int64, [rows, SAMPLES]; the block that each sample is of.
+        seen: float32, [rows, SAMPLES]; the samples.
+    """
+    places = _places(len(delta.square), delta.table.block_size, count)[owners, np.arange(SAMPLES)]
+    sample, threshold, equal_until, _ = _thinning_of_sample(operation, k, seen, places)
+    size = np.abs(sample).view(np.uint32).astype(np.int64)
+    stays = (size > threshold) | ((size == threshold) & (places < equal_until))
+    return np.where(stays, sample, np.float32(0))
 
 
 @lru_cache(maxsize=64)
@@ -333,15 +359,14 @@ def _places(blocks: int, size: int, count: int) -> NDArray[np.int64]:
 
 
 def _thinning_of_sample(
-    operation: DeltaSum, k: int, delta: Delta, places: NDArray[np.int64]
+    operation: DeltaSum, k: int, sample: NDArray[np.float32], places: NDArray[np.int64]
 ) -> tuple[NDArray[np.float32], int, int, float]:
-    """How the sample of an expert's delta is thinned.
+    """How a sample of an expert's delta, at flat indices of the tensor, is thinned.
 
     Returns:
         The sample, thinned already where that is random; the bits of the least magnitude that stays; the flat index
         before which magnitudes equal to it do; and what a kept element is multiplied by.
     """
-    sample = delta.table.sample[delta.rows]
     density = operation.densities[k]
     if density <= 0:
         return np.zeros_like(sample), 0, 0, 0.0

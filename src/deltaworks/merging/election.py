@@ -21,6 +21,7 @@ def stretch_samples(
     alone: float,
     out: NDArray[np.float32],
     residual: NDArray[np.float64],
+    factors: NDArray[np.float32],
 ) -> None:
     """Thin a sample of one expert's delta, and scale it so that it stands for its whole block.
 
@@ -36,6 +37,7 @@ def stretch_samples(
         alone: what its elements are multiplied by where nobody else has one.
         out: float32, [blocks, samples]; set.
         residual: float64, [blocks]; set to the squares that the scaled samples do not show.
+        factors: float32, [blocks]; set to what each sample that stays was multiplied by.
     """
     for b in range(len(sample)):
         row, target, bits = sample[b], out[b], sample[b].view(np.uint32)
@@ -47,7 +49,7 @@ def stretch_samples(
             seen += np.float64(target[s]) * target[s]
         seen *= each[b]
         stretch = min(limit, max(1.0 / limit, math.sqrt(exact[b] / seen))) if seen > 0.0 else 1.0
-        factor = np.float32(stretch * math.sqrt(each[b]) * weight)
+        factors[b] = factor = np.float32(stretch * math.sqrt(each[b]) * weight)
         for s in range(len(row)):
             target[s] *= factor
         residual[b] = max(exact[b] - stretch * stretch * seen, 0.0) * alone * alone

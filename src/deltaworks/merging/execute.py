@@ -3,7 +3,8 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +19,7 @@ from deltaworks.checkpoints.pipeline import READS_IN_FLIGHT, Pipeline
 from deltaworks.checkpoints.reader import ByteCounter, page_aligned
 from deltaworks.checkpoints.source import Source, are_cached
 from deltaworks.checkpoints.writer import OutputTensor, ShardLayout, ShardWriter, plan_shards
-from deltaworks.errors import CheckpointError, NonFiniteError
+from deltaworks.errors import CheckpointError, NonFiniteError, PlanError
 from deltaworks.layers.file import LayerFile
 from deltaworks.merging.methods.operation import Block
 from deltaworks.merging.plan import Plan
@@ -41,22 +42,16 @@ class Reads:
     base: ByteCounter
 
     def sources(
-        self, plan: Plan, models: Sequence[Model], layered: Collection[int] = ()
+        self, plan: Plan, models: Sequence[Model], streams: Iterable[TensorStream]
     ) -> tuple[dict[int, Source], bool]:
-        """The open files of every model that the plan reads weights of, by its place in the plan.
-
-        Args:
-            plan: the plan.
-            models: its models.
-            layered: places of experts that are read as layers over their bases.
+        """The open files of every model that streams of a plan read weights of, by its place in the plan.
 
         Returns:
             Them, and whether most of what they hold is in memory.
         """
-        named = {i.model for t in plan.tensors for i in (*t.inputs, *([t.stand_in] if t.stand_in else []))}
-        used = sorted(named | {b for i in layered if (b := plan.models[i].base) is not None})
+        used = sorted(set().union(*(s.sources for s in streams)))
         counters = [self.base if m.role == "base" else self.expert for m in plan.models]
-        cached = are_cached(models[i] for i in used if i not in layered)
+        cached = are_cached(models[i] for i in used)
         return {i: Source(models[i], counters[i], direct=not cached) for i in used}, cached
 
 
@@ -128,46 +123,61 @@ def execute(
         finished: called with each shard when it is complete and flushed, one at a time, with its BLAKE3 and the bytes
             of experts that went into it.
         progress: told of the bytes that went through.
-        layers: files of layers that are read instead of experts, by their places in the plan.
+        layers: files of layers, by the places of their experts in the plan; see `TensorStream`.
 
     Raises:
         NonFiniteError: a merged tensor holds NaN or infinity.
         CheckpointError: an input cannot be read.
         DeltaworksError: the output cannot be written.
     """
-    opened = {place: LayerFile(path, reads.expert) for place, path in (layers or {}).items()}
-    # Layers are read in their own blocks, or not at all.
-    wanted = min((f.block_size for f in opened.values()), default=None)
-    block_size = stream_block_size(plan, wanted or options.block_size)
-    by_name = {t.name: t for t in plan.tensors}
-    shard_of = {t.name: shard for shard in shards for t in shard.tensors}
-    streams = [TensorStream(plan, by_name[name], models, block_size, folder, opened) for name in shard_of]
-    threads = options.threads or os.cpu_count() or 1
-    stages = _Stages(plan, models, streams, shard_of, folder, reads, options, finished, progress, opened)
-    out_bytes = max((s.tensor.dtype.nbytes(min(s.block_size, s.elements)) for s in streams), default=8)
-    rows_bytes = Rows(streams).nbytes
-    slots = make_slots(lambda: _Slot(out_bytes), rows_bytes + out_bytes, threads)
-    stages.most_held = _HELD_BYTES // rows_bytes
-    pipeline = Pipeline(
-        slots, stages.read, stages.compute, stages.write, stages.commit, threads, reads_on_core=stages.are_cached
-    )
-    stages.is_stopping = pipeline.stopping.is_set
-    progress.start("merge", sum(s.input_bytes(i) * (1 + s.passes) for s in streams for i in range(s.blocks)))
-    try:
-        pipeline.run(in_order([(s,) for s in streams]))
-    finally:
-        progress.finish()
-        stages.close()
-        for file in opened.values():
-            file.close()
-    return StageTimes(
-        **{f"{stage}_s": round(pipeline.busy_s[stage], 4) for stage in ("read", "compute", "write")},
-        **{f"{stage}_waited_s": round(pipeline.waited_s[stage], 4) for stage in ("read", "compute", "commit")},
-        hash_s=round(stages.hash_s, 4),
-        fsync_s=round(stages.fsync_s, 4),
-        threads=pipeline.threads,
-        cores=threads,
-    )
+    with open_layers(plan, layers or {}, reads.expert) as opened:
+        block_size = stream_block_size(plan, min((f.block_size for f in opened.values()), default=options.block_size))
+        by_name = {t.name: t for t in plan.tensors}
+        shard_of = {t.name: shard for shard in shards for t in shard.tensors}
+        streams = [TensorStream(plan, by_name[name], models, block_size, folder, opened) for name in shard_of]
+        threads = options.threads or os.cpu_count() or 1
+        stages = _Stages(plan, models, streams, shard_of, folder, reads, options, finished, progress)
+        out_bytes = max((s.tensor.dtype.nbytes(min(s.block_size, s.elements)) for s in streams), default=8)
+        rows_bytes = Rows(streams).nbytes
+        slots = make_slots(lambda: _Slot(out_bytes), rows_bytes + out_bytes, threads)
+        stages.most_held = _HELD_BYTES // rows_bytes
+        pipeline = Pipeline(
+            slots, stages.read, stages.compute, stages.write, stages.commit, threads, reads_on_core=stages.are_cached
+        )
+        stages.is_stopping = pipeline.stopping.is_set
+        progress.start("merge", sum(s.input_bytes(i) * (1 + s.passes) for s in streams for i in range(s.blocks)))
+        try:
+            pipeline.run(in_order([(s,) for s in streams]))
+        finally:
+            progress.finish()
+            stages.close()
+        return StageTimes(
+            **{f"{stage}_s": round(pipeline.busy_s[stage], 4) for stage in ("read", "compute", "write")},
+            **{f"{stage}_waited_s": round(pipeline.waited_s[stage], 4) for stage in ("read", "compute", "commit")},
+            hash_s=round(stages.hash_s, 4),
+            fsync_s=round(stages.fsync_s, 4),
+            threads=pipeline.threads,
+            cores=threads,
+        )
+
+
+@contextmanager
+def open_layers(plan: Plan, paths: Mapping[int, Path], counter: ByteCounter) -> Iterator[dict[int, LayerFile]]:
+    """Open files of layers, by the places of their experts in a plan; `counter` counts what is read of them.
+
+    Raises:
+        PlanError: the plan was made for layers in other blocks.
+        CatalogError: a file is damaged.
+    """
+    with ExitStack() as stack:
+        opened = {}
+        for place, path in paths.items():
+            opened[place] = file = LayerFile(path, counter)
+            stack.callback(file.close)
+            if file.block_size != plan.block_size and any(t.depths for t in plan.tensors):
+                name = plan.models[place].name
+                raise PlanError(f"the layers of {name} were built anew since the plan was made; make it again")
+        yield opened
 
 
 class _Stages:
@@ -184,7 +194,6 @@ class _Stages:
         options: MergeOptions,
         finished: Callable[[ShardLayout, str, int], None],
         progress: Progress,
-        layered: Collection[int],
     ) -> None:
         self._plan, self._streams, self._shard_of, self._folder = plan, streams, shard_of, folder
         self._options, self._finished, self._progress = options, finished, progress
@@ -199,7 +208,7 @@ class _Stages:
         for stream in streams:
             name = shard_of[stream.tensor.name].name
             self._left[name] = self._left.get(name, 0) + stream.blocks
-        self._sources, self.are_cached = reads.sources(plan, models, layered)
+        self._sources, self.are_cached = reads.sources(plan, models, streams)
 
     def read(self, task: Task, slot: _Slot) -> None:
         """Fill the slot's rows with the task's block of every input."""

@@ -3,7 +3,7 @@
 import math
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from deltaworks.catalog.models import Model
 from deltaworks.checkpoints.dtypes import F32
 from deltaworks.checkpoints.pipeline import Pipeline
 from deltaworks.checkpoints.reader import ByteCounter
-from deltaworks.merging.execute import Reads, make_slots
+from deltaworks.layers.file import LayerFile
+from deltaworks.merging.execute import Reads, make_slots, open_layers
 from deltaworks.merging.methods.copying import Copy
 from deltaworks.merging.methods.weighted import WeightedSum
 from deltaworks.merging.plan import Plan, PlannedTensor
@@ -46,6 +47,7 @@ def measure_error(
     models: Sequence[Model],
     options: MergeOptions | None = None,
     *,
+    layers: Mapping[int, Path] | None = None,
     spool: Path | None = None,
     progress: Progress | None = None,
 ) -> MeasuredError:
@@ -57,6 +59,7 @@ def measure_error(
         plan: the plan.
         models: its models, in its order, unchanged.
         options: block size and threads.
+        layers: the files of layers that the plan reads, by the places of their experts in it.
         spool: folder for what operations need twice; the system's temporary one by default.
         progress: told of the bytes that went through.
     """
@@ -66,35 +69,41 @@ def measure_error(
         return MeasuredError({}, {})
     block_size = stream_block_size(plan, options.block_size)
     folder = spool or Path(tempfile.gettempdir())
-    groups = [_group(plan, t, models, block_size, folder) for t in weighed]
-    streams = [s for group in groups for s in group]
-    threads = options.threads or os.cpu_count() or 1
-    stages = _Stages(plan, models, progress)
-    elements = max(s.block_size for s in streams)
-    one = _Slot(streams, elements)
-    nbytes = sum(r.nbytes for r in one.rows) + one.out.nbytes
-    slots = make_slots(lambda: _Slot(streams, elements), nbytes, threads)
-    pipeline = Pipeline(slots, stages.read, stages.compute, lambda *_: None, stages.commit, threads)
-    stages.is_stopping = pipeline.stopping.is_set
-    progress.start(
-        "measure the error", sum(s.input_bytes(i) * (1 + s.passes) for s in streams for i in range(s.blocks))
-    )
-    try:
-        pipeline.run(in_order(groups))
-    finally:
-        progress.finish()
-        for source in stages.sources.values():
-            source.close()
-        for stream in streams:
-            stream.close()
-    return MeasuredError(
-        {t.name: math.fsum(stages.lost[t.name]) for t in weighed},
-        {t.name: math.fsum(stages.full[t.name]) for t in weighed},
-    )
+    with open_layers(plan, layers or {}, ByteCounter()) as opened:
+        groups = [_group(plan, t, models, block_size, folder, opened) for t in weighed]
+        streams = [s for group in groups for s in group]
+        threads = options.threads or os.cpu_count() or 1
+        stages = _Stages(plan, models, streams, progress)
+        elements = max(s.block_size for s in streams)
+        one = _Slot(streams, elements)
+        nbytes = sum(r.nbytes for r in one.rows) + one.out.nbytes
+        slots = make_slots(lambda: _Slot(streams, elements), nbytes, threads)
+        pipeline = Pipeline(slots, stages.read, stages.compute, lambda *_: None, stages.commit, threads)
+        stages.is_stopping = pipeline.stopping.is_set
+        progress.start(
+            "measure the error", sum(s.input_bytes(i) * (1 + s.passes) for s in streams for i in range(s.blocks))
+        )
+        try:
+            pipeline.run(in_order(groups))
+        finally:
+            progress.finish()
+            for source in stages.sources.values():
+                source.close()
+            for stream in streams:
+                stream.close()
+        return MeasuredError(
+            {t.name: math.fsum(stages.lost[t.name]) for t in weighed},
+            {t.name: math.fsum(stages.full[t.name]) for t in weighed},
+        )
 
 
 def _group(
-    plan: Plan, tensor: PlannedTensor, models: Sequence[Model], block_size: int, spool: Path
+    plan: Plan,
+    tensor: PlannedTensor,
+    models: Sequence[Model],
+    block_size: int,
+    spool: Path,
+    layers: Mapping[int, LayerFile],
 ) -> tuple[TensorStream, TensorStream, TensorStream]:
     """The tensor as planned, the tensor if everything were read, and the base's."""
     stand_in = tensor.stand_in
@@ -102,9 +111,9 @@ def _group(
     # Copies keep the type of what they copy; here everything is compared in float32.
     operation = WeightedSum((1.0,), normalize=False) if isinstance(tensor.operation, Copy) else tensor.operation
     tensor = replace(tensor, operation=operation)
-    full = replace(tensor, reads=(), stand_in=None)
+    full = replace(tensor, reads=(), depths=(), stand_in=None)
     base = replace(full, inputs=(stand_in,), operation=WeightedSum((1.0,), normalize=False))
-    planned = TensorStream(plan, tensor, models, block_size, spool)
+    planned = TensorStream(plan, tensor, models, block_size, spool, layers)
     others = [TensorStream(plan, t, models, planned.block_size, spool) for t in (full, base)]
     return planned, others[0], others[1]
 
@@ -117,8 +126,10 @@ class _Slot:
 
 
 class _Stages:
-    def __init__(self, plan: Plan, models: Sequence[Model], progress: Progress) -> None:
-        self.sources, _ = Reads(ByteCounter(), ByteCounter()).sources(plan, models)
+    def __init__(
+        self, plan: Plan, models: Sequence[Model], streams: Sequence[TensorStream], progress: Progress
+    ) -> None:
+        self.sources, _ = Reads(ByteCounter(), ByteCounter()).sources(plan, models, streams)
         self.is_stopping: Callable[[], bool] = bool
         self._progress = progress
         self.lost: dict[str, list[float]] = {}

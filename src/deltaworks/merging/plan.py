@@ -43,6 +43,9 @@ class InputTensor(NamedTuple):
 Ranges = tuple[tuple[int, int], ...]
 """Runs of blocks, each as its first and the one after its last."""
 
+Depths = tuple[tuple[int, int, int], ...]
+"""Runs of blocks that are read to the same depth: its first, the one after its last, and the number of layers."""
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
@@ -53,6 +56,8 @@ class PlannedTensor:
         inputs: what the operation takes.
         operation: how they combine.
         reads: for each input, the blocks that are read; None for all. Empty where all inputs are read in full.
+        depths: for each input, how many layers of which blocks are read; None for one that is read as it is. Empty
+            where all are.
         stand_in: what omitted blocks are replaced with.
         error: predicted relative L2 error of this tensor's merged delta; None where nothing is known of it.
         norm: predicted L2 norm of this tensor's merged delta; None likewise.
@@ -64,6 +69,7 @@ class PlannedTensor:
     inputs: tuple[InputTensor, ...]
     operation: Operation
     reads: tuple[Ranges | None, ...] = ()
+    depths: tuple[Depths | None, ...] = ()
     stand_in: InputTensor | None = None
     error: float | None = 0.0
     norm: float | None = None
@@ -199,6 +205,7 @@ class Plan:
                         tuple(InputTensor(*i) for i in t["inputs"]),
                         OPERATIONS[t["operation"]].from_json(t),
                         tuple(r if r is None else tuple((a, b) for a, b in r) for r in t.get("reads", ())),
+                        tuple(r if r is None else tuple((a, b, d) for a, b, d in r) for r in t.get("depths", ())),
                         InputTensor(*t["stand_in"]) if "stand_in" in t else None,
                         t.get("error", 0.0),
                         t.get("norm"),
@@ -240,6 +247,8 @@ def _reads_to_json(tensor: PlannedTensor) -> dict[str, Any]:
     content: dict[str, Any] = {}
     if tensor.reads:
         content["reads"] = [r and [list(run) for run in r] for r in tensor.reads]
+    if tensor.depths:
+        content["depths"] = [d and [list(run) for run in d] for d in tensor.depths]
     if tensor.stand_in is not None:
         content["stand_in"] = list(tensor.stand_in)
     if tensor.error != 0:

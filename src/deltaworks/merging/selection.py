@@ -1,10 +1,10 @@
-"""Which blocks to read: the choice that keeps most of a merge for the bytes it may read.
+"""Which blocks to read, and how deep: the choice that keeps most of a merge for the bytes it may read.
 
 Blocks at one place of one tensor, one from each expert, are weighed together, because their deltas add up, cancel or
-outvote each other. At each place experts are ranked greedily, by what reading one more of them takes off the error for
-each byte; the ranking is cut into steps of falling worth (the upper hull of error taken off over bytes). Steps of all
-places then compete in one list, best first, until the budget is spent. As every step is worth less a byte than those
-before it, more budget never leaves more error.
+outvote each other. At each place experts are ranked greedily, by what reading one more of them, or more layers of one,
+takes off the error for each byte; the ranking is cut into steps of falling worth (the upper hull of error taken off
+over bytes). Steps of all places then compete in one list, best first, until the budget is spent. As every step is worth
+less a byte than those before it, more budget never leaves more error.
 """
 
 from collections.abc import Sequence
@@ -14,29 +14,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.jit import kernel
+from deltaworks.layers.cells import DEPTH
 
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """The experts of every place of one tensor, best first, in steps: all arrays are [places, experts].
+    """What to read at every place of one tensor, best first, in steps: all arrays are [places, entries].
 
     Attributes:
-        order: int64; the ranked experts, -1 after the last.
-        end: int64; how many experts are in once each step is taken, 0 after the last step.
+        experts: how many there are.
+        order: int64; the expert of each entry, -1 after the last.
+        depth: int64; how many of its layers are read from that entry on, DEPTH for all of it.
+        end: int64; how many entries are in once each step is taken, 0 after the last step.
         cost: int64; bytes of each step, 0 after the last.
         gain: float64; squared error that each step takes off.
     """
 
+    experts: int
     order: NDArray[np.int64]
+    depth: NDArray[np.int64]
     end: NDArray[np.int64]
     cost: NDArray[np.int64]
     gain: NDArray[np.float64]
 
     @classmethod
-    def empty(cls, places: int, experts: int) -> "Ranking":
-        """A ranking without steps, for a kernel to fill."""
-        shape = (places, experts)
-        return cls(np.full(shape, -1, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape))
+    def empty(cls, places: int, experts: int, depths: int = 1) -> "Ranking":
+        """A ranking without steps, for a kernel to fill; of so many depths, one where experts are read whole."""
+        shape = (places, experts * depths)
+        depth = np.full(shape, DEPTH, np.int64)
+        order, end, cost = np.full(shape, -1, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        return cls(experts, order, depth, end, cost, np.zeros(shape))
 
     def scaled(self, factor: float) -> "Ranking":
         """The ranking with every gain multiplied by `factor`."""
@@ -45,10 +52,20 @@ class Ranking:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What is read of one tensor: [places, experts]; and the squared error that is left, by the ranking's account."""
+    """What is read of one tensor, and the squared error that is left by the ranking's account.
 
-    reads: NDArray[np.bool_]
+    Attributes:
+        depths: int8, [places, experts]; how many layers of each, none where it is not read, DEPTH for all of it.
+        lost: the error.
+    """
+
+    depths: NDArray[np.int8]
     lost: float
+
+    @property
+    def reads(self) -> NDArray[np.bool_]:
+        """Of which experts anything is read: [places, experts]."""
+        return self.depths > 0
 
 
 def choose(rankings: Sequence[Ranking], budget: int, *, nested: bool = False) -> list[Choice]:
@@ -74,11 +91,12 @@ def choose(rankings: Sequence[Ranking], budget: int, *, nested: bool = False) ->
     for ranking in rankings:
         steps = taken[start : start + ranking.order.size].reshape(ranking.order.shape)
         start += ranking.order.size
-        depth = np.max(np.where(steps, ranking.end, 0), axis=1, initial=0)
-        place, position = np.nonzero(np.arange(ranking.order.shape[1]) < depth[:, None])
-        reads = np.zeros(ranking.order.shape, bool)
-        reads[place, ranking.order[place, position]] = True
-        choices.append(Choice(reads, float(ranking.gain[~steps & (ranking.cost > 0)].sum())))
+        entries = np.max(np.where(steps, ranking.end, 0), axis=1, initial=0)
+        place, position = np.nonzero(np.arange(ranking.order.shape[1]) < entries[:, None])
+        depths = np.zeros((len(ranking.order), ranking.experts), np.int8)
+        # Later entries of an expert are deeper ones.
+        depths[place, ranking.order[place, position]] = ranking.depth[place, position]
+        choices.append(Choice(depths, float(ranking.gain[~steps & (ranking.cost > 0)].sum())))
     return choices
 
 
@@ -110,7 +128,7 @@ def add_step(
     cost: NDArray[np.int64],
     gains: NDArray[np.float64],
 ) -> int:
-    """Append the expert of rank `rank` as a step of a place's [experts] arrays; returns how many steps there are."""
+    """Append the entry of rank `rank` as a step of a place's arrays; returns how many steps there are."""
     # A step worth more than the one before it belongs to it: who takes the one wants both.
     while steps > 0 and gains[steps - 1] * nbytes <= gain * cost[steps - 1]:
         steps -= 1
@@ -173,6 +191,76 @@ def overlapping_loss(gram: NDArray[np.float64], chosen: NDArray[np.bool_]) -> ND
     left = (~chosen).astype(np.float64)
     energy: NDArray[np.float64] = np.einsum("pe,pef,pf->p", left, gram, left, optimize=True)
     return np.maximum(energy, 0.0)
+
+
+@kernel
+def rank_layers(
+    cost: NDArray[np.int64],
+    part: NDArray[np.float64],
+    cosine: NDArray[np.float64],
+    order: NDArray[np.int64],
+    depth: NDArray[np.int64],
+    end: NDArray[np.int64],
+    step_cost: NDArray[np.int64],
+    step_gain: NDArray[np.float64],
+) -> None:
+    """Rank layers of experts whose parts of the merge add up; see `rank_overlapping` for what is not said here.
+
+    Args:
+        cost: int64, [places, experts, depths]; bytes of so many layers, -1 where so many cannot be read alone. Experts
+            of which all layers cost nothing are left out.
+        part: float64, [places, experts, depths]; norm of what so many layers leave of an expert's part, negative where
+            the expert is subtracted.
+        cosine: float64, [experts, depths, experts, depths]; between what they leave. On the diagonal may stand more
+            than one, where chance adds to an expert's own energy.
+        order: as in an empty `Ranking`; set, as are the others.
+        depth: likewise.
+        end: likewise.
+        step_cost: likewise.
+        step_gain: likewise.
+    """
+    places, experts, depths = cost.shape
+    at = np.empty(experts, np.int64)
+    # What the others leave, seen along what each leaves at each depth.
+    pull = np.empty((experts, depths), np.float64)
+    for p in range(places):
+        at[:] = 0
+        for e in range(experts):
+            for x in range(depths):
+                pull[e, x] = 0.0
+                for f in range(experts):
+                    if f != e:
+                        pull[e, x] += part[p, e, x] * part[p, f, 0] * cosine[e, x, f, 0]
+        steps = rank = 0
+        while True:
+            best, to, best_worth, best_gain = -1, 0, 0.0, 0.0
+            for e in range(experts):
+                d = at[e]
+                if cost[p, e, depths - 1] == 0 or d == depths - 1:
+                    continue
+                now = part[p, e, d] ** 2 * cosine[e, d, e, d] + 2.0 * pull[e, d]
+                for x in range(d + 1, depths):
+                    if cost[p, e, x] < 0:
+                        continue
+                    gain = now - part[p, e, x] ** 2 * cosine[e, x, e, x] - 2.0 * pull[e, x]
+                    worth = gain / max(1, cost[p, e, x] - cost[p, e, d])
+                    if best < 0 or worth > best_worth:
+                        best, to, best_worth, best_gain = e, x, worth, gain
+            if best < 0:
+                break
+            before = at[best]
+            for f in range(experts):
+                if f != best:
+                    for x in range(depths):
+                        pull[f, x] += part[p, f, x] * (
+                            part[p, best, to] * cosine[f, x, best, to]
+                            - part[p, best, before] * cosine[f, x, best, before]
+                        )
+            at[best] = to
+            order[p, rank], depth[p, rank] = best, to
+            nbytes = max(1, cost[p, best, to] - cost[p, best, before])
+            steps = add_step(rank, steps, nbytes, best_gain, end[p], step_cost[p], step_gain[p])
+            rank += 1
 
 
 @kernel

@@ -22,7 +22,7 @@ from deltaworks.checkpoints.checkpoint import INDEX
 from deltaworks.checkpoints.reader import ByteCounter
 from deltaworks.checkpoints.sidecars import copy_sidecars, write_chat_template, write_json
 from deltaworks.checkpoints.writer import ShardLayout, fsync_folder, storage_error
-from deltaworks.errors import ChangedError, DeltaworksError, OutputError, VerificationError
+from deltaworks.errors import ChangedError, DeltaworksError, OutputError, PlanError, VerificationError
 from deltaworks.merging.card import model_card
 from deltaworks.merging.execute import Reads, StageTimes, execute, output_shards
 from deltaworks.merging.manifest import MANIFEST, MANIFEST_VERSION, read_manifest
@@ -93,14 +93,32 @@ def _check_apart(out: Path, models: Sequence[Model]) -> None:
             raise OutputError(f"{out} and the input {model.path} overlap; choose another folder")
 
 
-def _layer_files(catalog: Catalog, plan: Plan, models: Sequence[Model]) -> dict[int, Path]:
-    """The files of layers that the catalog has of a plan's experts, by their places in the plan."""
+def layer_files(catalog: Catalog, plan: Plan, models: Sequence[Model], *, everywhere: bool) -> dict[int, Path]:
+    """The files of layers that a plan reads, by the places of their experts in the plan.
+
+    Args:
+        catalog: holds them.
+        plan: the plan.
+        models: its models.
+        everywhere: where the plan has no budget, read layers of every expert that has any.
+
+    Raises:
+        PlanError: the plan reads layers that are gone.
+    """
+    needed = {t.inputs[r].model for t in plan.tensors for r, runs in enumerate(t.depths) if runs is not None}
     files = {
         place: catalog.layers_file(expert.fingerprint, models[planned.base].fingerprint)
         for place, (expert, planned) in enumerate(zip(models, plan.models, strict=True))
-        if planned.base is not None
+        if planned.base is not None and (place in needed or (everywhere and plan.budget_bytes is None))
     }
-    return {place: path for place, path in files.items() if path.is_file()}
+    found = {place: path for place, path in files.items() if path.is_file()}
+    if lacking := needed - found.keys():
+        name = plan.models[min(lacking)].name
+        raise PlanError(
+            f"the plan reads layers of {name}, which the catalog no longer has; build them with"
+            f" deltaworks analyze {name} --layers, or plan again"
+        )
+    return found
 
 
 def run_plan(
@@ -148,8 +166,7 @@ def run_plan(
     with staging:
         todo = [s for s in shards if not staging.take_over(s, progress)]
         _check_space(out, sum(s.nbytes for s in todo))
-
-        layers = _layer_files(catalog, plan, models) if options.layers and plan.budget_bytes is None else None
+        layers = layer_files(catalog, plan, models, everywhere=bool(options.layers))
         stages = execute(plan, models, todo, staging.folder, options, staging.reads, staging.record, progress, layers)
         if changed := next((m for m in models if not untouched(m)), None):
             staging.forget()
@@ -162,7 +179,16 @@ def run_plan(
     catalog.save_plan(plan.digest, json.dumps(plan.to_json()))
     catalog.save_snapshot(out, plan.digest, manifest)
     measured = (
-        measure_error(plan, models, options, spool=out.parent, progress=progress).relative if verify_error else None
+        measure_error(
+            plan,
+            models,
+            options,
+            layers=layer_files(catalog, plan, models, everywhere=False),
+            spool=out.parent,
+            progress=progress,
+        ).relative
+        if verify_error
+        else None
     )
     return MergeResult(
         output=str(out),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +71,8 @@ class TensorStream:
         models: the plan's models, in its order.
         block_size: elements streamed at once.
         spool: folder for what later passes need again.
-        layers: files of layers that are read instead of experts, by their places in the plan.
+        layers: files of layers, by the places of their experts in the plan. Where the plan has no budget, all
+            layers of a tensor are read instead of it.
 
     Raises:
         CheckpointError: a model does not hold what the plan reads.
@@ -102,9 +103,12 @@ class TensorStream:
                 self.infos.append(_info(models[tensor.stand_in.model], tensor.stand_in.tensor, tensor))
                 self.places.append(tensor.stand_in.model)
         self.block_size = block_size
-        self._layers: dict[int, tuple[LayerFile, LayeredTensor]] = {}
-        self._find_layers(plan, models, layers or {})
         self.blocks = max(1, -(-self.elements // block_size))
+        self._layers: dict[int, _Layers] = {}
+        if tensor.depths:
+            self._take_layers(layers or {})
+        elif not tensor.reads:
+            self._find_layers(plan, models, layers or {})
         self._whole = [r for r, ranges in enumerate(self._ranges) if ranges is None]
         self._is_whole = np.array([ranges is None for ranges in self._ranges])
         self._by_block: dict[int, list[tuple[int, int, int]]] | None = None
@@ -123,10 +127,18 @@ class TensorStream:
         self._lock = threading.Lock()
         self._spool_folder, self._spool_fd = spool, -1
 
+    def _take_layers(self, layers: Mapping[int, LayerFile]) -> None:
+        """Note which layers the plan reads."""
+        for r, runs in enumerate(self.tensor.depths):
+            if runs is not None:
+                place, name = self.tensor.inputs[r]
+                depths = np.zeros(self.blocks, np.int64)
+                for a, b, depth in runs:
+                    depths[a:b] = depth
+                self._layers[r] = _Layers(layers[place], layers[place].tensors[name], depths)
+
     def _find_layers(self, plan: Plan, models: Sequence[Model], layers: Mapping[int, LayerFile]) -> None:
         """Note which inputs come from layers; what those are layers over becomes the stand-in."""
-        if self.tensor.reads:
-            return
         found = {}
         for r, (place, name) in enumerate(self.tensor.inputs):
             file, base = layers.get(place), plan.models[place].base
@@ -135,7 +147,8 @@ class TensorStream:
                 found[r] = file, tensor, InputTensor(base, name)
         if len({b for _, _, b in found.values()}) != 1:
             return
-        self._layers = {r: (file, tensor) for r, (file, tensor, _) in found.items()}
+        every = np.full(self.blocks, DEPTH)
+        self._layers = {r: _Layers(file, tensor, every) for r, (file, tensor, _) in found.items()}
         (stand_in,) = {b for _, _, b in found.values()}
         if stand_in in self.tensor.inputs:
             self._stand_in = self.tensor.inputs.index(stand_in)
@@ -147,8 +160,16 @@ class TensorStream:
     @property
     def largest_opened(self) -> int:
         """The most that an opened block of layers takes."""
-        count = min(self.block_size, self.elements)
-        return max((opened_bytes(count, file.largest(tensor)) for file, tensor in self._layers.values()), default=0)
+        return max((self._opened(r) for r in self._layers), default=0)
+
+    def _opened(self, r: int) -> int:
+        file, tensor, _ = self._layers[r]
+        return opened_bytes(min(self.block_size, self.elements), file.largest(tensor))
+
+    @property
+    def sources(self) -> set[int]:
+        """Places in the plan of the models of which weights are read as they are."""
+        return {place for r, place in enumerate(self.places) if r not in self._layers}
 
     def count(self, index: int) -> int:
         """Elements in a block."""
@@ -162,7 +183,7 @@ class TensorStream:
     def expert_bytes(self) -> int:
         """Bytes that are read of experts."""
         return sum(
-            self._layers[k][0].nbytes(self._layers[k][1])
+            self._layers[k].nbytes
             if k in self._layers
             else info.dtype.nbytes(self.elements if r is None else sum(min(b, self.elements) - a for a, b in r))
             for k, (info, r, is_expert) in enumerate(zip(self.infos, self._ranges, self._is_expert, strict=False))
@@ -247,9 +268,13 @@ class TensorStream:
         if is_again and rows.holds:
             return
         if r in self._layers:
-            file, tensor = self._layers[r]
-            file.open_block(tensor, first // self.block_size, DEPTH, row)
-            return
+            file, tensor, depths = self._layers[r]
+            block, part = first // self.block_size, row[: self._opened(r)]
+            if not (is_again and spools):
+                file.open_block(tensor, block, int(depths[block]), row)
+                if spools and not rows.stays:
+                    self._keep(part, r, first)
+                return
         if is_again and spools:
             os.preadv(self._spool(), [part.data], self._spool_place(r, first))
         elif rows.stays or not comes_again or spools:
@@ -278,7 +303,13 @@ class TensorStream:
             return self._spool_fd
 
     def _spool_place(self, row: int, element: int) -> int:
-        return sum(t.dtype.nbytes(self.elements) for t in self.infos[:row]) + self.infos[row].dtype.nbytes(element)
+        start = sum(self._spool_bytes(r) for r in range(row))
+        if row in self._layers:
+            return start + element // self.block_size * self._opened(row)
+        return start + self.infos[row].dtype.nbytes(element)
+
+    def _spool_bytes(self, r: int) -> int:
+        return self.blocks * self._opened(r) if r in self._layers else self.infos[r].dtype.nbytes(self.elements)
 
     def block(self, rows: Rows, index: int, out: NDArray[np.uint8], out_code: int) -> Block:
         """A filled block as operations take it."""
@@ -309,6 +340,19 @@ class TensorStream:
         if self._spool_fd >= 0:
             os.close(self._spool_fd)
             self._spool_fd = -1
+
+
+class _Layers(NamedTuple):
+    """Where the layers of an input come from, and how many of each block are read: int64, [blocks]."""
+
+    file: LayerFile
+    tensor: LayeredTensor
+    depths: NDArray[np.int64]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is read."""
+        return self.file.nbytes(self.tensor, self.depths)
 
 
 def _info(model: Model, name: str, tensor: PlannedTensor) -> TensorInfo:
@@ -357,6 +401,8 @@ def stream_block_size(plan: Plan, wanted: int | None) -> int:
 
     Where none is asked for, blocks are as large as a request has to be to be worth its price.
     """
+    if any(t.depths for t in plan.tensors):
+        return plan.block_size  # layers are read in their own blocks, or not at all
     size = check_block_size(wanted or DEFAULT_BLOCK_SIZE)
     if wanted is None and plan.read_cost is not None:
         worth = ReadCost(*plan.read_cost).request_bytes

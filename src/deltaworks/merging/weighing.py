@@ -1,30 +1,45 @@
 """From a plan that reads everything to one that reads the best for the bytes allowed: pure functions of statistics."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.catalog.models import Model
-from deltaworks.catalog.sketch import BUCKETS
 from deltaworks.catalog.statistics import DEFAULT_BLOCK_SIZE
 from deltaworks.catalog.storage import ReadCost
 from deltaworks.checkpoints.header import TensorInfo
+from deltaworks.checkpoints.sketch import BUCKETS
 from deltaworks.errors import RecipeError, UserError
-from deltaworks.merging.contributions import Contribution, Delta, Deltas, Elected, Overlapping, Overlaps, contribution
+from deltaworks.layers.cells import DEPTH
+from deltaworks.layers.file import LayerIndex
+from deltaworks.merging.contributions import (
+    Contribution,
+    Delta,
+    Deltas,
+    Elected,
+    Overlapping,
+    Overlaps,
+    coefficients_of,
+    contribution,
+)
+from deltaworks.merging.layered import Layered, OverlappingLayers, elected_layers, make_menu, rank_alone
 from deltaworks.merging.methods.copying import Copy
 from deltaworks.merging.methods.delta import DeltaSum
 from deltaworks.merging.methods.spherical import Slerp
 from deltaworks.merging.methods.weighted import WeightedSum
-from deltaworks.merging.plan import InputTensor, Plan, PlannedTensor, Ranges
+from deltaworks.merging.plan import Depths, InputTensor, Plan, PlannedTensor, Ranges
 from deltaworks.merging.selection import Choice, Ranking, choose
 
 LARGE_REQUEST = 1 << 20
 """Bytes from which on the price of a request decides in which runs blocks are read."""
 
 _SURE = 6.0
+_INDEX_EPSILON = 1e-5
+"""How far off what an index of layers says is left may be: sums of float32 squares, of 128 elements each."""
 _EPSILON = float(np.finfo(np.float32).eps)
 
 
@@ -37,12 +52,14 @@ class Knowledge:
         deltas: statistics by the places of an expert and of its base.
         read_cost: of the storage that holds the experts.
         overlaps: cosines between deltas; kept from plan to plan.
+        layers: by the place of each expert that may be read from layers over the same base.
     """
 
     models: Sequence[Model]
     deltas: Deltas
     read_cost: ReadCost
     overlaps: Overlaps
+    layers: Mapping[int, LayerIndex] = field(default_factory=dict)
 
 
 class Weighed:
@@ -152,6 +169,8 @@ class _Candidate:
         self.stand_in = _stand_in(plan, tensor, self.experts) if self.experts else None
         self.reads: NDArray[np.bool_] = np.zeros((0, 0), bool)
         self.contribution: Contribution | None = None
+        self._layered: Layered | None = None
+        self._depths: NDArray[np.int8] = np.zeros((0, 0), np.int8)
         self.lost = 0.0
         self._full: float | None = None
         self.is_fixed = False
@@ -160,6 +179,7 @@ class _Candidate:
         self._runs: list[Ranges] = []
         if self.stand_in is None:
             return
+        self._indices = [knowledge.layers.get(tensor.inputs[k].model) for k in self.experts]
         self._infos = [_tensor(knowledge.models[tensor.inputs[k].model], tensor.inputs[k].tensor) for k in self.experts]
         base = knowledge.models[self.stand_in.model]
         self._base_info = _tensor(base, self.stand_in.tensor)
@@ -188,6 +208,19 @@ class _Candidate:
         exact = np.array([i.dtype.bits <= 32 for i in self._infos])
         frozen = (np.stack([d.changed for d in deltas], axis=1) == 0) & exact
         self.cost = np.where(frozen, 0, self.cost)
+        if any(self._indices):
+            self._layered = self._weigh_layers(found)
+
+    def _weigh_layers(self, whole: Contribution) -> Layered | None:
+        names = {self.tensor.inputs[k].tensor for k in self.experts}
+        menu = make_menu(names.pop(), self.deltas, self._indices, self.cost) if len(names) == 1 else None
+        if menu is None:
+            return None
+        operation = self.tensor.operation
+        if isinstance(whole, Elected):
+            assert isinstance(operation, DeltaSum)
+            return elected_layers(menu, operation, whole, self.tensor.count)
+        return OverlappingLayers(menu, *coefficients_of(operation, self.experts, self.deltas))
 
     @property
     def full(self) -> float:
@@ -214,6 +247,11 @@ class _Candidate:
             request: bytes that are to be read at once, at least.
         """
         weighed = self.contribution
+        if self._layered is not None and weighed is not None:
+            if shares is None:
+                return self._layered.rank()
+            of_experts = [shares[self.tensor.inputs[k].model] for k in self.experts]
+            return rank_alone(self._layered.menu, weighed.energies(), of_experts)
         if weighed is None or shares is not None:
             gram = np.zeros((*self.cost.shape, len(self.experts)))
             if weighed is not None and shares is not None:
@@ -227,7 +265,9 @@ class _Candidate:
         return ranking
 
     def _run(self, request: int) -> int:
-        """How many blocks are chosen together."""
+        """How many blocks are chosen together; of layers, which the catalog's own disk holds, each by itself."""
+        if self._layered is not None:
+            return 1
         return max(1, round(request / max(1, int(self._size[0].max()))))
 
     def settle(self, choice: Choice, request: int, *, is_account: bool) -> None:
@@ -238,13 +278,37 @@ class _Candidate:
             request: bytes that are read at once, at least.
             is_account: whether the choice accounts for the error itself.
         """
-        self.reads = np.repeat(choice.reads, self._run(request), axis=0)[: len(self.cost)] & (self.cost > 0)
-        if self.contribution is not None:
-            self.lost = choice.lost if is_account else self.contribution.lost(self.reads)
-        self.bytes_by_expert = [int(n) for n in np.where(self.reads, self.cost, 0).sum(axis=0)]
+        self._depths = np.repeat(choice.depths, self._run(request), axis=0)[: len(self.cost)]
+        self._depths[self.cost == 0] = 0
+        self.reads = self._depths > 0
+        if self._layered is not None:
+            # Samples know better than a ranking of each expert by itself.
+            is_account &= isinstance(self._layered, OverlappingLayers)
+            self.lost = choice.lost if is_account else self._layered.lost(self._depths)
+            cost = np.take_along_axis(self._layered.menu.cost, self._depths[:, :, None].astype(np.int64), 2)[:, :, 0]
+        else:
+            if self.contribution is not None:
+                self.lost = choice.lost if is_account else self.contribution.lost(self.reads)
+            cost = np.where(self.reads, self.cost, 0)
+        self.bytes_by_expert = [int(n) for n in cost.sum(axis=0)]
         limit = max(1, DEFAULT_BLOCK_SIZE // self._block_size, self._run(request))
         self._runs = [runs_of(self.reads[:, e]) for e in range(len(self.experts))]
-        self.requests = sum(-(-(b - a) // limit) for runs in self._runs for a, b in runs)
+        has_layers = self._has_layers()
+        self.requests = sum(
+            int(self.reads[:, e].sum()) if has_layers[e] else sum(-(-(b - a) // limit) for a, b in runs)
+            for e, runs in enumerate(self._runs)
+        )
+
+    def _has_layers(self) -> list[bool]:
+        """Which experts are read from layers."""
+        if self._layered is None:
+            return [False] * len(self.experts)
+        found: list[bool] = self._layered.menu.layered.tolist()
+        return found
+
+    def is_exact(self) -> bool:
+        """Whether nothing is left out."""
+        return bool(((self._depths == DEPTH) | (self.cost == 0)).all())
 
     def planned_reads(self) -> NDArray[np.bool_]:
         """Which blocks the tensor's plan reads: [blocks, experts]."""
@@ -259,8 +323,15 @@ class _Candidate:
 
     def omitted_norm(self) -> float:
         """The square of the most that omitted blocks can make up, with room for rounding."""
-        missing = ~self.reads & (self.cost > 0)
-        sums = np.where(missing, self.norms, 0.0).sum(axis=1)
+        missing = (self._depths < DEPTH) & (self.cost > 0)
+        norms = self.norms
+        if self._layered is not None:
+            left = self._layered.menu.left
+            chosen = np.take_along_axis(left, self._depths[:, :, None].astype(np.int64), 2)[:, :, 0]
+            whole = left[:, :, 0]
+            share = np.sqrt(np.divide(chosen, whole, out=np.zeros_like(whole), where=whole > 0))
+            norms = norms * share * (1 + _INDEX_EPSILON)
+        sums = np.where(missing, norms, 0.0).sum(axis=1)
         slack = _EPSILON * (len(self.experts) + 2) * np.sqrt(self._base_square) * missing.any(axis=1)
         return float(np.square(sums * (1 + 1e-6) + slack).sum())
 
@@ -269,7 +340,10 @@ class _Candidate:
         if self.stand_in is None:
             return self.tensor
         norm = float(f"{math.sqrt(self.full):.6g}") if self.contribution is not None else None
-        if self.reads.all():
+        depths: list[Depths | None] = [None] * len(self.tensor.inputs)
+        for e, (k, has_layers) in enumerate(zip(self.experts, self._has_layers(), strict=True)):
+            depths[k] = depth_runs(self._depths[:, e]) if has_layers else None
+        if self.reads.all() and not any(depths):
             return replace(self.tensor, stand_in=self.stand_in, norm=norm)
         reads: list[Ranges | None] = [None] * len(self.tensor.inputs)
         for e, k in enumerate(self.experts):
@@ -282,6 +356,7 @@ class _Candidate:
             self.tensor,
             operation=operation,
             reads=tuple(reads),
+            depths=tuple(depths) if any(d is not None for d in depths) else (),
             stand_in=self.stand_in,
             error=_relative(self.lost, self.full) if self.contribution is not None else None,
             norm=norm,
@@ -328,6 +403,12 @@ def runs_of(reads: NDArray[np.bool_]) -> Ranges:
     return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
+def depth_runs(depths: NDArray[np.int8]) -> Depths:
+    """The blocks that are read to the same depth, as runs."""
+    edges = [0, *(np.flatnonzero(depths[1:] != depths[:-1]) + 1).tolist(), len(depths)]
+    return tuple((a, b, int(depths[a])) for a, b in pairwise(edges) if depths[a] > 0)
+
+
 def _fair_shares(plan: Plan, candidates: Sequence[_Candidate]) -> dict[int, float]:
     shares = dict.fromkeys(range(len(plan.models)), 0.0)
     for candidate in candidates:
@@ -343,7 +424,7 @@ def _bound(candidates: Sequence[_Candidate], full: float) -> float | None:
     The numerator is the triangle inequality on exact norms. The full merge's own norm is exact where a tensor has one
     expert; else it is known from sketches, and taken six standard deviations below its estimate.
     """
-    if not all(c.is_fixed or c.reads.all() for c in candidates):
+    if not all(c.is_fixed or c.is_exact() for c in candidates):
         return None
     most = math.fsum(c.omitted_norm() for c in candidates)
     if most == 0:

@@ -1,7 +1,7 @@
 import numpy as np
 
-from deltaworks.catalog.sketch import BUCKETS, SAMPLES, add_to_sketch, sample_places, signs, sketch_reference
 from deltaworks.checkpoints.codec import TILE
+from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES, add_to_sketch, sample_places, signs, sketch_reference
 
 
 def test_the_kernel_agrees_with_numpy() -> None:

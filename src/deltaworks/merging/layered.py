@@ -1,0 +1,311 @@
+"""What each layer of each block of each expert adds to a merge, from indices of layers and statistics alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltaworks.checkpoints.jit import kernel
+from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES
+from deltaworks.layers.cells import DEPTH, SKETCHED
+from deltaworks.layers.file import LayeredTensor, LayerIndex, blocks_sharing
+from deltaworks.merging.contributions import Delta, Elected, told_samples
+from deltaworks.merging.election import elected, join
+from deltaworks.merging.methods.delta import DeltaSum
+from deltaworks.merging.selection import Ranking, rank_layers
+
+UNKNOWN = -1
+"""The cost of a depth to which an expert cannot be read, or at which another gives more for the same bytes."""
+
+
+@dataclass(frozen=True)
+class Menu:
+    """To which depths the blocks of one tensor can be read, of every expert.
+
+    An expert without layers is read whole or not at all. Depth 0 is not to read a block, DEPTH to read all of it.
+
+    Attributes:
+        deltas: statistics of each expert.
+        tensors: the layers of each and the tensor in them; None where an expert has none.
+        cost: int64, [blocks, experts, DEPTH + 1]; bytes; see UNKNOWN.
+        left: float64, [blocks, experts, DEPTH + 1]; squares of what is left of the delta.
+    """
+
+    deltas: Sequence[Delta]
+    tensors: Sequence[tuple[LayerIndex, LayeredTensor] | None]
+    cost: NDArray[np.int64]
+    left: NDArray[np.float64]
+
+    @property
+    def layered(self) -> NDArray[np.bool_]:
+        """Which experts have layers: [experts]."""
+        return np.array([t is not None for t in self.tensors])
+
+    def parts(self) -> int:
+        """How many records of residuals there are of each expert."""
+        return -(-len(self.cost) // self._sharing)
+
+    @property
+    def _sharing(self) -> int:
+        return blocks_sharing(self.deltas[0].table.block_size)
+
+    def owners(self) -> NDArray[np.int64]:
+        """The block that each sample of a record is of: int64, [parts, SAMPLES]."""
+        first = np.arange(self.parts())[:, None] * self._sharing
+        many = np.minimum(self._sharing, len(self.cost) - first)
+        return first + np.arange(SAMPLES) % many
+
+    def residual_samples(self, e: int) -> NDArray[np.float32]:
+        """What so many layers of an expert leave, one first, at the samples: float32, [parts, SKETCHED, SAMPLES]."""
+        found = self.tensors[e]
+        assert found is not None
+        index, tensor = found
+        samples: NDArray[np.float32] = index.residuals["sample"][tensor.residual : tensor.residual + self.parts()]
+        return samples
+
+    def cosines(self) -> NDArray[np.float64]:
+        """Between what so many layers, none first, leave of two experts: [experts, DEPTH + 1, experts, DEPTH + 1].
+
+        They are those of sketches of the whole tensor, and so positive semidefinite. Nothing is known of what is left
+        at the last depths but one: there is next to nothing.
+        """
+        parts, experts = self.parts(), len(self.deltas)
+        starts = np.arange(parts) * self._sharing
+        flat = np.zeros((experts, DEPTH + 1, parts, BUCKETS))
+        for e, delta in enumerate(self.deltas):
+            flat[e, 0] = np.add.reduceat(delta.table.sketch[delta.rows], starts, axis=0, dtype=np.float64)
+            found = self.tensors[e]
+            if found is not None:
+                index, tensor = found
+                unit = index.residuals["sketch"][tensor.residual : tensor.residual + parts].astype(np.float64)
+                norms = np.sqrt(np.add.reduceat(self.left[:, e, 1 : SKETCHED + 1], starts, axis=0))
+                flat[e, 1 : SKETCHED + 1] = (unit * norms[:, :, None]).transpose(1, 0, 2)
+        rows = flat.reshape(experts * (DEPTH + 1), -1)
+        lengths = np.sqrt(np.einsum("ij,ij->i", rows, rows))[:, None]
+        rows = np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
+        cosines: NDArray[np.float64] = rows @ rows.T
+        np.fill_diagonal(cosines, 1.0)
+        return cosines.reshape(experts, DEPTH + 1, experts, DEPTH + 1)
+
+
+def make_menu(
+    name: str, deltas: Sequence[Delta], indices: Sequence[LayerIndex | None], whole: NDArray[np.int64]
+) -> Menu | None:
+    """The menu of one tensor.
+
+    Args:
+        name: of the tensor.
+        deltas: statistics of each expert.
+        indices: the layers of each, None where it has none.
+        whole: int64, [blocks, experts]; bytes of each block as it is, 0 where it need not be read.
+
+    Returns:
+        It, or None where no expert has layers of this tensor that come to less than the tensor.
+    """
+    cost = np.full((*whole.shape, DEPTH + 1), UNKNOWN, np.int64)
+    left = np.zeros(cost.shape)
+    cost[:, :, 0], cost[:, :, DEPTH] = 0, whole
+    tensors: list[tuple[LayerIndex, LayeredTensor] | None] = []
+    for e, (delta, index) in enumerate(zip(deltas, indices, strict=True)):
+        left[:, e, 0] = delta.square
+        tensor = index.tensors.get(name) if index is not None else None
+        if index is None or tensor is None or not tensor.is_delta or index.block_size != delta.table.block_size:
+            tensors.append(None)
+            continue
+        records = index.index[tensor.first : tensor.first + tensor.blocks]
+        ends = records["ends"].astype(np.int64)
+        if np.where(whole[:, e] > 0, ends[:, -1], 0).sum() >= whole[:, e].sum():
+            tensors.append(None)
+            continue
+        tensors.append((index, tensor))
+        left[:, e, 1:] = records["left"][:, 1:]
+        known = np.concatenate([ends[:, :-1] < ends[:, 1:], np.ones((len(ends), 1), bool)], axis=1)
+        cost[:, e, 1:] = np.where(known, ends, UNKNOWN)
+        cost[whole[:, e] == 0, e, 1:] = UNKNOWN
+        cost[whole[:, e] == 0, e, DEPTH] = 0
+    return Menu(deltas, tensors, cost, left) if any(tensors) else None
+
+
+class Layered(Protocol):
+    """What the layers of the experts of one tensor add to its merge."""
+
+    @property
+    def menu(self) -> Menu:
+        """What there is to choose from."""
+
+    def rank(self) -> Ranking:
+        """Rank what can be read."""
+
+    def lost(self, depths: NDArray[np.int8]) -> float:
+        """Squared error where blocks are read to such depths: [blocks, experts]."""
+
+
+def rank_alone(menu: Menu, energies: NDArray[np.float64], shares: Sequence[float]) -> Ranking:
+    """Rank what can be read by what each expert's own part is, relative to a share of its own.
+
+    Args:
+        menu: what can be read.
+        energies: float64, [blocks, experts]; squares of each part.
+        shares: what to weigh them by.
+    """
+    weights = np.array([1.0 / s if s > 0 else 0.0 for s in shares])
+    return _rank(menu, np.sqrt(energies * weights)[:, :, None] * _relative(menu.left), _alone(len(weights)))
+
+
+def _relative(left: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Norms of what is left, of those of the whole deltas."""
+    whole = left[:, :, :1]
+    return np.sqrt(np.divide(left, whole, out=np.zeros_like(left), where=whole > 0))
+
+
+def _alone(experts: int) -> NDArray[np.float64]:
+    return np.eye(experts)[:, None, :, None] * np.ones((1, DEPTH + 1, 1, DEPTH + 1))
+
+
+def _rank(menu: Menu, part: NDArray[np.float64], cosine: NDArray[np.float64]) -> Ranking:
+    blocks, experts, _ = menu.cost.shape
+    r = Ranking.empty(blocks, experts, DEPTH)
+    rank_layers(menu.cost, part, cosine, r.order, r.depth, r.end, r.cost, r.gain)
+    return r
+
+
+@dataclass(frozen=True)
+class OverlappingLayers:
+    """Parts that add up; see `Overlapping`.
+
+    Attributes:
+        menu: what can be read.
+        coefficients: float64, [experts]; what each delta is multiplied by.
+        thinning: float64, [experts]; by how much random thinning raises its energy.
+    """
+
+    menu: Menu
+    coefficients: NDArray[np.float64]
+    thinning: NDArray[np.float64]
+
+    @cached_property
+    def _part(self) -> NDArray[np.float64]:
+        part: NDArray[np.float64] = np.sqrt(self.menu.left) * self.coefficients[:, None]
+        return part
+
+    @cached_property
+    def _cosine(self) -> NDArray[np.float64]:
+        cosine = self.menu.cosines()
+        own = range(len(self.thinning))
+        cosine[own, :, own, :] *= self.thinning[:, None, None]
+        return cosine
+
+    def rank(self) -> Ranking:
+        """See `Layered`."""
+        return _rank(self.menu, self._part, self._cosine)
+
+    def lost(self, depths: NDArray[np.int8]) -> float:
+        """See `Layered`."""
+        return float(layers_loss(self._part, self._cosine, depths))
+
+
+@kernel
+def layers_loss(part: NDArray[np.float64], cosine: NDArray[np.float64], depths: NDArray[np.int8]) -> float:
+    """Squared error over all places; see `rank_layers` for `part` and `cosine`, and `Choice` for `depths`."""
+    places, experts = depths.shape
+    total = 0.0
+    for p in range(places):
+        error = 0.0
+        for e in range(experts):
+            own = part[p, e, depths[p, e]]
+            for f in range(experts):
+                error += own * part[p, f, depths[p, f]] * cosine[e, depths[p, e], f, depths[p, f]]
+        total += max(error, 0.0)
+    return total
+
+
+@dataclass(frozen=True)
+class ElectedLayers:
+    """Parts that elect the sign of every element, seen through samples; see `Elected`.
+
+    Attributes:
+        menu: what can be read.
+        whole: the same where experts are read whole or not at all.
+        told: float32, [parts, experts, DEPTH + 1, SAMPLES]; weighted, thinned deltas as so many layers tell them.
+    """
+
+    menu: Menu
+    whole: Elected
+    told: NDArray[np.float32]
+
+    @cached_property
+    def _missing(self) -> NDArray[np.float64]:
+        """The share of squares that so many layers miss, over the whole tensor: float64, [DEPTH + 1]."""
+        has_layers = self.menu.layered
+        exact = self.told[:, has_layers, DEPTH:]
+        missed = np.square((self.told[:, has_layers] - exact).astype(np.float64)).sum(axis=(0, 1, 3))
+        if missed[0] > 0:
+            share: NDArray[np.float64] = missed / missed[0]
+            return share
+        return np.arange(DEPTH, -1, -1) / DEPTH
+
+    def rank(self) -> Ranking:
+        """See `Layered`; each expert by itself, as the election of one block is seen through too few samples."""
+        energies = self.whole.energies()
+        return _rank(self.menu, np.sqrt(energies[:, :, None] * self._missing), _alone(energies.shape[1]))
+
+    def lost(self, depths: NDArray[np.int8]) -> float:
+        """See `Layered`."""
+        error = elected_layers_loss(self.told, self.menu.owners(), depths, self.whole.weights, self.whole.normalize)
+        return float(error + (self.whole.residual * self._missing[depths]).sum())
+
+
+def elected_layers(menu: Menu, operation: DeltaSum, whole: Elected, count: int) -> ElectedLayers:
+    """What layers tell a merge with sign election.
+
+    Args:
+        menu: what can be read.
+        operation: how the tensor is made.
+        whole: what is known of the experts as a whole.
+        count: elements in the tensor.
+    """
+    owners = menu.owners()
+    slots = np.arange(SAMPLES)
+    stands_for = np.sqrt(np.array([len(set(row)) for row in owners.tolist()], np.float32))[:, None]
+    told = np.zeros((menu.parts(), len(menu.deltas), DEPTH + 1, SAMPLES), np.float32)
+    for e, delta in enumerate(menu.deltas):
+        told[:, e, DEPTH] = whole.samples[owners, e, slots] * stands_for
+        told[:, e, SKETCHED + 1 : DEPTH] = told[:, e, DEPTH:]
+        if menu.tensors[e] is not None:
+            exact = delta.table.sample[delta.rows][owners, slots]
+            for x in range(1, SKETCHED + 1):
+                seen = exact - menu.residual_samples(e)[:, x - 1]
+                factor = whole.factors[owners, e] * stands_for
+                told[:, e, x] = told_samples(operation, e, delta, count, owners, seen) * factor
+    return ElectedLayers(menu, whole, told)
+
+
+@kernel
+def elected_layers_loss(
+    told: NDArray[np.float32],
+    owners: NDArray[np.int64],
+    depths: NDArray[np.int8],
+    weights: NDArray[np.float32],
+    normalize: bool,
+) -> float:
+    """Squared error of what the samples show; see `ElectedLayers`, `Menu.owners` and `Choice` for the arguments."""
+    parts, experts, _, count = told.shape
+    sums, kept = np.empty((4, count), np.float32), np.empty((4, count), np.float32)
+    seen = np.empty(count, np.float32)
+    total = 0.0
+    for g in range(parts):
+        sums[:] = np.float32(0.0)
+        kept[:] = np.float32(0.0)
+        for e in range(experts):
+            join(told[g, e, told.shape[2] - 1], weights[e], sums)
+            for s in range(count):
+                seen[s] = told[g, e, depths[owners[g, s], e], s]
+            join(seen, weights[e], kept)
+        for s in range(count):
+            goal = np.float64(elected(sums[0, s], sums[1, s], sums[2, s], sums[3, s], normalize))
+            value = np.float64(elected(kept[0, s], kept[1, s], kept[2, s], kept[3, s], normalize))
+            total += (goal - value) ** 2
+    return total
