@@ -20,7 +20,7 @@ from deltaworks.checkpoints.dtypes import DTYPES
 from deltaworks.checkpoints.reader import ByteCounter, RangeReader
 from deltaworks.checkpoints.sketch import SAMPLES, sample_places, sketch_reference
 from deltaworks.errors import DeltaworksError
-from deltaworks.layers.cells import SKETCHED
+from deltaworks.layers.cells import DEPTH
 from deltaworks.layers.decode import decode_block, opened_bytes
 from deltaworks.layers.file import LayerFile
 
@@ -75,7 +75,7 @@ def test_what_layers_leave_is_sketched_and_sampled(catalog: Catalog, tmp_path: P
     (residual,) = file.residuals
     tensor = file.tensors["w"]
     before, after = (decode_reference(raw(m, "w"), DTYPES["BF16"]) for m in (base, expert))
-    for depth in range(1, SKETCHED + 1):
+    for depth in range(1, DEPTH):
         rest, sample = np.zeros_like(after), np.zeros(SAMPLES, np.float32)
         for block in range(tensor.blocks):
             part = slice(block * 4096, (block + 1) * 4096)

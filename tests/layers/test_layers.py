@@ -16,7 +16,7 @@ from deltaworks.checkpoints.reader import ByteCounter
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES, sample_places, signs, sketch_reference
 from deltaworks.errors import CatalogError
 from deltaworks.layers.bitstream import gather, gather_reference, scatter, scatter_reference
-from deltaworks.layers.cells import CENTRES, DEPTH, EDGES, GROUP, RANGES, SHARES, SKETCHED, WAYS
+from deltaworks.layers.cells import CENTRES, DEPTH, EDGES, GROUP, RANGES, SHARES, WAYS
 from deltaworks.layers.decode import decode_block, layers_start, open_block, opened_bytes
 from deltaworks.layers.encode import Residuals, encode_block, most_bytes
 from deltaworks.layers.file import SHIFTS, LayeredTensor, LayerFile, LayerWriter, exact_elements, is_layered
@@ -38,7 +38,7 @@ def layers_of(
     out, scratch = np.full(room, 0xA5, np.uint8), np.full((2, room), 0x5A, np.uint8)
     ends, left = np.zeros(DEPTH, np.int64), np.zeros(DEPTH + 1)
     codes, shift = (base_type.code, expert_type.code), SHIFTS[expert_type]
-    sketches, samples = (np.full((SKETCHED, n), np.nan, np.float32) for n in (BUCKETS, SAMPLES))
+    sketches, samples = (np.full((DEPTH - 1, n), np.nan, np.float32) for n in (BUCKETS, SAMPLES))
     residuals = Residuals(first, signs(), sample_places(3, count), sketches, samples)
     encode_block(padded(base), codes[0], padded(expert), codes[1], count, shift, scratch, out, ends, left, residuals)
     assert (np.diff(ends) >= 0).all()
@@ -76,7 +76,7 @@ def check(base: Bytes, base_type: DType, expert: Bytes, expert_type: DType) -> l
                 # What is told is added to the base, and rounded.
                 rounding = 1e-17 + 2.0**-23 * float(np.linalg.norm(np.maximum(np.abs(b), np.abs(x)).astype(np.float64)))
                 assert np.sqrt(left[depth]) == pytest.approx(np.sqrt(missed), rel=1e-3, abs=rounding)
-                if depth <= SKETCHED and count:
+                if depth < DEPTH and count:
                     rest, norm = x - got, np.sqrt(missed)
                     sample, sketch = residuals.samples[depth - 1], residuals.sketches[depth - 1]
                     off = pytest.approx(rest[residuals.places], rel=1e-3, abs=1e-3 * norm + rounding)
@@ -226,7 +226,7 @@ def stored(tmp_path: Path) -> tuple[Path, LayeredTensor, Floats, Bytes]:
         own = slice(2 * 4096 * block, 2 * 4096 * (block + 1))
         layers, ends, left, _ = layers_of(base[own], BF16, expert[own], BF16, len(expert[own]) // 2)
         writer.add(block, layers, ends, left)
-    writer.add_residual(0, np.eye(SKETCHED, BUCKETS) * 3, np.ones((SKETCHED, SAMPLES), np.float32))
+    writer.add_residual(0, np.eye(DEPTH - 1, BUCKETS) * 3, np.ones((DEPTH - 1, SAMPLES), np.float32))
     assert not (tmp_path / "x.layers").exists()
     writer.commit([tensor], {"block_size": 4096})
     writer.abandon()
@@ -236,7 +236,7 @@ def stored(tmp_path: Path) -> tuple[Path, LayeredTensor, Floats, Bytes]:
 
 def restored(path: Path, tensor: LayeredTensor, base: Floats) -> Bytes:
     file = LayerFile(path, ByteCounter())
-    np.testing.assert_array_equal(file.residuals["sketch"], [np.eye(SKETCHED, BUCKETS)])
+    np.testing.assert_array_equal(file.residuals["sketch"], [np.eye(DEPTH - 1, BUCKETS)])
     parts = [file.restore(file.tensors[tensor.name], i, base[4096 * i : 4096 * (i + 1)]) for i in range(2)]
     file.close()
     return np.concatenate(parts)

@@ -13,7 +13,7 @@ from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES, sample_places, signs
 from deltaworks.checkpoints.source import Source
 from deltaworks.errors import UserError
-from deltaworks.layers.cells import DEPTH, SKETCHED
+from deltaworks.layers.cells import DEPTH
 from deltaworks.layers.encode import Residuals, encode_block, most_bytes
 from deltaworks.layers.file import SHIFTS, LayeredTensor, LayerWriter, blocks_sharing, is_layered
 from deltaworks.units import format_bytes
@@ -36,8 +36,8 @@ class LayerBuffers:
         self.scratch = np.empty((2, len(self.packed)), np.uint8)
         self.ends = np.zeros(DEPTH, np.int64)
         self.left = np.zeros(DEPTH + 1)
-        self.sketches = np.zeros((SKETCHED, BUCKETS), np.float32)
-        self.samples = np.zeros((SKETCHED, SAMPLES), np.float32)
+        self.sketches = np.zeros((DEPTH - 1, BUCKETS), np.float32)
+        self.samples = np.zeros((DEPTH - 1, SAMPLES), np.float32)
 
 
 class Layering:
@@ -134,7 +134,7 @@ class Layering:
         if len(parts) == many:
             del self._parts[delta.residual + part]
             parts.sort(key=lambda p: p[0])
-            samples = np.zeros((SKETCHED, SAMPLES), np.float32)
+            samples = np.zeros((DEPTH - 1, SAMPLES), np.float32)
             for i, (_, _, own) in enumerate(parts):
                 samples[:, i::many] = own[:, i::many]
             self._writer.add_residual(

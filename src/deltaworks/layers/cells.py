@@ -16,9 +16,6 @@ FORMAT_VERSION: Final = 2
 DEPTH: Final = 7
 """Layers of a block: sign and mean; three halvings of the range; two bits more; two more; all the rest."""
 
-SKETCHED: Final = 5
-"""Layers after each of which there are sketches and samples of what is left; deeper down there is next to nothing."""
-
 GROUP: Final = 128
 """Elements that share a range, from layer 2 on."""
 

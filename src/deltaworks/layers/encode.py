@@ -31,7 +31,7 @@ from deltaworks.checkpoints.vector import (
     widen,
 )
 from deltaworks.layers.bitstream import SLACK, count_ones, lanes_below, put, put_half
-from deltaworks.layers.cells import CENTRES, EDGES, GROUP, MEANS, OCTAVES, RANGES, RAW, SKETCHED, SPAN, WAYS
+from deltaworks.layers.cells import CENTRES, DEPTH, EDGES, GROUP, MEANS, OCTAVES, RANGES, RAW, SPAN, WAYS
 from deltaworks.layers.decode import (
     HEAD,
     IS_SPARSE,
@@ -71,8 +71,8 @@ class Residuals(NamedTuple):
         first: flat index of the block's first element.
         signs: of sketches, see `signs`.
         places: int64, [SAMPLES]; the elements that are sampled, ascending.
-        sketches: float32, [SKETCHED, BUCKETS]; of what one layer leaves, two layers, and so on.
-        samples: float32, [SKETCHED, SAMPLES].
+        sketches: float32, [DEPTH - 1, BUCKETS]; of what one layer leaves, two layers, and so on.
+        samples: float32, [DEPTH - 1, SAMPLES].
     """
 
     first: int
@@ -115,7 +115,7 @@ def encode_block(
     tiles = -(-count // TILE)
     residuals.sketches[:] = np.float32(0.0)
     residuals.samples[:] = np.float32(0.0)
-    residual, sampled = np.zeros((SKETCHED, TILE), np.float32), 0
+    residual, sampled = np.zeros((DEPTH - 1, TILE), np.float32), 0
     b, x = np.zeros((1, TILE), np.float32), np.zeros((1, TILE), np.float32)
     means = np.zeros(-(-count // SPAN), np.float64)
     peaks = np.zeros(-(-count // GROUP), np.uint32)
@@ -184,7 +184,7 @@ def encode_block(
                 active, scratch, bit, left, residual,
             )  # fmt: skip
         residual[:, -(-n // LANES) * LANES : -(-n // BUCKETS) * BUCKETS] = np.float32(0.0)
-        for layer in range(SKETCHED):
+        for layer in range(DEPTH - 1):
             add_to_sketch(residual[layer], n, residuals.first // TILE + t, residuals.signs, residuals.sketches[layer])
         while sampled < len(residuals.places) and residuals.places[sampled] < t * TILE + n:
             residuals.samples[:, sampled] = residual[:, residuals.places[sampled] - t * TILE]
@@ -400,7 +400,7 @@ def _write_group(
         store(residual[0], i, rest)
         left1 = left1 + _square(rest)
         if code in (0, RAW):
-            for layer in range(1, SKETCHED):
+            for layer in range(1, DEPTH - 1):
                 store(residual[layer], i, whole)
             left2, left3, left4, left5, left6 = left2 + own, left3 + own, left4 + own, left5 + own, left6 + own
             if code == RAW:
@@ -431,7 +431,9 @@ def _write_group(
         store(residual[4], i, rest)
         left5 = left5 + _square(rest)
         told = number_at(first + _middle(found, many, width, splat(np.uint32(10))), shifts) - vb
-        left6 = left6 + _square(select(changed, delta - told, nothing))
+        rest = select(changed, delta - told, nothing)
+        store(residual[5], i, rest)
+        left6 = left6 + _square(rest)
     left[0] += sum_in_order(widen(left0))
     left[1] += sum_in_order(widen(left1))
     left[2] += sum_in_order(widen(left2))

@@ -31,7 +31,7 @@ from deltaworks.checkpoints.dtypes import BF16, DTYPES, F8_E4M3, F8_E5M2, F16, F
 from deltaworks.checkpoints.reader import ByteCounter, RangeReader
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES
 from deltaworks.errors import CatalogError, CheckpointError
-from deltaworks.layers.cells import DEPTH, FORMAT_VERSION, SKETCHED
+from deltaworks.layers.cells import DEPTH, FORMAT_VERSION
 from deltaworks.layers.decode import decode_block, layers_start, open_block, opened_bytes
 
 MAGIC: Final = b"DWLAYERS"
@@ -40,7 +40,7 @@ INDEX: Final = np.dtype(
 )
 """Of each block: its place in the file, where in it each layer ends, their checksums, and the squares that remain of
 the delta where so many layers are read, none first."""
-RESIDUAL: Final = np.dtype([("sketch", "<f2", (SKETCHED, BUCKETS)), ("sample", "<f4", (SKETCHED, SAMPLES))])
+RESIDUAL: Final = np.dtype([("sketch", "<f2", (DEPTH - 1, BUCKETS)), ("sample", "<f4", (DEPTH - 1, SAMPLES))])
 """What so many layers, one first, leave of the delta in RESIDUAL_ELEMENTS elements, or in one block where that has
 more: sketches, scaled to a norm of one, and samples. Of m blocks that share a record, the first gives its samples 0, m,
 2m and so on, the second its samples 1, m + 1, 2m + 1."""
@@ -138,7 +138,7 @@ class LayerWriter:
         self.add(record, elements, ends, np.zeros(DEPTH + 1))
 
     def add_residual(self, record: int, sketches: NDArray[np.float64], samples: NDArray[np.float32]) -> None:
-        """Enter what layers leave of some blocks: sketches, [SKETCHED, BUCKETS], and samples, [SKETCHED, SAMPLES]."""
+        """Enter what layers leave of some blocks: sketches, [DEPTH - 1, BUCKETS], and samples, [DEPTH - 1, SAMPLES]."""
         norms = np.sqrt(np.square(sketches).sum(axis=1, keepdims=True))
         own = self._residuals[record]
         own["sketch"] = np.divide(sketches, norms, out=np.zeros_like(sketches), where=norms > 0)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from deltaworks.checkpoints.jit import kernel
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES
-from deltaworks.layers.cells import DEPTH, SKETCHED
+from deltaworks.layers.cells import DEPTH
 from deltaworks.layers.file import LayeredTensor, LayerIndex, blocks_sharing
 from deltaworks.merging.contributions import Delta, Elected, told_samples
 from deltaworks.merging.election import elected, join
@@ -59,18 +59,18 @@ class Menu:
         return first + np.arange(SAMPLES) % many
 
     def residual_samples(self, e: int) -> NDArray[np.float32]:
-        """What so many layers of an expert leave, one first, at the samples: float32, [parts, SKETCHED, SAMPLES]."""
+        """What so many layers of an expert leave, one first, at the samples: float32, [parts, DEPTH - 1, SAMPLES]."""
         found = self.tensors[e]
         assert found is not None
         index, tensor = found
         samples: NDArray[np.float32] = index.residuals["sample"][tensor.residual : tensor.residual + self.parts()]
         return samples
 
-    def cosines(self) -> NDArray[np.float64]:
-        """Between what so many layers, none first, leave of two experts: [experts, DEPTH + 1, experts, DEPTH + 1].
+    def gram(self) -> NDArray[np.float64]:
+        """Inner products of what so many layers, none first, leave of the tensor's deltas, by sketches of the tensor.
 
-        They are those of sketches of the whole tensor, and so positive semidefinite. Nothing is known of what is left
-        at the last depths but one: there is next to nothing.
+        Returns:
+            float64, [experts, DEPTH + 1, experts, DEPTH + 1].
         """
         parts, experts = self.parts(), len(self.deltas)
         starts = np.arange(parts) * self._sharing
@@ -81,14 +81,11 @@ class Menu:
             if found is not None:
                 index, tensor = found
                 unit = index.residuals["sketch"][tensor.residual : tensor.residual + parts].astype(np.float64)
-                norms = np.sqrt(np.add.reduceat(self.left[:, e, 1 : SKETCHED + 1], starts, axis=0))
-                flat[e, 1 : SKETCHED + 1] = (unit * norms[:, :, None]).transpose(1, 0, 2)
+                norms = np.sqrt(np.add.reduceat(self.left[:, e, 1:DEPTH], starts, axis=0))
+                flat[e, 1:DEPTH] = (unit * norms[:, :, None]).transpose(1, 0, 2)
         rows = flat.reshape(experts * (DEPTH + 1), -1)
-        lengths = np.sqrt(np.einsum("ij,ij->i", rows, rows))[:, None]
-        rows = np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
-        cosines: NDArray[np.float64] = rows @ rows.T
-        np.fill_diagonal(cosines, 1.0)
-        return cosines.reshape(experts, DEPTH + 1, experts, DEPTH + 1)
+        products: NDArray[np.float64] = rows @ rows.T
+        return products.reshape(experts, DEPTH + 1, experts, DEPTH + 1)
 
 
 def make_menu(
@@ -172,7 +169,45 @@ def _rank(menu: Menu, part: NDArray[np.float64], cosine: NDArray[np.float64]) ->
     return r
 
 
-@dataclass(frozen=True)
+def _cosines(gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of inner products, [experts, depths, experts, depths]; with ones on the diagonal."""
+    size = gram.shape[0] * gram.shape[1]
+    flat = gram.reshape(size, size)
+    lengths = np.sqrt(flat.diagonal())
+    scale = np.divide(1.0, lengths, out=np.zeros(size), where=lengths > 0)
+    cosines: NDArray[np.float64] = flat * scale[:, None] * scale
+    np.fill_diagonal(cosines, 1.0)
+    return cosines.reshape(gram.shape)
+
+
+def pool_cosines(tensors: Sequence[tuple[Menu, Sequence[int]]]) -> list[NDArray[np.float64]]:
+    """Cosines between what layers leave of the experts of each tensor: [experts, DEPTH + 1, experts, DEPTH + 1] each.
+
+    What is known of a small tensor is noisy (variance 1 / 128 for every record of residuals), and who chooses by noise
+    is disappointed. So tensors are drawn towards all tensors together by as much as noise explains how they differ; see
+    `Overlaps.of`, where blocks are drawn towards their tensor.
+
+    Args:
+        tensors: what can be read of each, and the places in the plan of its experts.
+    """
+    grams = [menu.gram() for menu, _ in tensors]
+    models = 1 + max((place for _, places in tensors for place in places), default=0)
+    total = np.zeros((models, DEPTH + 1, models, DEPTH + 1))
+    for (_, places), gram in zip(tensors, grams, strict=True):
+        total[np.ix_(places, range(DEPTH + 1), places, range(DEPTH + 1))] += gram
+    pooled = _cosines(total)
+    mixed = []
+    for (menu, places), gram in zip(tensors, grams, strict=True):
+        own, others = _cosines(gram), pooled[np.ix_(places, range(DEPTH + 1), places, range(DEPTH + 1))]
+        apart = np.moveaxis(own - others, 2, 1)[~np.eye(len(places), dtype=bool)]
+        known = apart[apart != 0]
+        spread = float(np.square(known).mean()) if known.size else 0.0
+        trust = max(0.0, 1.0 - 1.0 / (BUCKETS * menu.parts() * spread)) if spread > 0 else 0.0
+        mixed.append(trust * own + (1 - trust) * others)
+    return mixed
+
+
+@dataclass
 class OverlappingLayers:
     """Parts that add up; see `Overlapping`.
 
@@ -180,11 +215,13 @@ class OverlappingLayers:
         menu: what can be read.
         coefficients: float64, [experts]; what each delta is multiplied by.
         thinning: float64, [experts]; by how much random thinning raises its energy.
+        cosines: as `pool_cosines` gives them.
     """
 
     menu: Menu
     coefficients: NDArray[np.float64]
     thinning: NDArray[np.float64]
+    cosines: NDArray[np.float64]
 
     @cached_property
     def _part(self) -> NDArray[np.float64]:
@@ -193,8 +230,7 @@ class OverlappingLayers:
 
     @cached_property
     def _cosine(self) -> NDArray[np.float64]:
-        cosine = self.menu.cosines()
-        own = range(len(self.thinning))
+        cosine, own = self.cosines.copy(), range(len(self.thinning))
         cosine[own, :, own, :] *= self.thinning[:, None, None]
         return cosine
 
@@ -273,10 +309,9 @@ def elected_layers(menu: Menu, operation: DeltaSum, whole: Elected, count: int) 
     told = np.zeros((menu.parts(), len(menu.deltas), DEPTH + 1, SAMPLES), np.float32)
     for e, delta in enumerate(menu.deltas):
         told[:, e, DEPTH] = whole.samples[owners, e, slots] * stands_for
-        told[:, e, SKETCHED + 1 : DEPTH] = told[:, e, DEPTH:]
         if menu.tensors[e] is not None:
             exact = delta.table.sample[delta.rows][owners, slots]
-            for x in range(1, SKETCHED + 1):
+            for x in range(1, DEPTH):
                 seen = exact - menu.residual_samples(e)[:, x - 1]
                 factor = whole.factors[owners, e] * stands_for
                 told[:, e, x] = told_samples(operation, e, delta, count, owners, seen) * factor

@@ -17,7 +17,7 @@ from deltaworks.catalog.storage import read_cost
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.ahead import fetch_ahead
 from deltaworks.checkpoints.sidecars import chat_template, vocabulary
-from deltaworks.errors import ChangedError, NonFiniteError, RecipeError
+from deltaworks.errors import CatalogError, ChangedError, NonFiniteError, RecipeError
 from deltaworks.layers.file import LayerIndex
 from deltaworks.merging.budget import Budget, parse_budget
 from deltaworks.merging.contributions import Overlaps
@@ -134,9 +134,8 @@ class Prepared:
                 paths = [self._statistics(*pair) for pair in pairs]
                 self._tables = dict(zip(pairs, pool.map(read_table, paths), strict=True))
             if options.layers is not False:
-                self._layers = {
-                    pair: LayerIndex(path) for pair in pairs if (path := self._layers_file(*pair)).is_file()
-                }
+                found = {pair: self._find_layers(*pair) for pair in pairs}
+                self._layers = {pair: index for pair, index in found.items() if index is not None}
 
     def plan(self, recipe: Recipe, budget: Budget | None) -> Plan:
         """The plan of `recipe`, which names the same models, within a budget or without."""
@@ -187,8 +186,13 @@ class Prepared:
                 " mend or leave out this expert"
             )
 
-    def _layers_file(self, expert: str, base: str) -> Path:
-        return self._catalog.layers_file(self.models[expert].fingerprint, self.models[base].fingerprint)
+    def _find_layers(self, expert: str, base: str) -> LayerIndex | None:
+        file = self._catalog.layers_file(self.models[expert].fingerprint, self.models[base].fingerprint)
+        try:
+            return LayerIndex(file) if file.is_file() else None
+        except CatalogError as error:
+            self._progress.note(f"the layers of {self.models[expert].name} are not used: {error}")
+            return None
 
     def _statistics(self, expert: str, base: str) -> Path:
         found = self._catalog.find_analysis(self.models[expert].fingerprint, self.models[base].fingerprint)

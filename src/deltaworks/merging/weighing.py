@@ -26,7 +26,15 @@ from deltaworks.merging.contributions import (
     coefficients_of,
     contribution,
 )
-from deltaworks.merging.layered import Layered, OverlappingLayers, elected_layers, make_menu, rank_alone
+from deltaworks.merging.layered import (
+    Layered,
+    Menu,
+    OverlappingLayers,
+    elected_layers,
+    make_menu,
+    pool_cosines,
+    rank_alone,
+)
 from deltaworks.merging.methods.copying import Copy
 from deltaworks.merging.methods.delta import DeltaSum
 from deltaworks.merging.methods.spherical import Slerp
@@ -86,6 +94,10 @@ class Weighed:
         self._request = int(cost.request_bytes) if cost.request_bytes >= LARGE_REQUEST else 0
         for candidate in self._weighed:
             candidate.weigh(knowledge.overlaps)
+        layered = [c for c in self._weighed if c.menu is not None]
+        cosines = pool_cosines([(c.menu, c.places) for c in layered if c.menu is not None])
+        for candidate, own in zip(layered, cosines, strict=True):
+            candidate.weigh_layers(own)
         shares = _fair_shares(plan, self._weighed) if fair else None
         self._rankings = [c.rank(shares, self._request) for c in self._weighed]
         if balanced:
@@ -169,6 +181,7 @@ class _Candidate:
         self.stand_in = _stand_in(plan, tensor, self.experts) if self.experts else None
         self.reads: NDArray[np.bool_] = np.zeros((0, 0), bool)
         self.contribution: Contribution | None = None
+        self.menu: Menu | None = None
         self._layered: Layered | None = None
         self._depths: NDArray[np.int8] = np.zeros((0, 0), np.int8)
         self.lost = 0.0
@@ -208,19 +221,25 @@ class _Candidate:
         exact = np.array([i.dtype.bits <= 32 for i in self._infos])
         frozen = (np.stack([d.changed for d in deltas], axis=1) == 0) & exact
         self.cost = np.where(frozen, 0, self.cost)
-        if any(self._indices):
-            self._layered = self._weigh_layers(found)
-
-    def _weigh_layers(self, whole: Contribution) -> Layered | None:
         names = {self.tensor.inputs[k].tensor for k in self.experts}
-        menu = make_menu(names.pop(), self.deltas, self._indices, self.cost) if len(names) == 1 else None
-        if menu is None:
-            return None
+        if any(self._indices) and len(names) == 1:
+            self.menu = make_menu(names.pop(), self.deltas, self._indices, self.cost)
+
+    @property
+    def places(self) -> list[int]:
+        """The experts' places in the plan."""
+        return [self.tensor.inputs[k].model for k in self.experts]
+
+    def weigh_layers(self, cosines: NDArray[np.float64]) -> None:
+        """Work out what the experts' layers add; see `pool_cosines`."""
+        assert self.menu is not None
         operation = self.tensor.operation
-        if isinstance(whole, Elected):
+        if isinstance(self.contribution, Elected):
             assert isinstance(operation, DeltaSum)
-            return elected_layers(menu, operation, whole, self.tensor.count)
-        return OverlappingLayers(menu, *coefficients_of(operation, self.experts, self.deltas))
+            self._layered = elected_layers(self.menu, operation, self.contribution, self.tensor.count)
+        else:
+            coefficients = coefficients_of(operation, self.experts, self.deltas)
+            self._layered = OverlappingLayers(self.menu, *coefficients, cosines)
 
     @property
     def full(self) -> float:
