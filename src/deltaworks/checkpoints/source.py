@@ -1,6 +1,8 @@
 """A model's weight files, open for reading blocks of tensors."""
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -31,16 +33,21 @@ def places_in_rows(offsets: NDArray[np.int64], bits: NDArray[np.int64], start: i
 
 
 def are_cached(models: Iterable[_HasCheckpoint]) -> bool:
-    """Whether the page cache holds most of the weight files of some models.
+    """Whether the page cache holds most of the weight files of some models; see `files_are_cached`."""
+    return files_are_cached(m.checkpoint.path / s.name for m in models for s in m.checkpoint.shards)
+
+
+def files_are_cached(paths: Iterable[Path]) -> bool:
+    """Whether the page cache holds most of some files.
 
     Then they are best read through it, which brings in the rest; else around it, but for what is there.
     """
     found = total = 0
-    for model in models:
-        for shard in model.checkpoint.shards:
-            with (model.checkpoint.path / shard.name).open("rb") as file:
-                found += cached_bytes(file.fileno(), 0, shard.size) or 0
-            total += shard.size
+    for path in paths:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            found += cached_bytes(file.fileno(), 0, size) or 0
+            total += size
     return found * 2 > total
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.jit import inlined, kernel
 from deltaworks.checkpoints.vector import (
@@ -39,21 +40,23 @@ HEAD: Final = 8
 """Bytes at the start of layer 1: flags; which share of the elements is unchanged, in 256ths; two of zeros; the tops of
 means and ranges (int16 each)."""
 
-_SHIFT, _TOPS, _STARTS, _UNCHANGED, _TABLES = 1, 3, 5, 12, 16
+_SHIFT, _TOPS, _STARTS, _UNCHANGED, _TILES, _TABLES = 1, 3, 5, 12, 13, 16
 _SIGN = np.uint32(0x80000000)
 _ZERO, _ONE, _ALL = np.uint32(0), np.uint32(1), np.uint32(0xFFFFFFFF)
 _SIXTEEN = np.uint32(0xFFFF)
 
 
 def opened_bytes(count: int, layer_bytes: int) -> int:
-    """Bytes of an opened block of `count` elements whose layers have so many bytes: a multiple of 8."""
-    tiles = -(-count // TILE)
-    return -(-(4 * (_TABLES + 4 * tiles) + layer_bytes + SLACK) // 8) * 8
+    """Bytes of an opened block of `count` elements whose layers have so many bytes: a multiple of PAGE."""
+    return layers_start(count) + -(-(layer_bytes + SLACK) // PAGE) * PAGE
 
 
 def layers_start(count: int) -> int:
-    """The byte of an opened block at which its layers begin."""
-    return 4 * (_TABLES + 4 * -(-count // TILE))
+    """The byte of an opened block at which its layers begin: a multiple of PAGE, for reads around the page cache."""
+    return -(-4 * (_TABLES + 4 * -(-count // TILE)) // PAGE) * PAGE
+
+
+_layers_start = kernel(layers_start)
 
 
 @kernel
@@ -68,9 +71,9 @@ def open_block(row: NDArray[np.uint8], count: int, ends: NDArray[np.int64], dept
         shift: bits of a float32 that the expert's type leaves at zero.
     """
     tiles = -(-count // TILE)
-    start = 4 * (_TABLES + 4 * tiles)
-    table = row[: start // 4 * 4].view(np.int32)
-    table[0], table[_SHIFT] = depth, shift
+    start = _layers_start(count)
+    table = row[:start].view(np.int32)
+    table[0], table[_SHIFT], table[_TILES] = depth, shift, tiles
     head = row[start : start + HEAD]
     sparse = head[0] & IS_SPARSE
     table[2], table[_UNCHANGED] = sparse, head[1]
@@ -217,8 +220,7 @@ def decode_tile(
         out: float32, [TILE]; set, with zeros from `count` up to a whole vector.
     """
     table = row[: len(row) // 4 * 4].view(np.int32)
-    depth, means = int(table[0]), int(table[_STARTS])
-    tiles = ((means - HEAD) // 4 - _TABLES) // 4
+    depth, means, tiles = int(table[0]), int(table[_STARTS]), int(table[_TILES])
     active, at = int(table[_TABLES + tile]), _TABLES + tiles + tile
     parts = _Parts(
         table[2] != 0,

@@ -26,9 +26,10 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.codec import encode_reference
 from deltaworks.checkpoints.dtypes import BF16, DTYPES, F8_E4M3, F8_E5M2, F16, F32, DType
-from deltaworks.checkpoints.reader import ByteCounter, RangeReader
+from deltaworks.checkpoints.reader import ByteCounter, RangeReader, page_aligned
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES
 from deltaworks.errors import CatalogError, CheckpointError
 from deltaworks.layers.cells import DEPTH, FORMAT_VERSION
@@ -45,6 +46,8 @@ RESIDUAL: Final = np.dtype([("sketch", "<f2", (DEPTH - 1, BUCKETS)), ("sample", 
 more: sketches, scaled to a norm of one, and samples. Of m blocks that share a record, the first gives its samples 0, m,
 2m and so on, the second its samples 1, m + 1, 2m + 1."""
 RESIDUAL_ELEMENTS: Final = 1 << 18
+ALIGNED_FROM: Final = 1 << 16
+"""Bytes of a block from which on it begins at a multiple of PAGE."""
 END: Final = np.dtype(
     [
         ("index", "<u8"),
@@ -124,7 +127,9 @@ class LayerWriter:
         """
         total = int(ends[-1])
         with self._lock:
-            offset, self._end = self._end, self._end + total
+            # So that large blocks can be read around the page cache.
+            offset = -(-self._end // PAGE) * PAGE if total >= ALIGNED_FROM else self._end
+            self._end = offset + total
         own = self._index[record]
         own["offset"], own["ends"], own["left"] = offset, ends, left
         starts = [0, *ends[:-1].tolist()]
@@ -300,29 +305,24 @@ class LayerFile(LayerIndex):
             CatalogError: a layer is damaged.
         """
         own, count = self.index[tensor.first + block], self.count(tensor, block)
-        start = layers_start(count)
-        self.read(tensor, block, depth, row[start : start + int(own["ends"][depth - 1])])
+        self._read(tensor, block, depth, row, layers_start(count))
         open_block(row, count, own["ends"].astype(np.int64), depth, SHIFTS[DTYPES[tensor.dtype]])
 
-    def read(self, tensor: LayeredTensor, block: int, depth: int, out: NDArray[np.uint8]) -> None:
-        """Read the first layers of a block to `out` (uint8, of their size), and check them.
-
-        Raises:
-            CatalogError: a layer is damaged.
-        """
+    def _read(self, tensor: LayeredTensor, block: int, depth: int, row: NDArray[np.uint8], place: int) -> None:
+        """Read the first layers of a block to byte `place` of a row (see `RangeReader.read_row`), and check them."""
         own = self.index[tensor.first + block]
+        ends: list[int] = own["ends"].tolist()
         try:
-            self._reader.read_into(out, int(own["offset"]))
+            self._reader.read_row(row, place, int(own["offset"]), ends[depth - 1])
         except CheckpointError as error:
             raise CatalogError(f"layers of {tensor.name!r}, block {block}: {error}; {_REBUILD}") from error
         start = 0
-        for layer in range(depth):
-            end = int(own["ends"][layer])
-            if checksum(out[start:end]) != int(own["checksums"][layer]):
+        for layer, known in enumerate(own["checksums"][:depth].tolist()):
+            if checksum(row[place + start : place + ends[layer]]) != known:
                 raise CatalogError(
                     f"layer {layer + 1} of {tensor.name!r}, block {block}, is damaged in {self.path}; {_REBUILD}"
                 )
-            start = end
+            start = ends[layer]
 
     def restore(self, tensor: LayeredTensor, block: int, base: NDArray[np.float32] | None) -> NDArray[np.uint8]:
         """The elements of a block as the expert had them, bit by bit: uint8.
@@ -337,9 +337,10 @@ class LayerFile(LayerIndex):
         """
         nbytes = int(self.index[tensor.first + block]["ends"][-1])
         if not tensor.is_delta:
-            whole = np.empty(nbytes, np.uint8)
-            self.read(tensor, block, DEPTH, whole)
-            return whole
+            (whole,) = page_aligned(1, nbytes)
+            self._read(tensor, block, DEPTH, whole, 0)
+            elements: NDArray[np.uint8] = whole[:nbytes]
+            return elements
         assert base is not None
         count, dtype = self.count(tensor, block), DTYPES[tensor.dtype]
         row = np.zeros(opened_bytes(count, nbytes), np.uint8)

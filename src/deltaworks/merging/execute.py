@@ -17,7 +17,7 @@ from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.codec import decode_reference
 from deltaworks.checkpoints.pipeline import READS_IN_FLIGHT, Pipeline
 from deltaworks.checkpoints.reader import ByteCounter, page_aligned
-from deltaworks.checkpoints.source import Source, are_cached
+from deltaworks.checkpoints.source import Source, are_cached, files_are_cached
 from deltaworks.checkpoints.writer import OutputTensor, ShardLayout, ShardWriter, plan_shards
 from deltaworks.errors import CheckpointError, NonFiniteError, PlanError
 from deltaworks.layers.file import LayerFile
@@ -169,10 +169,11 @@ def open_layers(plan: Plan, paths: Mapping[int, Path], counter: ByteCounter) -> 
         PlanError: the plan was made for layers in other blocks.
         CatalogError: a file is damaged.
     """
+    direct = not files_are_cached(paths.values())
     with ExitStack() as stack:
         opened = {}
         for place, path in paths.items():
-            opened[place] = file = LayerFile(path, counter)
+            opened[place] = file = LayerFile(path, counter, direct=direct)
             stack.callback(file.close)
             if file.block_size != plan.block_size and any(t.depths for t in plan.tensors):
                 name = plan.models[place].name

@@ -74,17 +74,17 @@ class Menu:
         """
         parts, experts = self.parts(), len(self.deltas)
         starts = np.arange(parts) * self._sharing
-        flat = np.zeros((experts, DEPTH + 1, parts, BUCKETS))
+        flat = np.zeros((experts, DEPTH + 1, parts, BUCKETS), np.float32)
         for e, delta in enumerate(self.deltas):
             flat[e, 0] = np.add.reduceat(delta.table.sketch[delta.rows], starts, axis=0, dtype=np.float64)
             found = self.tensors[e]
             if found is not None:
                 index, tensor = found
-                unit = index.residuals["sketch"][tensor.residual : tensor.residual + parts].astype(np.float64)
+                unit = index.residuals["sketch"][tensor.residual : tensor.residual + parts].astype(np.float32)
                 norms = np.sqrt(np.add.reduceat(self.left[:, e, 1:DEPTH], starts, axis=0))
                 flat[e, 1:DEPTH] = (unit * norms[:, :, None]).transpose(1, 0, 2)
         rows = flat.reshape(experts * (DEPTH + 1), -1)
-        products: NDArray[np.float64] = rows @ rows.T
+        products: NDArray[np.float64] = (rows @ rows.T).astype(np.float64)
         return products.reshape(experts, DEPTH + 1, experts, DEPTH + 1)
 
 
