@@ -163,8 +163,7 @@ def losses(catalog: Catalog, family: Path, experts: Sequence[str], scratch: Path
     base = judge(family / "base", list(texts))
     own = {e: judge(family / e, [e])[e] for e in experts}
     kept = {
-        share: {e: (base[e] - merged([e], 1.0, share, [e])[e]) / (base[e] - own[e]) for e in experts}
-        for share in ALONE
+        share: {e: (base[e] - merged([e], 1.0, share, [e])[e]) / (base[e] - own[e]) for e in experts} for share in ALONE
     }
     for share, of in kept.items():
         print(f"alone from {share:.4f}: kept {np.mean(list(of.values())):.3f}", of, flush=True)

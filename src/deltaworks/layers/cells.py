@@ -55,6 +55,10 @@ CENTRES: Final = np.array(
 """Mean magnitudes, in the same units, in the 2, 4 and 8 cells of layers 2 to 4 where a group is normally distributed
 and its range the smallest that holds it: float32, [WAYS, 2 + 4 + 8 and two zeros]."""
 
+TOLD: Final = CENTRES * np.repeat(np.array([1.122, 1.031, 1.009, 0.0], np.float32), (2, 4, 8, 2))
+"""What layers tell: means, raised so that along the delta what is told is as long as the delta (means are shorter, by
+the share of its squares that they leave). The error grows by next to nothing, and models depend on that length."""
+
 SHARES: Final = np.full((WAYS, 16), 1e30, np.float32)
 """How many of a normal group's elements lie in the first cell of layers 2, 3 and 4, where CENTRES has those: float32,
 [WAYS, 16], with a large number elsewhere."""

@@ -31,7 +31,7 @@ from deltaworks.checkpoints.vector import (
     upper_bytes,
 )
 from deltaworks.layers.bitstream import SLACK, count_ones, lanes_below, next_bits, scatter, take, take_word
-from deltaworks.layers.cells import CENTRES, DEPTH, EDGES, GROUP, MEANS, OCTAVES, RAW, SHARES, SPAN, WAYS
+from deltaworks.layers.cells import DEPTH, EDGES, GROUP, MEANS, OCTAVES, RAW, SHARES, SPAN, TOLD, WAYS
 
 IS_SPARSE: Final = 1
 """Flag of a block in which layers tell which elements changed at all."""
@@ -135,20 +135,20 @@ def indices(i2: Any, i3: Any, i4: Any) -> Any:
 
 @inlined
 def estimate(centres: Any, depth: int, cell: Any) -> Any:
-    """The magnitude that 2, 3 or 4 layers tell of the cell (U32) of each lane, from the scaled row of CENTRES (F32)."""
+    """The magnitude that 2, 3 or 4 layers tell of the cell (U32) of each lane, from the scaled row of TOLD (F32)."""
     return lookup(centres, (cell >> splat(np.uint32(4 - depth))) + splat(np.uint32((1 << (depth - 1)) - 2)))
 
 
 @inlined
 def scaled(table: NDArray[np.float32], code: int, top: int) -> Any:
-    """The row of EDGES or CENTRES (F32) for the range of a code."""
+    """The row of EDGES or TOLD (F32) for the range of a code."""
     unit = np.float32(math.ldexp(1.0, top + (code - 1) // WAYS - OCTAVES))
     return load(table, (code - 1) % WAYS, 0) * splat(unit)
 
 
 @inlined
 def centres_above(code: int, top: int, unchanged: int) -> Any:
-    """The row of CENTRES (F32) for positive deltas, the first cells of which hold the unchanged elements as well.
+    """The row of TOLD (F32) for positive deltas, the first cells of which hold the unchanged elements as well.
 
     Args:
         code: of the range.
@@ -157,7 +157,7 @@ def centres_above(code: int, top: int, unchanged: int) -> Any:
     """
     share = np.float32(unchanged) / np.float32(256.0)
     changed = load(SHARES, (code - 1) % WAYS, 0) * splat((np.float32(1.0) - share) * np.float32(0.5))
-    return scaled(CENTRES, code, top) * (changed / (splat(share) + changed))
+    return scaled(TOLD, code, top) * (changed / (splat(share) + changed))
 
 
 @inlined
@@ -294,7 +294,7 @@ def _decode_cells(
     for g in range(0, count, GROUP):
         code = row[ranges + g // GROUP]
         known = code not in (0, RAW)
-        above, below = centres_above(max(1, code), top, parts.unchanged), scaled(CENTRES, max(1, code), top)
+        above, below = centres_above(max(1, code), top, parts.unchanged), scaled(TOLD, max(1, code), top)
         for i in range(g, min(g + GROUP, count), LANES):
             b = load(base, 0, i)
             where = take(row, mask + i, lanes_below(count - i)) if sparse else _SIXTEEN

@@ -31,7 +31,7 @@ from deltaworks.checkpoints.vector import (
     widen,
 )
 from deltaworks.layers.bitstream import SLACK, count_ones, lanes_below, put, put_half
-from deltaworks.layers.cells import CENTRES, DEPTH, EDGES, GROUP, MEANS, OCTAVES, RANGES, RAW, SPAN, WAYS
+from deltaworks.layers.cells import DEPTH, EDGES, GROUP, MEANS, OCTAVES, RANGES, RAW, SPAN, TOLD, WAYS
 from deltaworks.layers.decode import (
     HEAD,
     IS_SPARSE,
@@ -117,13 +117,13 @@ def encode_block(
     residuals.samples[:] = np.float32(0.0)
     residual, sampled = np.zeros((DEPTH - 1, TILE), np.float32), 0
     b, x = np.zeros((1, TILE), np.float32), np.zeros((1, TILE), np.float32)
-    means = np.zeros(-(-count // SPAN), np.float64)
+    squares = np.zeros(-(-count // SPAN), np.float64)
     peaks = np.zeros(-(-count // GROUP), np.uint32)
     ones = np.zeros(len(peaks), np.int64)
     changed = np.zeros(tiles + 1, np.int64)
     for t in range(tiles):
         n = _load_tiles(base, base_code, expert, expert_code, t, count, b, x)
-        changed[t + 1] = changed[t] + _survey(b, x, n, t * TILE, means, peaks, ones)
+        changed[t + 1] = changed[t] + _survey(b, x, n, t * TILE, squares, peaks, ones)
     sparse = (count - changed[tiles]) * SPARSE_FROM > count
     out[: HEAD + SLACK] = 0
     out[0] = IS_SPARSE if sparse else 0
@@ -131,9 +131,9 @@ def encode_block(
     out[1] = unchanged
     tops = out[4:8].view(np.int16)
     at = HEAD
-    out[at : at + len(means) + SLACK] = 0
-    tops[0] = _write_means(means, ones, sparse, unchanged, count, out[at:])
-    at += len(means)
+    out[at : at + len(squares) + SLACK] = 0
+    tops[0] = _write_means(squares, ones, sparse, unchanged, count, out[at:])
+    at += len(squares)
     if sparse:
         for t in range(tiles):
             for byte in range(4):
@@ -234,7 +234,7 @@ def _survey(
     x: NDArray[np.float32],
     n: int,
     start: int,
-    sums: NDArray[np.float64],
+    squares: NDArray[np.float64],
     peaks: NDArray[np.uint32],
     ones: NDArray[np.int64],
 ) -> int:
@@ -245,7 +245,7 @@ def _survey(
         x: float32, [1, TILE]; of the expert.
         n: elements in the tile.
         start: the first's place in the block.
-        sums: float64; set to the sum of finite magnitudes of every SPAN elements.
+        squares: float64; set to the sum of squares of what is finite in every SPAN elements.
         peaks: uint32; set to the bits of the largest magnitude of every GROUP.
         ones: int64; set to how many elements of the group changed.
 
@@ -254,7 +254,7 @@ def _survey(
     """
     changed, magnitude = 0, splat(MAGNITUDE)
     for s in range(0, n, SPAN):
-        total = splat(0.0)
+        energy = splat(0.0)
         for g in range(s, min(s + SPAN, n), GROUP):
             peak, own = splat(_ZERO), 0
             for i in range(g, min(g + GROUP, n), LANES):
@@ -262,11 +262,12 @@ def _survey(
                 size = bits(vx - vb) & magnitude
                 own += lanes_set(bits(vb) != bits(vx))
                 peak = maximum(peak, size)
-                total = total + widen(select(size < splat(_INFINITE), floats(size), splat(np.float32(0.0))))
+                wide = widen(select(size < splat(_INFINITE), floats(size), splat(np.float32(0.0))))
+                energy = energy + wide * wide
             place = (start + g) // GROUP
             peaks[place], ones[place] = largest(peak), own
             changed += own
-        sums[(start + s) // SPAN] = sum_in_order(total)
+        squares[(start + s) // SPAN] = sum_in_order(energy)
     return changed
 
 
@@ -278,20 +279,22 @@ def _top(highest: np.uint32) -> int:
 
 @kernel
 def _write_means(
-    means: NDArray[np.float64],
+    squares: NDArray[np.float64],
     ones: NDArray[np.int64],
     sparse: bool,
     unchanged: int,
     count: int,
     out: NDArray[np.uint8],
 ) -> int:
-    """Turn sums of magnitudes into means of what changed, and write their codes; returns their top."""
+    """Turn sums of squares into quadratic means of what changed, and write their codes; returns their top."""
+    means = np.zeros(len(squares))
     each = SPAN // GROUP
     for s in range(len(means)):
         own = 0
         for n in ones[each * s : each * (s + 1)]:
             own += n
-        means[s] /= max(1, own) if sparse else min(SPAN, count - s * SPAN) * (1.0 - unchanged / 256.0)
+        many = max(1, own) if sparse else min(SPAN, count - s * SPAN) * (1.0 - unchanged / 256.0)
+        means[s] = math.sqrt(squares[s] / many) if many > 0 else 0.0
     highest = 0.0
     for mean in means:
         highest = max(highest, mean)
@@ -374,7 +377,7 @@ def _write_group(
     residual: NDArray[np.float32],
 ) -> int:
     """Write one group; returns how many elements of the block have bits so far."""
-    edges, below = scaled(EDGES, max(1, code), top), scaled(CENTRES, max(1, code), top)
+    edges, below = scaled(EDGES, max(1, code), top), scaled(TOLD, max(1, code), top)
     above = centres_above(max(1, code), top, unchanged)
     mean_positive = mean_above(mean, unchanged)
     left0 = left1 = left2 = left3 = left4 = left5 = left6 = splat(np.float32(0.0))
