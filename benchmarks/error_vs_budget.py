@@ -67,9 +67,9 @@ class Truth:
 
     def __init__(self, plan: Plan, tensor: PlannedTensor, sources: dict[int, Source], models: Sequence[Model]) -> None:
         assert tensor.stand_in is not None
-        base = _values(tensor.stand_in, sources, models)
+        base = values_of(tensor.stand_in, sources, models)
         experts = [k for k, i in enumerate(tensor.inputs) if plan.models[i.model].role != "base"]
-        deltas = np.stack([_values(tensor.inputs[k], sources, models) - base for k in experts])
+        deltas = np.stack([values_of(tensor.inputs[k], sources, models) - base for k in experts])
         size, count = deltas.shape[1], max(1, -(-deltas.shape[1] // plan.block_size))
         edges = [min(i * plan.block_size, size) for i in range(count + 1)]
         bits = [_bits(tensor.inputs[k], models) for k in experts]
@@ -88,7 +88,7 @@ class Truth:
             self.gram = np.einsum("pe,ef->pef", squares, np.eye(len(experts)))
 
 
-def _values(source: InputTensor, sources: dict[int, Source], models: Sequence[Model]) -> NDArray[np.float32]:
+def values_of(source: InputTensor, sources: dict[int, Source], models: Sequence[Model]) -> NDArray[np.float32]:
     info = models[source.model].checkpoint.find(source.tensor)
     assert info is not None
     raw = np.empty(info.nbytes, np.uint8)

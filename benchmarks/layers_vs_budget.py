@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from error_vs_budget import Truth, oracle, recipe_text, with_reads
+from error_vs_budget import Truth, oracle, recipe_text, values_of, with_reads
 from marked import fill
 from numpy.typing import NDArray
 
@@ -95,7 +95,7 @@ def errors(catalog: Catalog, family: Path, experts: Sequence[str], method: str) 
     everything = plain.within(full_plain, Budget(share=0.0))
     sources = {i: Source(m, ByteCounter()) for i, m in enumerate(models)}
     truths = [Truth(everything, t, sources, models) for t in everything.tensors]
-    uniform = _uniform(everything, sources, models, method) if method != "ties" else {}
+    uniform = _uniform(everything, sources, models) if method != "ties" else {}
     for source in sources.values():
         source.close()
     squares = np.concatenate([np.einsum("pee->pe", t.gram).ravel() for t in truths])
@@ -126,14 +126,12 @@ def errors(catalog: Catalog, family: Path, experts: Sequence[str], method: str) 
     return rows
 
 
-def _uniform(plan: Any, sources: dict[int, Source], models: Sequence[Any], method: str) -> dict[int, float]:
-    from error_vs_budget import _values
-
+def _uniform(plan: Any, sources: dict[int, Source], models: Sequence[Any]) -> dict[int, float]:
     lost, full = dict.fromkeys(UNIFORM_BITS.values(), 0.0), 0.0
     for tensor in plan.tensors:
-        base = _values(tensor.stand_in, sources, models)
+        base = values_of(tensor.stand_in, sources, models)
         deltas = np.stack(
-            [_values(i, sources, models) - base for i in tensor.inputs if plan.models[i.model].role != "base"]
+            [values_of(i, sources, models) - base for i in tensor.inputs if plan.models[i.model].role != "base"]
         )
         full += float(np.square(deltas.sum(axis=0, dtype=np.float64)).sum())
         for bits in lost:

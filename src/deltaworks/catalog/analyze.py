@@ -34,7 +34,8 @@ from deltaworks.checkpoints.reader import ByteCounter, page_aligned
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES, sample_places, signs
 from deltaworks.checkpoints.source import Source, are_cached, places_in_rows
 from deltaworks.checkpoints.writer import storage_error
-from deltaworks.errors import UserError
+from deltaworks.errors import CatalogError, CheckpointError, UserError
+from deltaworks.layers.file import LayerIndex
 from deltaworks.progress import Progress, Silent
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 1 << 12, 1 << 22
@@ -120,13 +121,16 @@ def analyze(
 
     Raises:
         UserError: the block size is no power of two from 4 Ki to 4 Mi.
+        CheckpointError: the expert's weight files are gone, and the catalog has no statistics of it.
     """
     progress = progress or Silent()
     known = catalog.find_analysis(expert.fingerprint, base.fingerprint)
     layers_file = catalog.layers_file(expert.fingerprint, base.fingerprint)
-    has_layers = layers_file.is_file()
+    has_layers = layers and _are_sound(layers_file)
     if known is not None and not force and block_size in (None, known[0]) and (has_layers or not layers):
         return known[2] | (_layers_bytes(layers_file) if layers else {})
+    if expert.is_gone:
+        raise CheckpointError(f"the weight files of {expert.name} are gone, so it cannot be measured again")
     block_size = check_block_size(block_size or (known[0] if known else default_block_size(base)))
     threads = threads or os.cpu_count() or 1
     pairs = delta_tensors(expert, base)
@@ -170,6 +174,13 @@ def analyze(
             " is it a fine-tune of it?"
         )
     return result | (_layers_bytes(layers_file) if layers else {})
+
+
+def _are_sound(layers: Path) -> bool:
+    try:
+        return layers.is_file() and bool(LayerIndex(layers).tensors)
+    except CatalogError:  # damaged, or of another version
+        return False
 
 
 def _layers_bytes(file: Path) -> dict[str, Any]:

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.catalog.models import Model
-from deltaworks.catalog.store import Catalog
+from deltaworks.catalog.store import KEPT, Catalog
 from deltaworks.checkpoints.header import TensorInfo
+from deltaworks.checkpoints.sidecars import copy_sidecars
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES, sample_places, signs
 from deltaworks.checkpoints.source import Source
 from deltaworks.errors import UserError
@@ -52,7 +53,7 @@ class Layering:
     """
 
     def __init__(self, path: Path, expert: Model, base: Model, pairs: Pairs, block_size: int) -> None:
-        self._block_size = block_size
+        self._path, self._expert, self._block_size = path, expert.path, block_size
         self._tensors: list[LayeredTensor] = []
         self._deltas: list[LayeredTensor | None] = []
         self._sharing, self._signs = blocks_sharing(block_size), signs()
@@ -151,6 +152,10 @@ class Layering:
                 source.read(info, start, count, raw)
                 self._writer.add_raw(record, raw)
                 record += 1
+        # First, so that whoever finds layers finds the rest of the expert too.
+        kept = self._path.with_suffix(KEPT)
+        kept.mkdir(exist_ok=True)
+        copy_sidecars(self._expert, kept)
         self._writer.commit(self._tensors, self._about)
 
     def abandon(self) -> None:
@@ -158,19 +163,20 @@ class Layering:
         self._writer.abandon()
 
 
-def check_room(catalog: Catalog, experts: Sequence[Model], limit: int | None) -> str:
+def check_room(catalog: Catalog, experts: Sequence[Model], limit: int | None, share: float = 1.0) -> str:
     """What the layers of some experts will take.
 
     Args:
         catalog: where they go.
         experts: those that have none yet.
         limit: the most that all layers in the catalog may take together; None for what the disk has.
+        share: of what the disk has left, the most that they may take.
 
     Returns:
         A line for people.
 
     Raises:
-        UserError: they would take more than `limit`, or than the disk has left.
+        UserError: they would take more than `limit`, or than that share of the disk.
     """
     wanted = round(USUAL_SHARE * sum(e.checkpoint.nbytes for e in experts))
     folder = catalog.path / "layers"
@@ -183,6 +189,7 @@ def check_room(catalog: Catalog, experts: Sequence[Model], limit: int | None) ->
     )
     if limit is not None and held + wanted > limit:
         raise UserError(f"{line}, more than the limit of {format_bytes(limit)}; raise --layers-limit")
-    if wanted > free:
-        raise UserError(f"{line}, more than there is; make room, or leave --layers out")
+    if wanted > share * free:
+        what = "there is" if share == 1 else f"{share:.0%} of it"
+        raise UserError(f"{line}, more than {what}; make room, or choose with --layers or --no-layers")
     return line

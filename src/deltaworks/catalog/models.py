@@ -27,6 +27,8 @@ class Model:
         base_is_declared: whether the user said so, rather than a recipe that was merged.
         fingerprint: BLAKE3 over the names and contents of its weight files, in hex.
         checkpoint: its tensors and files as they were when it was registered.
+        is_gone: whether its weight files are gone, and it is read from its layers in the catalog; its path is then
+            that of its small files there.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Model:
     base_is_declared: bool
     fingerprint: str
     checkpoint: Checkpoint
+    is_gone: bool = False
 
     @property
     def path(self) -> Path:

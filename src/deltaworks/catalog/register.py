@@ -117,14 +117,28 @@ def ensure_registered(
         try:
             path = resolve_source(reference, relative_to)
         except CheckpointError as error:
-            raise CheckpointError(f"{error}{did_you_mean(reference, catalog.names(), 'the registered ')}") from error
-        model = catalog.find_path(path)
+            model = _find_gone(catalog, reference, relative_to)
+            if model is None:
+                raise CheckpointError(
+                    f"{error}{did_you_mean(reference, catalog.names(), 'the registered ')}"
+                ) from error
+        else:
+            model = catalog.find_path(path)
     if model is None:
         name = _free_name(catalog, reference)
         return register(
             catalog, name, reference, base, base_is_declared=False, relative_to=relative_to, progress=progress
         )
     return check_unchanged(catalog, model, progress)
+
+
+def _find_gone(catalog: Catalog, reference: str, relative_to: Path | None) -> Model | None:
+    """The expert that was registered from a folder or a hub id that is there no longer, and is kept in layers."""
+    folders = {(root / reference).resolve() for root in (Path(), relative_to) if root is not None}
+    for model in catalog.models():
+        if (model.path in folders or model.source == reference) and catalog.kept_files(model.fingerprint) is not None:
+            return model
+    return None
 
 
 def _free_name(catalog: Catalog, reference: str) -> str:
@@ -139,6 +153,8 @@ def check_unchanged(catalog: Catalog, model: Model, progress: Progress | None = 
     Untouched files cost one `stat` each. Files that were touched are hashed again; where they hold the same bytes,
     the catalog learns their new times and the model is returned with them. `config.json` may change; it is read anew.
 
+    An expert whose files are gone comes from its layers, where the catalog keeps them; see `Model.is_gone`.
+
     Raises:
         ChangedError: a file is gone or holds other bytes.
     """
@@ -149,6 +165,10 @@ def check_unchanged(catalog: Catalog, model: Model, progress: Progress | None = 
     try:
         now = tuple(ShardFile.of(model.path / s.name) for s in model.checkpoint.shards)
     except CheckpointError as error:
+        kept = catalog.kept_files(model.fingerprint)
+        if kept is not None:
+            progress.note(f"{model.path} is gone; {model.name} is read from its layers in the catalog")
+            return replace(model, is_gone=True, checkpoint=replace(model.checkpoint, path=kept))
         raise ChangedError(f"a file of {model.name!r} is gone: {error}{again}") from error
     known = (model.checkpoint.config, model.checkpoint.config_file)
     config, config_file = read_config(model.path, known, is_adapter=model.checkpoint.is_adapter)

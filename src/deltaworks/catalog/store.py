@@ -46,6 +46,10 @@ CREATE TABLE snapshots(
 """
 
 
+KEPT = ".files"
+"""Suffix of the folder that keeps the small files of an expert beside its layers."""
+
+
 def default_path() -> Path:
     """Where the catalog is unless told otherwise: `DELTAWORKS_CATALOG`, or the user's data folder."""
     if chosen := os.environ.get("DELTAWORKS_CATALOG"):
@@ -162,6 +166,13 @@ class Catalog:
     def layers_file(self, expert: str, base: str) -> Path:
         """Where the layers of the delta between two fingerprints are kept, once they are built."""
         return self.path / "layers" / f"{expert[:24]}-{base[:24]}.layers"
+
+    def kept_files(self, expert: str) -> Path | None:
+        """The folder of the small files of an expert (a fingerprint) of which layers are kept; None where none are."""
+        for file in (self.path / "layers").glob(f"{expert[:24]}-*.layers"):
+            if file.with_suffix(KEPT).is_dir():
+                return file.with_suffix(KEPT)
+        return None
 
     def save_analysis(self, expert: str, base: str, block_size: int, file: Path, summary: dict[str, Any]) -> None:
         """Record that the statistics of the delta `expert` minus `base` (fingerprints) stand in `file`."""

@@ -75,9 +75,10 @@ class RangeReader:
         counter: see above.
         direct: what the page cache does not hold may be read around it, where the file system can: a file that is
             read once then costs a tenth of the processor time, and pushes nobody's pages out.
+        wanted: how much of the file may be read; None for all of it.
     """
 
-    def __init__(self, path: Path, counter: ByteCounter, *, direct: bool = False) -> None:
+    def __init__(self, path: Path, counter: ByteCounter, *, direct: bool = False, wanted: int | None = None) -> None:
         self.path = path
         self._counter = counter
         self._direct_fd, self._goes_direct, self._asks = -1, False, False
@@ -86,11 +87,11 @@ class RangeReader:
         except OSError as error:
             raise CheckpointError(f"cannot open {path}: {error.strerror}") from error
         if direct:
-            self._open_direct()
+            self._open_direct(self.size if wanted is None else wanted)
 
-    def _open_direct(self) -> None:
+    def _open_direct(self, wanted: int) -> None:
         # Asking before every read is for files of which a part is cached.
-        self._asks = bool(cached_bytes(self._fd, 0, self.size))
+        self._asks = bool(cached_bytes(self._fd, 0, wanted))
         with suppress(OSError, AttributeError):  # the file system cannot, or the system has no such flag
             self._direct_fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
             # What is left for the page cache is ends of ranges, a page each: nothing beyond will be wanted.

@@ -13,6 +13,7 @@ def attach(app: typer.Typer) -> None:
     app.command(rich_help_panel="Catalog")(register)
     app.command(rich_help_panel="Catalog")(analyze)
     app.command("list", rich_help_panel="Catalog")(list_)
+    app.command(rich_help_panel="Catalog")(gc)
 
 
 def register(
@@ -66,17 +67,20 @@ def analyze(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Measure again what the catalog has.")] = False,
     layers: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--layers/--no-layers",
-            help="Keep each expert as well, as layers over its base: about 45% of its bytes, to the last bit.",
+            help="Keep each expert as well, as layers over its base: about 45% of its bytes, to the last bit. Merges"
+            " within a budget then read the layers that matter most.  [default: where they take less than half of the"
+            " disk that is left]",
+            show_default=False,
         ),
-    ] = False,
+    ] = None,
     layers_limit: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="With --layers: the most that all layers in the catalog may take together. [default: the disk]",
+            help="The most that all layers in the catalog may take together.  [default: the disk]",
             show_default=False,
         ),
     ] = None,
@@ -111,8 +115,14 @@ def analyze(
             )
         pairs = [(model, base_of(opened, model, base, progress=progress)) for model in chosen]
         without = [m for m, b in pairs if force or not opened.layers_file(m.fingerprint, b.fingerprint).is_file()]
-        if layers and without:
-            progress.note(check_room(opened, without, limit))
+        if without and layers is not False:
+            try:
+                progress.note(check_room(opened, without, limit, share=1.0 if layers else 0.5))
+            except UserError as error:
+                if layers:
+                    raise
+                progress.note(f"no layers: {error}")
+                layers = False
         for model, against in pairs:
             summary = analyzing.analyze(
                 opened,
@@ -121,7 +131,7 @@ def analyze(
                 block_size=block_size,
                 threads=threads,
                 force=force,
-                layers=layers,
+                layers=layers is not False,
                 progress=progress,
             )
             results.append({"expert": model.name, "base": against.name, **summary})
@@ -133,6 +143,46 @@ def analyze(
                 )
     if as_json:
         print_json({"analyses": results})
+
+
+def gc(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME...", help="Experts whose layers go as well.", show_default=False),
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="The layers of all experts go as well.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and keep it.")] = False,
+    catalog: CatalogPath = None,
+    as_json: AsJson = False,
+) -> None:
+    """Free what the catalog keeps and nobody needs.
+
+    That is statistics and layers of models that are registered no longer, and what killed processes left. Layers of
+    experts that are still there go where they are asked for; `deltaworks analyze NAME --layers` builds them again.
+    """
+    from deltaworks.catalog.models import Kind
+    from deltaworks.catalog.register import find_model
+    from deltaworks.catalog.store import Catalog
+    from deltaworks.catalog.tidy import find_waste, layers_of, remove
+
+    with Catalog(catalog) as opened:
+        chosen = [find_model(opened, n) for n in names or ()]
+        if layers and not chosen:
+            chosen = [m for m in opened.models() if m.kind is Kind.EXPERT]
+        waste = [*find_waste(opened), *layers_of(opened, chosen)]
+        nbytes = sum(w.nbytes for w in waste) if dry_run else remove(waste)
+    if as_json:
+        print_json(
+            {
+                "removed": [] if dry_run else [str(w.path) for w in waste],
+                "found": [{"path": str(w.path), "bytes": w.nbytes, "why": w.why} for w in waste],
+                "bytes": nbytes,
+            }
+        )
+        return
+    for w in waste:
+        typer.echo(f"{format_bytes(w.nbytes):>10}  {w.path.name}  {w.why}")
+    typer.echo(f"{'would free' if dry_run else 'freed'} {format_bytes(nbytes)} in {len(waste)} files")
 
 
 def list_(catalog: CatalogPath = None, as_json: AsJson = False) -> None:

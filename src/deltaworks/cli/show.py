@@ -72,10 +72,17 @@ def _model(facts: dict[str, Any]) -> None:
                 "statistics",
                 f"{format_bytes(analysis['statistics_bytes'])}, blocks of {analysis['block_size']:,} elements",
             ),
+            ("layers", _kept(analysis["layers_bytes"], facts)),
         ]
     elif facts["kind"] == "expert":
         rows.append(("analysis", f"none yet; run: deltaworks analyze {facts['name']}"))
     _lines(rows)
+
+
+def _kept(nbytes: int | None, facts: dict[str, Any]) -> str:
+    if nbytes is None:
+        return f"none; merges within a budget gain from them: deltaworks analyze {facts['name']} --layers"
+    return f"{format_bytes(nbytes)}, {8 * nbytes / max(1, facts['parameters']):.2f} bits a parameter, to the last bit"
 
 
 def _inputs(models: list[dict[str, Any]]) -> None:
@@ -112,7 +119,9 @@ def _plan(facts: dict[str, Any]) -> None:
     typer.echo("")
     _inputs(facts["models"])
     if budget is not None:
-        _layers(facts)
+        _table(facts, "layer")
+        if any("bits" in row for row in facts["modules"]):
+            _table(facts, "module")
 
 
 def error_text(facts: dict[str, Any]) -> str:
@@ -126,31 +135,37 @@ def error_text(facts: dict[str, Any]) -> str:
 _BANDS = 20
 
 
-def _layers(facts: dict[str, Any]) -> None:
-    """A table of what is read: a row a layer, or a few layers; a column an expert."""
+def _table(facts: dict[str, Any], what: str) -> None:
+    """A table of what is read: a row a layer, a few layers, or a kind of tensor; a column an expert."""
     experts = [m for m in facts["models"] if m["role"] != "base"]
     numbers = "".join(f"{i:>6}" for i in range(1, len(experts) + 1))
-    typer.echo("\nRead of each expert, %; weight is the share of the merge's change that is there\n")
-    typer.echo(f"{'layer':<18}weight  error{numbers}")
-    for band in _bands(facts["layers"]):
-        label = band[0]["layer"] if len(band) == 1 else f"{band[0]['layer']} to {band[-1]['layer']}"
+    rows = facts[f"{what}s"]
+    cell = "bits" if any("bits" in row for row in rows) else "read"
+    unit = "bits a parameter" if cell == "bits" else "%"
+    typer.echo(f"\nRead of each expert, {unit}; weight is the share of the merge's change that is there\n")
+    typer.echo(f"{what:<24}weight  error{numbers}")
+    for band in _bands(rows, what):
+        label = band[0][what] if len(band) == 1 else f"{band[0][what]} to {band[-1][what]}"
         weights = [r["weight"] or 0.0 for r in band]
         lost = sum(w * (r["error"] or 0.0) ** 2 for w, r in zip(weights, band, strict=True))
         error = (lost / sum(weights)) ** 0.5 if sum(weights) else 0.0
         cells = []
         for e in range(len(experts)):
-            read = [r["read"][e] for r in band if r["read"][e] is not None]
-            cells.append(f"{sum(read) / len(read):>6.0%}" if read else "     -")
-        typer.echo(f"{label[:17]:<18}{sum(weights):>6.1%}  {error:>5.2f}{''.join(cells)}")
+            read = [r[cell][e] for r in band if r[cell][e] is not None]
+            shown = (
+                f"{sum(read) / max(1, len(read)):>6.2f}" if cell == "bits" else f"{sum(read) / max(1, len(read)):>6.0%}"
+            )
+            cells.append(shown if read else "     -")
+        typer.echo(f"{label[:23]:<24}{sum(weights):>6.1%}  {error:>5.2f}{''.join(cells)}")
 
 
-def _bands(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def _bands(rows: list[dict[str, Any]], what: str) -> list[list[dict[str, Any]]]:
     """Rows of a table that fits a screen: layers of a deep model go together, two or more at a time."""
     size = -(-len(rows) // _BANDS)
     bands: list[list[dict[str, Any]]] = []
     for row in rows:
-        numbered = row["layer"].isdigit()
-        if bands and numbered and bands[-1][-1]["layer"].isdigit() and len(bands[-1]) < size:
+        numbered = row[what].isdigit()
+        if bands and numbered and bands[-1][-1][what].isdigit() and len(bands[-1]) < size:
             bands[-1].append(row)
         else:
             bands.append([row])

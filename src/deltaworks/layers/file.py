@@ -14,6 +14,7 @@ the first 8 bytes of BLAKE3. See ``docs/layers.md`` for what is inside a block.
 """
 
 import json
+import math
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -261,7 +262,7 @@ class LayerIndex:
 
     def count(self, tensor: LayeredTensor, block: int) -> int:
         """Elements in a block."""
-        return min(self.block_size, int(np.prod(tensor.shape, dtype=np.int64)) - block * self.block_size)
+        return min(self.block_size, math.prod(tensor.shape) - block * self.block_size)
 
     def nbytes(self, tensor: LayeredTensor, depths: NDArray[np.int64]) -> int:
         """Bytes of so many layers of each block of a tensor: int64, [blocks]."""
@@ -290,7 +291,11 @@ class LayerFile(LayerIndex):
 
     def __init__(self, path: Path, counter: ByteCounter, *, direct: bool = False) -> None:
         super().__init__(path)
-        self._reader = RangeReader(path, counter, direct=direct)
+        self._reader = RangeReader(path, counter, direct=direct, wanted=int(self._end["index"]))
+        # Records of an array of them take long to pick apart.
+        self._offsets = self.index["offset"].astype(np.int64)
+        self._ends = self.index["ends"].astype(np.int64)
+        self._checksums = np.ascontiguousarray(self.index["checksums"])
 
     def open_block(self, tensor: LayeredTensor, block: int, depth: int, row: NDArray[np.uint8]) -> None:
         """Read the first layers of a block of a tensor that has any, and open them for `decode_tile`.
@@ -304,20 +309,20 @@ class LayerFile(LayerIndex):
         Raises:
             CatalogError: a layer is damaged.
         """
-        own, count = self.index[tensor.first + block], self.count(tensor, block)
+        count = self.count(tensor, block)
         self._read(tensor, block, depth, row, layers_start(count))
-        open_block(row, count, own["ends"].astype(np.int64), depth, SHIFTS[DTYPES[tensor.dtype]])
+        open_block(row, count, self._ends[tensor.first + block], depth, SHIFTS[DTYPES[tensor.dtype]])
 
     def _read(self, tensor: LayeredTensor, block: int, depth: int, row: NDArray[np.uint8], place: int) -> None:
         """Read the first layers of a block to byte `place` of a row (see `RangeReader.read_row`), and check them."""
-        own = self.index[tensor.first + block]
-        ends: list[int] = own["ends"].tolist()
+        record = tensor.first + block
+        ends: list[int] = self._ends[record].tolist()
         try:
-            self._reader.read_row(row, place, int(own["offset"]), ends[depth - 1])
+            self._reader.read_row(row, place, int(self._offsets[record]), ends[depth - 1])
         except CheckpointError as error:
             raise CatalogError(f"layers of {tensor.name!r}, block {block}: {error}; {_REBUILD}") from error
         start = 0
-        for layer, known in enumerate(own["checksums"][:depth].tolist()):
+        for layer, known in enumerate(self._checksums[record, :depth].tolist()):
             if checksum(row[place + start : place + ends[layer]]) != known:
                 raise CatalogError(
                     f"layer {layer + 1} of {tensor.name!r}, block {block}, is damaged in {self.path}; {_REBUILD}"
@@ -343,7 +348,7 @@ class LayerFile(LayerIndex):
             return elements
         assert base is not None
         count, dtype = self.count(tensor, block), DTYPES[tensor.dtype]
-        row = np.zeros(opened_bytes(count, nbytes), np.uint8)
+        (row,) = page_aligned(1, opened_bytes(count, nbytes))
         self.open_block(tensor, block, DEPTH, row)
         values = np.empty(count, np.float32)
         decode_block(row, base, count, values)

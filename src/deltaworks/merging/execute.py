@@ -21,6 +21,7 @@ from deltaworks.checkpoints.source import Source, are_cached, files_are_cached
 from deltaworks.checkpoints.writer import OutputTensor, ShardLayout, ShardWriter, plan_shards
 from deltaworks.errors import CheckpointError, NonFiniteError, PlanError
 from deltaworks.layers.file import LayerFile
+from deltaworks.layers.source import LayerSource
 from deltaworks.merging.methods.operation import Block
 from deltaworks.merging.plan import Plan
 from deltaworks.merging.prepare import MergeOptions
@@ -42,17 +43,30 @@ class Reads:
     base: ByteCounter
 
     def sources(
-        self, plan: Plan, models: Sequence[Model], streams: Iterable[TensorStream]
-    ) -> tuple[dict[int, Source], bool]:
+        self, plan: Plan, models: Sequence[Model], streams: Iterable[TensorStream], layers: Mapping[int, LayerFile]
+    ) -> tuple[dict[int, Source | LayerSource], bool]:
         """The open files of every model that streams of a plan read weights of, by its place in the plan.
+
+        Args:
+            plan: the plan.
+            models: its models.
+            streams: read them.
+            layers: of experts; those of an expert that is gone stand in for its files.
 
         Returns:
             Them, and whether most of what they hold is in memory.
         """
-        used = sorted(set().union(*(s.sources for s in streams)))
+        used = set().union(*(s.sources for s in streams))
+        gone = {i: base for i in used if models[i].is_gone and (base := plan.models[i].base) is not None}
+        opened = sorted((used - gone.keys()) | set(gone.values()))
         counters = [self.base if m.role == "base" else self.expert for m in plan.models]
-        cached = are_cached(models[i] for i in used)
-        return {i: Source(models[i], counters[i], direct=not cached) for i in used}, cached
+        cached = are_cached(models[i] for i in opened)
+        sources: dict[int, Source | LayerSource] = {}
+        whole = {i: Source(models[i], counters[i], direct=not cached) for i in opened}
+        sources |= whole
+        for i, base in gone.items():
+            sources[i] = LayerSource(layers[i], whole[base], models[base].checkpoint)
+        return sources, cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +150,7 @@ def execute(
         shard_of = {t.name: shard for shard in shards for t in shard.tensors}
         streams = [TensorStream(plan, by_name[name], models, block_size, folder, opened) for name in shard_of]
         threads = options.threads or os.cpu_count() or 1
-        stages = _Stages(plan, models, streams, shard_of, folder, reads, options, finished, progress)
+        stages = _Stages(plan, models, streams, shard_of, folder, reads, options, finished, progress, opened)
         out_bytes = max((s.tensor.dtype.nbytes(min(s.block_size, s.elements)) for s in streams), default=8)
         rows_bytes = Rows(streams).nbytes
         slots = make_slots(lambda: _Slot(out_bytes), rows_bytes + out_bytes, threads)
@@ -195,6 +209,7 @@ class _Stages:
         options: MergeOptions,
         finished: Callable[[ShardLayout, str, int], None],
         progress: Progress,
+        layers: Mapping[int, LayerFile],
     ) -> None:
         self._plan, self._streams, self._shard_of, self._folder = plan, streams, shard_of, folder
         self._options, self._finished, self._progress = options, finished, progress
@@ -209,7 +224,7 @@ class _Stages:
         for stream in streams:
             name = shard_of[stream.tensor.name].name
             self._left[name] = self._left.get(name, 0) + stream.blocks
-        self._sources, self.are_cached = reads.sources(plan, models, streams)
+        self._sources, self.are_cached = reads.sources(plan, models, streams, layers)
 
     def read(self, task: Task, slot: _Slot) -> None:
         """Fill the slot's rows with the task's block of every input."""

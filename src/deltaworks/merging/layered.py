@@ -89,7 +89,11 @@ class Menu:
 
 
 def make_menu(
-    name: str, deltas: Sequence[Delta], indices: Sequence[LayerIndex | None], whole: NDArray[np.int64]
+    name: str,
+    deltas: Sequence[Delta],
+    indices: Sequence[LayerIndex | None],
+    whole: NDArray[np.int64],
+    gone: Sequence[bool],
 ) -> Menu | None:
     """The menu of one tensor.
 
@@ -98,6 +102,7 @@ def make_menu(
         deltas: statistics of each expert.
         indices: the layers of each, None where it has none.
         whole: int64, [blocks, experts]; bytes of each block as it is, 0 where it need not be read.
+        gone: whether there is nothing of an expert but its layers.
 
     Returns:
         It, or None where no expert has layers of this tensor that come to less than the tensor.
@@ -106,7 +111,7 @@ def make_menu(
     left = np.zeros(cost.shape)
     cost[:, :, 0], cost[:, :, DEPTH] = 0, whole
     tensors: list[tuple[LayerIndex, LayeredTensor] | None] = []
-    for e, (delta, index) in enumerate(zip(deltas, indices, strict=True)):
+    for e, (delta, index, is_gone) in enumerate(zip(deltas, indices, gone, strict=True)):
         left[:, e, 0] = delta.square
         tensor = index.tensors.get(name) if index is not None else None
         if index is None or tensor is None or not tensor.is_delta or index.block_size != delta.table.block_size:
@@ -114,7 +119,7 @@ def make_menu(
             continue
         records = index.index[tensor.first : tensor.first + tensor.blocks]
         ends = records["ends"].astype(np.int64)
-        if np.where(whole[:, e] > 0, ends[:, -1], 0).sum() >= whole[:, e].sum():
+        if not is_gone and np.where(whole[:, e] > 0, ends[:, -1], 0).sum() >= whole[:, e].sum():
             tensors.append(None)
             continue
         tensors.append((index, tensor))

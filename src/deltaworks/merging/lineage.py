@@ -136,11 +136,13 @@ def taken_of(plan: Plan, place: int) -> dict[str, Any]:
 
     Returns:
         `elements_read` of `elements`, in how many `tensors` and which `layers`; `blocks`, of each tensor of the output
-        the runs of blocks that are read, [first, after last], or None for all; and their `block_size` in elements.
+        the runs of blocks that are read, [first, after last], or None for all; `depths`, of those tensors of which
+        layers are read, [first, after last, layers]; and their `block_size` in elements.
     """
     held = taken = 0
     layers: dict[str, None] = {}
     blocks: dict[str, Any] = {}
+    depths: dict[str, Any] = {}
     for tensor in plan.tensors:
         for k, source in enumerate(tensor.inputs):
             if source.model == place:
@@ -150,6 +152,8 @@ def taken_of(plan: Plan, place: int) -> dict[str, Any]:
                 if count:
                     layers[layer_of(tensor.name)] = None
                     blocks[tensor.name] = tensor.reads[k] if tensor.reads else None
+                    if tensor.depths and tensor.depths[k] is not None:
+                        depths[tensor.name] = tensor.depths[k]
     return {
         "elements": held,
         "elements_read": taken,
@@ -157,6 +161,7 @@ def taken_of(plan: Plan, place: int) -> dict[str, Any]:
         "layers": list(layers),
         "block_size": plan.block_size,
         "blocks": blocks,
+        "depths": depths,
     }
 
 

@@ -73,7 +73,7 @@ def measure_error(
         groups = [_group(plan, t, models, block_size, folder, opened) for t in weighed]
         streams = [s for group in groups for s in group]
         threads = options.threads or os.cpu_count() or 1
-        stages = _Stages(plan, models, streams, progress)
+        stages = _Stages(plan, models, streams, progress, opened)
         elements = max(s.block_size for s in streams)
         one = _Slot(streams, elements)
         nbytes = sum(r.nbytes for r in one.rows) + one.out.nbytes
@@ -127,9 +127,14 @@ class _Slot:
 
 class _Stages:
     def __init__(
-        self, plan: Plan, models: Sequence[Model], streams: Sequence[TensorStream], progress: Progress
+        self,
+        plan: Plan,
+        models: Sequence[Model],
+        streams: Sequence[TensorStream],
+        progress: Progress,
+        layers: Mapping[int, LayerFile],
     ) -> None:
-        self.sources, _ = Reads(ByteCounter(), ByteCounter()).sources(plan, models, streams)
+        self.sources, _ = Reads(ByteCounter(), ByteCounter()).sources(plan, models, streams, layers)
         self.is_stopping: Callable[[], bool] = bool
         self._progress = progress
         self.lost: dict[str, list[float]] = {}

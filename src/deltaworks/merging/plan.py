@@ -58,6 +58,7 @@ class PlannedTensor:
         reads: for each input, the blocks that are read; None for all. Empty where all inputs are read in full.
         depths: for each input, how many layers of which blocks are read; None for one that is read as it is. Empty
             where all are.
+        nbytes: for each input, the bytes of an expert that are read, where there are `depths`.
         stand_in: what omitted blocks are replaced with.
         error: predicted relative L2 error of this tensor's merged delta; None where nothing is known of it.
         norm: predicted L2 norm of this tensor's merged delta; None likewise.
@@ -70,6 +71,7 @@ class PlannedTensor:
     operation: Operation
     reads: tuple[Ranges | None, ...] = ()
     depths: tuple[Depths | None, ...] = ()
+    nbytes: tuple[int, ...] = ()
     stand_in: InputTensor | None = None
     error: float | None = 0.0
     norm: float | None = None
@@ -206,6 +208,7 @@ class Plan:
                         OPERATIONS[t["operation"]].from_json(t),
                         tuple(r if r is None else tuple((a, b) for a, b in r) for r in t.get("reads", ())),
                         tuple(r if r is None else tuple((a, b, d) for a, b, d in r) for r in t.get("depths", ())),
+                        tuple(t.get("nbytes", ())),
                         InputTensor(*t["stand_in"]) if "stand_in" in t else None,
                         t.get("error", 0.0),
                         t.get("norm"),
@@ -248,7 +251,8 @@ def _reads_to_json(tensor: PlannedTensor) -> dict[str, Any]:
     if tensor.reads:
         content["reads"] = [r and [list(run) for run in r] for r in tensor.reads]
     if tensor.depths:
-        content["depths"] = [d and [list(run) for run in d] for d in tensor.depths]
+        content["depths"] = [d if d is None else [list(run) for run in d] for d in tensor.depths]
+        content["nbytes"] = list(tensor.nbytes)
     if tensor.stand_in is not None:
         content["stand_in"] = list(tensor.stand_in)
     if tensor.error != 0:

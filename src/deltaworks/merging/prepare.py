@@ -17,7 +17,7 @@ from deltaworks.catalog.storage import read_cost
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.ahead import fetch_ahead
 from deltaworks.checkpoints.sidecars import chat_template, vocabulary
-from deltaworks.errors import CatalogError, ChangedError, NonFiniteError, RecipeError
+from deltaworks.errors import CatalogError, ChangedError, CheckpointError, NonFiniteError, RecipeError
 from deltaworks.layers.file import LayerIndex
 from deltaworks.merging.budget import Budget, parse_budget
 from deltaworks.merging.contributions import Overlaps
@@ -114,7 +114,10 @@ class Prepared:
         stand_in = options.base or recipe.stand_in
         self.models, stand_in = _models(catalog, recipe, stand_in, relative_to, self._progress)
         _check_bases(catalog, recipe, self.models)
-        adds = weighs or bool(options.layers)
+        gone = [m.name for m in self.models.values() if m.is_gone]
+        if gone and options.layers is False:
+            raise CheckpointError(f"the weight files of {gone[0]} are gone; it can be read from its layers only")
+        adds = weighs or bool(options.layers) or bool(gone)
         self._bases = _bases(catalog, recipe, self.models, stand_in, self._progress, weighs=weighs, adds=adds)
         self._fair = recipe.fair if options.fair is None else options.fair
         self._balanced = recipe.balanced if options.balanced is None else options.balanced

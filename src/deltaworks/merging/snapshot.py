@@ -106,6 +106,7 @@ def layer_files(catalog: Catalog, plan: Plan, models: Sequence[Model], *, everyw
         PlanError: the plan reads layers that are gone.
     """
     needed = {t.inputs[r].model for t in plan.tensors for r, runs in enumerate(t.depths) if runs is not None}
+    needed |= {place for place, model in enumerate(models) if model.is_gone}
     files = {
         place: catalog.layers_file(expert.fingerprint, models[planned.base].fingerprint)
         for place, (expert, planned) in enumerate(zip(models, plan.models, strict=True))
@@ -115,7 +116,7 @@ def layer_files(catalog: Catalog, plan: Plan, models: Sequence[Model], *, everyw
     if lacking := needed - found.keys():
         name = plan.models[min(lacking)].name
         raise PlanError(
-            f"the plan reads layers of {name}, which the catalog no longer has; build them with"
+            f"the plan reads layers of {name}, which the catalog does not have; build them with"
             f" deltaworks analyze {name} --layers, or plan again"
         )
     return found
@@ -168,7 +169,7 @@ def run_plan(
         _check_space(out, sum(s.nbytes for s in todo))
         layers = layer_files(catalog, plan, models, everywhere=bool(options.layers))
         stages = execute(plan, models, todo, staging.folder, options, staging.reads, staging.record, progress, layers)
-        if changed := next((m for m in models if not untouched(m)), None):
+        if changed := next((m for m in models if not m.is_gone and not untouched(m)), None):
             staging.forget()
             raise ChangedError(f"{changed.path} changed while it was being read; nothing was committed: merge again")
         try:

@@ -26,6 +26,7 @@ from deltaworks.errors import CheckpointError
 from deltaworks.layers.cells import DEPTH
 from deltaworks.layers.decode import opened_bytes
 from deltaworks.layers.file import LayeredTensor, LayerFile
+from deltaworks.layers.source import LayerSource
 from deltaworks.merging.methods.operation import LAYERED, Block, Inputs, Operation
 from deltaworks.merging.plan import InputTensor, Plan, PlannedTensor
 
@@ -135,7 +136,7 @@ class TensorStream:
                 depths = np.zeros(self.blocks, np.int64)
                 for a, b, depth in runs:
                     depths[a:b] = depth
-                self._layers[r] = _Layers(layers[place], layers[place].tensors[name], depths)
+                self._layers[r] = self._layers_of(layers[place], layers[place].tensors[name], depths)
 
     def _find_layers(self, plan: Plan, models: Sequence[Model], layers: Mapping[int, LayerFile]) -> None:
         """Note which inputs come from layers; what those are layers over becomes the stand-in."""
@@ -148,7 +149,7 @@ class TensorStream:
         if len({b for _, _, b in found.values()}) != 1:
             return
         every = np.full(self.blocks, DEPTH)
-        self._layers = {r: _Layers(file, tensor, every) for r, (file, tensor, _) in found.items()}
+        self._layers = {r: self._layers_of(file, tensor, every) for r, (file, tensor, _) in found.items()}
         (stand_in,) = {b for _, _, b in found.values()}
         if stand_in in self.tensor.inputs:
             self._stand_in = self.tensor.inputs.index(stand_in)
@@ -160,11 +161,11 @@ class TensorStream:
     @property
     def largest_opened(self) -> int:
         """The most that an opened block of layers takes."""
-        return max((self._opened(r) for r in self._layers), default=0)
+        return max((layers.opened for layers in self._layers.values()), default=0)
 
-    def _opened(self, r: int) -> int:
-        file, tensor, _ = self._layers[r]
-        return opened_bytes(min(self.block_size, self.elements), file.largest(tensor))
+    def _layers_of(self, file: LayerFile, tensor: LayeredTensor, depths: NDArray[np.int64]) -> "_Layers":
+        opened = opened_bytes(min(self.block_size, self.elements), file.largest(tensor))
+        return _Layers(file, tensor, depths, opened)
 
     @property
     def sources(self) -> set[int]:
@@ -194,7 +195,7 @@ class TensorStream:
         """Whether the passes before `stage` are through; waits for at most `timeout` seconds."""
         return stage == 0 or self._settled[stage - 1].wait(timeout)
 
-    def fill(self, sources: Mapping[int, Source], rows: Rows, index: int, stage: int) -> None:
+    def fill(self, sources: Mapping[int, Source | LayerSource], rows: Rows, index: int, stage: int) -> None:
         """Read a block of every input, as far as the plan reads it, and of the stand-in where it omits any.
 
         Where a pass has no use for a block, nothing is read, and `rows.stays` becomes false.
@@ -246,7 +247,7 @@ class TensorStream:
 
     def _read(
         self,
-        sources: Mapping[int, Source],
+        sources: Mapping[int, Source | LayerSource],
         rows: Rows,
         r: int,
         place: int,
@@ -268,8 +269,8 @@ class TensorStream:
         if is_again and rows.holds:
             return
         if r in self._layers:
-            file, tensor, depths = self._layers[r]
-            block, part = first // self.block_size, row[: self._opened(r)]
+            file, tensor, depths, opened = self._layers[r]
+            block, part = first // self.block_size, row[:opened]
             if not (is_again and spools):
                 file.open_block(tensor, block, int(depths[block]), row)
                 if spools and not rows.stays:
@@ -305,11 +306,11 @@ class TensorStream:
     def _spool_place(self, row: int, element: int) -> int:
         start = sum(self._spool_bytes(r) for r in range(row))
         if row in self._layers:
-            return start + element // self.block_size * self._opened(row)
+            return start + element // self.block_size * self._layers[row].opened
         return start + self.infos[row].dtype.nbytes(element)
 
     def _spool_bytes(self, r: int) -> int:
-        return self.blocks * self._opened(r) if r in self._layers else self.infos[r].dtype.nbytes(self.elements)
+        return self.blocks * self._layers[r].opened if r in self._layers else self.infos[r].dtype.nbytes(self.elements)
 
     def block(self, rows: Rows, index: int, out: NDArray[np.uint8], out_code: int) -> Block:
         """A filled block as operations take it."""
@@ -343,11 +344,18 @@ class TensorStream:
 
 
 class _Layers(NamedTuple):
-    """Where the layers of an input come from, and how many of each block are read: int64, [blocks]."""
+    """Where the layers of an input come from.
+
+    Attributes:
+        file, tensor: what holds them.
+        depths: int64, [blocks]; how many of each block are read.
+        opened: bytes of the largest opened block.
+    """
 
     file: LayerFile
     tensor: LayeredTensor
     depths: NDArray[np.int64]
+    opened: int
 
     @property
     def nbytes(self) -> int:
@@ -374,7 +382,7 @@ class Task:
         """Whether the passes before this one are through; waits for at most `timeout` seconds a stream."""
         return all(s.is_settled(s.passes if self.stage is None else self.stage, timeout) for s in self.streams)
 
-    def fill(self, sources: Mapping[int, Source], rows: Sequence[Rows]) -> None:
+    def fill(self, sources: Mapping[int, Source | LayerSource], rows: Sequence[Rows]) -> None:
         """Read the block of every stream."""
         for stream, own in zip(self.streams, rows, strict=False):
             stream.fill(sources, own, self.index, stream.passes if self.stage is None else self.stage)

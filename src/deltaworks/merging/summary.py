@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,30 +17,48 @@ def layer_of(tensor: str) -> str:
     return match[1] if match else tensor.removesuffix(".weight").removeprefix("model.")
 
 
+def module_of(tensor: str) -> str:
+    """The kind of a tensor: its name inside a layer; outside the layers, its own name."""
+    match = _LAYER.search(tensor)
+    return tensor[match.end() :].removesuffix(".weight") if match else layer_of(tensor)
+
+
 def by_layer(plan: "Plan") -> list[dict[str, Any]]:
     """What is read of each layer.
 
     Returns:
         Embeddings first, layers by number, then the rest: `layer`; `weight`, its share of the merged delta's squared
         norm; `error`, its predicted relative error; both None where there are no statistics; `read`, for each expert
-        the share of its elements that is read, None for one that has no part in the layer.
+        the share of its elements that is read, None for one that has no part in the layer; and where the plan reads
+        layers of deltas `bits`, for each expert the bits read a parameter, likewise.
     """
+    return _by(plan, "layer", layer_of)
+
+
+def by_module(plan: "Plan") -> list[dict[str, Any]]:
+    """What is read of each kind of tensor over all layers, by its name inside a layer, `module`; see `by_layer`."""
+    return _by(plan, "module", module_of)
+
+
+def _by(plan: "Plan", what: str, of: Callable[[str], str]) -> list[dict[str, Any]]:
     experts = [i for i, m in enumerate(plan.models) if m.role != "base"]
     total = math.fsum((t.norm or 0.0) ** 2 for t in plan.tensors)
+    has_layers = any(t.depths for t in plan.tensors)
     groups: dict[str, list[PlannedTensor]] = {}
     for tensor in plan.tensors:
-        groups.setdefault(layer_of(tensor.name), []).append(tensor)
+        groups.setdefault(of(tensor.name), []).append(tensor)
     rows = []
-    for layer, tensors in sorted(groups.items(), key=lambda item: _place(item[0])):
+    for name, tensors in sorted(groups.items(), key=lambda item: _place(item[0])):
         squares = math.fsum((t.norm or 0.0) ** 2 for t in tensors)
         lost = math.fsum(((t.norm or 0.0) * (t.error or 0.0)) ** 2 for t in tensors)
         known = all(t.norm is not None for t in tensors)
         rows.append(
             {
-                "layer": layer,
+                what: name,
                 "weight": round(squares / total, 6) if known and total else None,
                 "error": round(math.sqrt(lost / squares), 6) if known and squares else 0.0 if known else None,
                 "read": _shares(plan, tensors, experts),
+                **({"bits": _bits(plan, tensors, experts)} if has_layers else {}),
             }
         )
     return rows
@@ -59,6 +78,18 @@ def _shares(plan: "Plan", tensors: "list[PlannedTensor]", models: list[int]) -> 
                 held[source.model] += tensor.count
                 taken[source.model] += elements_read(tensor, k, plan.block_size)
     return [round(taken[m] / held[m], 6) if held[m] else None for m in models]
+
+
+def _bits(plan: "Plan", tensors: "list[PlannedTensor]", models: list[int]) -> list[float | None]:
+    held, taken = dict.fromkeys(models, 0), dict.fromkeys(models, 0)
+    for tensor in tensors:
+        for k, source in enumerate(tensor.inputs):
+            if source.model in held:
+                held[source.model] += tensor.count
+                # What is read as it is has the type of the output, as good as always.
+                nbytes = tensor.dtype.nbytes(elements_read(tensor, k, plan.block_size))
+                taken[source.model] += tensor.nbytes[k] if tensor.nbytes else nbytes
+    return [round(8 * taken[m] / held[m], 4) if held[m] else None for m in models]
 
 
 def elements_read(tensor: "PlannedTensor", k: int, block_size: int) -> int:

@@ -193,6 +193,7 @@ class _Candidate:
         if self.stand_in is None:
             return
         self._indices = [knowledge.layers.get(tensor.inputs[k].model) for k in self.experts]
+        self._gone = [knowledge.models[tensor.inputs[k].model].is_gone for k in self.experts]
         self._infos = [_tensor(knowledge.models[tensor.inputs[k].model], tensor.inputs[k].tensor) for k in self.experts]
         base = knowledge.models[self.stand_in.model]
         self._base_info = _tensor(base, self.stand_in.tensor)
@@ -223,7 +224,7 @@ class _Candidate:
         self.cost = np.where(frozen, 0, self.cost)
         names = {self.tensor.inputs[k].tensor for k in self.experts}
         if any(self._indices) and len(names) == 1:
-            self.menu = make_menu(names.pop(), self.deltas, self._indices, self.cost)
+            self.menu = make_menu(names.pop(), self.deltas, self._indices, self.cost, self._gone)
 
     @property
     def places(self) -> list[int]:
@@ -360,8 +361,10 @@ class _Candidate:
             return self.tensor
         norm = float(f"{math.sqrt(self.full):.6g}") if self.contribution is not None else None
         depths: list[Depths | None] = [None] * len(self.tensor.inputs)
+        nbytes = [0] * len(self.tensor.inputs)
         for e, (k, has_layers) in enumerate(zip(self.experts, self._has_layers(), strict=True)):
             depths[k] = depth_runs(self._depths[:, e]) if has_layers else None
+            nbytes[k] = self.bytes_by_expert[e]
         if self.reads.all() and not any(depths):
             return replace(self.tensor, stand_in=self.stand_in, norm=norm)
         reads: list[Ranges | None] = [None] * len(self.tensor.inputs)
@@ -375,7 +378,8 @@ class _Candidate:
             self.tensor,
             operation=operation,
             reads=tuple(reads),
-            depths=tuple(depths) if any(d is not None for d in depths) else (),
+            depths=tuple(depths) if any(self._has_layers()) else (),
+            nbytes=tuple(nbytes) if any(self._has_layers()) else (),
             stand_in=self.stand_in,
             error=_relative(self.lost, self.full) if self.contribution is not None else None,
             norm=norm,

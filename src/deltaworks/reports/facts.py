@@ -45,7 +45,13 @@ def catalog_facts(catalog: Catalog) -> dict[str, Any]:
 
 
 def analysis_facts(catalog: Catalog, model: Model) -> dict[str, Any] | None:
-    """The summary of an expert's analysis against its registered base; None where there is none."""
+    """The summary of an expert's analysis against its registered base, and `layers_bytes`, None where there are none.
+
+    None where it is not analyzed.
+    """
     base = catalog.find(model.base) if model.base else None
     found = catalog.find_analysis(model.fingerprint, base.fingerprint) if base else None
-    return found[2] if found else None
+    if base is None or found is None:
+        return None
+    layers = catalog.layers_file(model.fingerprint, base.fingerprint)
+    return found[2] | {"layers_bytes": layers.stat().st_size if layers.is_file() else None}

@@ -3,7 +3,7 @@
 from typing import Any
 
 from deltaworks.merging.plan import Plan
-from deltaworks.merging.summary import by_layer
+from deltaworks.merging.summary import by_layer, by_module
 
 
 def plan_facts(plan: Plan) -> dict[str, Any]:
@@ -29,4 +29,5 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "operations": operations,
         "models": [m._asdict() for m in plan.models],
         "layers": by_layer(plan),
+        "modules": by_module(plan),
     }

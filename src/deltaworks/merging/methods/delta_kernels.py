@@ -24,7 +24,7 @@ from deltaworks.checkpoints.vector import (
     sum_in_order,
     widen,
 )
-from deltaworks.merging.methods.operation import Inputs, find_rows, stage
+from deltaworks.merging.methods.operation import Inputs, find_rows, stage, stage_stand_in
 from deltaworks.merging.methods.random_mask import round_density, stays_by_chance
 
 
@@ -97,8 +97,9 @@ def _find_tile(
 @kernel
 def _stage_tile(inputs: Inputs, start: int, n: int, found: int, tile: Tile, scratch: NDArray[np.float32]) -> None:
     """Bring what a tile is made of to `scratch`, base first, and have it loaded from there."""
+    below = stage_stand_in(inputs, start, n, scratch)
     for a in range(found + 1):
-        stage(inputs, tile.rows[a], start, n, scratch[a])
+        stage(inputs, tile.rows[a], start, n, scratch[a], below)
         tile.rows[a], tile.places[a] = a, 0
 
 
@@ -338,8 +339,9 @@ def collect_lower_bits(
     for start in range(0, count, TILE):
         n = min(TILE, count - start)
         find_rows(inputs, start // TILE, rows)
-        stage(inputs, rows[0], start, n, scratch[0])
-        stage(inputs, rows[k], start, n, scratch[1])
+        below = stage_stand_in(inputs, start, n, scratch)
+        stage(inputs, rows[0], start, n, scratch[0], below)
+        stage(inputs, rows[k], start, n, scratch[1], below)
         for i in range(0, n, LANES):
             d = load(scratch, 1, i) - load(scratch, 0, i)
             magnitude = bits(d) & splat(MAGNITUDE)

@@ -161,19 +161,32 @@ def find_rows(inputs: Inputs, tile: int, rows: NDArray[np.int64]) -> bool:
 
 
 @kernel
-def stage(inputs: Inputs, row: int, start: int, n: int, out: NDArray[np.float32]) -> None:
-    """Elements `start` to `start + n` of a row as float32 in `out` ([TILE]), with zeros up to a whole vector."""
+def stage(inputs: Inputs, row: int, start: int, n: int, out: NDArray[np.float32], below: NDArray[np.float32]) -> None:
+    """Elements `start` to `start + n` of a row as float32 in `out` ([TILE]), with zeros up to a whole vector.
+
+    `below` is what `stage_stand_in` gave for the same elements.
+    """
     if inputs.codes[row] >= LAYERED:
-        base = np.empty((1, TILE), np.float32)
-        r = inputs.stand_in
-        decode(inputs.rows[r], inputs.codes[r], inputs.places[r] + start, n, base[0])
-        for i in range(n, -(-n // LANES) * LANES):
-            base[0, i] = ZERO
-        decode_tile(inputs.rows[row], base, start // TILE, n, out)
+        decode_tile(inputs.rows[row], below, start // TILE, n, out)
         return
     decode(inputs.rows[row], inputs.codes[row], inputs.places[row] + start, n, out)
     for i in range(n, -(-n // LANES) * LANES):
         out[i] = ZERO
+
+
+@kernel
+def stage_stand_in(inputs: Inputs, start: int, n: int, scratch: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What `stage` decodes layers over: a tile of the stand-in, in the last row of `scratch`, where any row has layers.
+
+    Returns:
+        That row: [1, TILE].
+    """
+    last = len(scratch) - 1
+    for code in inputs.codes:
+        if code >= LAYERED:
+            stage(inputs, inputs.stand_in, start, n, scratch[last], scratch[last:])
+            break
+    return scratch[last:]
 
 
 def exact_sums(parts: Sequence[NDArray[np.float64]]) -> list[float]:

@@ -18,6 +18,7 @@ from deltaworks.merging.methods.operation import (
     exact_sums,
     find_rows,
     stage,
+    stage_stand_in,
     tile_sum_reference,
 )
 
@@ -110,8 +111,9 @@ def blend(
     for start in range(0, count, TILE):
         n = min(TILE, count - start)
         find_rows(inputs, start // TILE, rows)
-        stage(inputs, rows[0], start, n, scratch[0])
-        stage(inputs, rows[1], start, n, scratch[1])
+        below = stage_stand_in(inputs, start, n, scratch)
+        stage(inputs, rows[0], start, n, scratch[0], below)
+        stage(inputs, rows[1], start, n, scratch[1], below)
         for i in range(0, n, LANES):
             a, b = widen(load(scratch, 0, i)), widen(load(scratch, 1, i))
             store(total, i, narrow(splat(first) * a + splat(second) * b))
@@ -126,8 +128,9 @@ def inner_products(inputs: Inputs, count: int, scratch: NDArray[np.float32], sum
     for start in range(0, count, TILE):
         n = min(TILE, count - start)
         find_rows(inputs, start // TILE, rows)
-        stage(inputs, rows[0], start, n, scratch[0])
-        stage(inputs, rows[1], start, n, scratch[1])
+        below = stage_stand_in(inputs, start, n, scratch)
+        stage(inputs, rows[0], start, n, scratch[0], below)
+        stage(inputs, rows[1], start, n, scratch[1], below)
         first, second, product = splat(0.0), splat(0.0), splat(0.0)
         for i in range(0, n, LANES):
             a, b = widen(load(scratch, 0, i)), widen(load(scratch, 1, i))

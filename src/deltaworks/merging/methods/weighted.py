@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from deltaworks.checkpoints.codec import TILE, encode
 from deltaworks.checkpoints.jit import kernel
 from deltaworks.checkpoints.vector import LANES, ZERO, fma, fma_reference, load, splat, store
-from deltaworks.merging.methods.operation import Block, Inputs, Operation, find_rows, stage
+from deltaworks.merging.methods.operation import Block, Inputs, Operation, find_rows, stage, stage_stand_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +81,14 @@ def weighted_sum(
                 places[k] = inputs.places[rows[k]] + start
             _sum_tile(halves, rows, places, n, weights, divisor, total)
         else:
+            below = stage_stand_in(inputs, start, n, scratch)
             for k in range(models + 1):
-                stage(inputs, rows[k], start, n, scratch[k])
-                rows[k], places[k] = models if rows[k] == inputs.stand_in else k, 0
+                if k == models or rows[k] != inputs.stand_in:
+                    stage(inputs, rows[k], start, n, scratch[k], below)
+                    rows[k] = k
+                else:
+                    rows[k] = models
+                places[k] = 0
             _sum_tile(scratch, rows, places, n, weights, divisor, total)
         wrong += encode(total, n, out_code, out, start)
     return wrong
