@@ -125,7 +125,7 @@ class Bench:
             if f"expert_{i:02d}" not in names:
                 path = str(self.family / f"expert_{i:02d}")
                 self._ours("register", f"expert_{i:02d}", path, "--base", str(self.family / "base"), *at)
-        self._ours("analyze", "--all", *at)
+        self._ours("analyze", "--all", "--no-layers", *at)
 
     def _ours(self, *arguments: str) -> str:
         return subprocess.run([*self.command, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout

@@ -211,6 +211,17 @@ def test_layers_are_dropped_and_built_again(catalog: Catalog, family: Path) -> N
     assert "bits a parameter" in shell.run("show", "expert0").stdout
 
 
+def test_experts_on_slow_storage_are_read_from_layers(catalog: Catalog, family: Path) -> None:
+    text = recipe("linear", family, **METHODS["linear"])
+    near = merge(catalog, text, family / "near")
+    catalog.save_storage(str(family.stat().st_dev), 0.03, 1e8)
+    far = merge(catalog, text, family / "far")
+    assert far.expert_bytes_read < 0.75 * near.expert_bytes_read
+    assert tensors(family / "near") == tensors(family / "far")
+    originals = merge(catalog, text, family / "originals", MergeOptions(layers=False))
+    assert originals.expert_bytes_read == near.expert_bytes_read
+
+
 def test_a_plan_tells_bits_by_layer_and_module(family: Path) -> None:
     (family / "r.yml").write_text(recipe("linear", family, **METHODS["linear"]))
     shell = Shell(family)

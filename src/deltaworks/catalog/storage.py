@@ -39,10 +39,19 @@ TYPICAL = ReadCost(1e-4, 1e9)
 """A local disk, for storages that were not measured."""
 
 
+FAR_BYTES_PER_S = 5e8
+"""Half of what two cores decode of layers, in bytes of the expert."""
+
+
 def read_cost(catalog: Catalog, model: Model) -> ReadCost:
     """What reading from the storage that holds `model` costs, as far as the catalog knows; reads nothing."""
     found = catalog.find_storage(_device(model.path))
     return ReadCost(*found) if found else TYPICAL
+
+
+def is_far(catalog: Catalog, model: Model) -> bool:
+    """Whether `model` is on a storage so slow that its layers in the catalog are the shorter way, decoding included."""
+    return not model.is_gone and read_cost(catalog, model).bytes_per_s < FAR_BYTES_PER_S
 
 
 def measure_read_cost(catalog: Catalog, model: Model) -> ReadCost:

@@ -13,7 +13,7 @@ from deltaworks.catalog.histogram import Cut, Interval
 from deltaworks.catalog.models import Kind, Model
 from deltaworks.catalog.register import check_same_tensors, check_unchanged, ensure_registered
 from deltaworks.catalog.statistics import DeltaTable, read_table
-from deltaworks.catalog.storage import read_cost
+from deltaworks.catalog.storage import is_far, read_cost
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.ahead import fetch_ahead
 from deltaworks.checkpoints.sidecars import chat_template, vocabulary
@@ -44,7 +44,7 @@ class MergeOptions:
         fair: weigh all experts alike, however small their deltas; None for what the recipe says.
         balanced: weigh all tensors alike, however small their deltas; None for what the recipe says.
         layers: read experts from the catalog's layers where it has them; None for only where there is a budget, which
-            reaches further with them, while without one they save bytes and cost processor time.
+            reaches further with them, or where their storage is slow: else they save bytes and cost processor time.
     """
 
     shard_bytes: int = DEFAULT_SHARD_BYTES
@@ -117,7 +117,8 @@ class Prepared:
         gone = [m.name for m in self.models.values() if m.is_gone]
         if gone and options.layers is False:
             raise CheckpointError(f"the weight files of {gone[0]} are gone; it can be read from its layers only")
-        adds = weighs or bool(options.layers) or bool(gone)
+        far = [m for m in self.models.values() if options.layers is None and m.base and is_far(catalog, m)]
+        adds = weighs or bool(options.layers or gone or far)
         self._bases = _bases(catalog, recipe, self.models, stand_in, self._progress, weighs=weighs, adds=adds)
         self._fair = recipe.fair if options.fair is None else options.fair
         self._balanced = recipe.balanced if options.balanced is None else options.balanced

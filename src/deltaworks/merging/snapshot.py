@@ -17,6 +17,7 @@ from blake3 import blake3
 from deltaworks.catalog.fingerprint import combine, hash_file
 from deltaworks.catalog.models import Model
 from deltaworks.catalog.register import untouched
+from deltaworks.catalog.storage import is_far
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.checkpoint import INDEX
 from deltaworks.checkpoints.reader import ByteCounter
@@ -93,24 +94,29 @@ def _check_apart(out: Path, models: Sequence[Model]) -> None:
             raise OutputError(f"{out} and the input {model.path} overlap; choose another folder")
 
 
-def layer_files(catalog: Catalog, plan: Plan, models: Sequence[Model], *, everywhere: bool) -> dict[int, Path]:
+def layer_files(catalog: Catalog, plan: Plan, models: Sequence[Model], *, everywhere: bool | None) -> dict[int, Path]:
     """The files of layers that a plan reads, by the places of their experts in the plan.
 
     Args:
         catalog: holds them.
         plan: the plan.
         models: its models.
-        everywhere: where the plan has no budget, read layers of every expert that has any.
+        everywhere: where the plan has no budget, read layers of every expert that has any; None for those on slow
+            storage.
 
     Raises:
         PlanError: the plan reads layers that are gone.
     """
     needed = {t.inputs[r].model for t in plan.tensors for r, runs in enumerate(t.depths) if runs is not None}
+
+    def wants(expert: Model) -> bool:
+        return is_far(catalog, expert) if everywhere is None else everywhere
+
     needed |= {place for place, model in enumerate(models) if model.is_gone}
     files = {
         place: catalog.layers_file(expert.fingerprint, models[planned.base].fingerprint)
         for place, (expert, planned) in enumerate(zip(models, plan.models, strict=True))
-        if planned.base is not None and (place in needed or (everywhere and plan.budget_bytes is None))
+        if planned.base is not None and (place in needed or (plan.budget_bytes is None and wants(expert)))
     }
     found = {place: path for place, path in files.items() if path.is_file()}
     if lacking := needed - found.keys():
@@ -167,7 +173,7 @@ def run_plan(
     with staging:
         todo = [s for s in shards if not staging.take_over(s, progress)]
         _check_space(out, sum(s.nbytes for s in todo))
-        layers = layer_files(catalog, plan, models, everywhere=bool(options.layers))
+        layers = layer_files(catalog, plan, models, everywhere=options.layers)
         stages = execute(plan, models, todo, staging.folder, options, staging.reads, staging.record, progress, layers)
         if changed := next((m for m in models if not m.is_gone and not untouched(m)), None):
             staging.forget()
