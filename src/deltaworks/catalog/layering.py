@@ -72,7 +72,7 @@ class Layering:
             end = self._add(info, end, is_delta=False)
         path.parent.mkdir(exist_ok=True)
         self._about = {"block_size": block_size, "expert": expert.fingerprint, "base": base.fingerprint}
-        self._writer = LayerWriter(path, end, self._residuals)
+        self._writer = LayerWriter(path, end, self._residuals, block_size)
 
     def _add(self, info: TensorInfo, first: int, *, is_delta: bool) -> int:
         blocks = max(1, -(-info.count // self._block_size))

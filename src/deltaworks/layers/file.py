@@ -2,7 +2,7 @@
 
 ::
 
-    magic, 8 bytes
+    magic, 8 bytes, and zeros to the end of a page where blocks take whole pages
     the layers of each block, the first to the last, block after block in any order
     the index: one INDEX record a block, in the order of the tensors
     the residuals: one RESIDUAL record for every so many blocks of a delta, in the same order
@@ -40,15 +40,15 @@ MAGIC: Final = b"DWLAYERS"
 INDEX: Final = np.dtype(
     [("offset", "<u8"), ("ends", "<u4", DEPTH), ("checksums", "<u8", DEPTH), ("left", "<f4", DEPTH + 1)]
 )
-"""Of each block: its place in the file, where in it each layer ends, their checksums, and the squares that remain of
-the delta where so many layers are read, none first."""
+"""Of each block: its place in the file, where in it each layer ends, the checksum of all up to there, and the squares
+that remain of the delta where so many layers are read, none first."""
 RESIDUAL: Final = np.dtype([("sketch", "<f2", (DEPTH - 1, BUCKETS)), ("sample", "<f4", (DEPTH - 1, SAMPLES))])
 """What so many layers, one first, leave of the delta in RESIDUAL_ELEMENTS elements, or in one block where that has
 more: sketches, scaled to a norm of one, and samples. Of m blocks that share a record, the first gives its samples 0, m,
 2m and so on, the second its samples 1, m + 1, 2m + 1."""
 RESIDUAL_ELEMENTS: Final = 1 << 18
 ALIGNED_FROM: Final = 1 << 16
-"""Bytes of a block from which on it begins at a multiple of PAGE."""
+"""Elements a block from which on every block takes whole pages."""
 END: Final = np.dtype(
     [
         ("index", "<u8"),
@@ -96,7 +96,24 @@ def blocks_sharing(block_size: int) -> int:
 
 def checksum(data: Any) -> int:
     """Of bytes or an array of them."""
-    return int.from_bytes(blake3(data).digest(8), "little")
+    return _number(blake3(data))
+
+
+def _number(state: Any) -> int:
+    return int.from_bytes(state.digest(8), "little")
+
+
+def alignment(block_size: int) -> int:
+    """Bytes of which everything is a multiple in a file with so many elements a block.
+
+    Large blocks take whole pages, so that they can be read around the page cache.
+    """
+    return PAGE if block_size >= ALIGNED_FROM else 1
+
+
+def _aligned(nbytes: Any, unit: int) -> Any:
+    """The next multiple."""
+    return -(-nbytes // unit) * unit
 
 
 class LayerWriter:
@@ -106,16 +123,18 @@ class LayerWriter:
         path: the file to appear.
         blocks: how many blocks there will be.
         residuals: how many records of residuals.
+        block_size: elements a block.
     """
 
-    def __init__(self, path: Path, blocks: int, residuals: int) -> None:
+    def __init__(self, path: Path, blocks: int, residuals: int, block_size: int) -> None:
         self._path = path
         self._partial = path.with_name(f".{path.name}.{os.getpid()}")
         self._fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         self._index = np.zeros(blocks, INDEX)
         self._residuals = np.zeros(residuals, RESIDUAL)
         self._lock = threading.Lock()
-        self._end = len(MAGIC)
+        self._unit = alignment(block_size)
+        self._end = _aligned(len(MAGIC), self._unit)
 
     def add(self, record: int, layers: NDArray[np.uint8], ends: NDArray[np.int64], left: NDArray[np.float64]) -> None:
         """Write a block.
@@ -127,15 +146,19 @@ class LayerWriter:
             left: float64, [DEPTH + 1]; squares that so many layers leave of the delta.
         """
         total = int(ends[-1])
+        padding = bytes(_aligned(total, self._unit) - total)
         with self._lock:
-            # So that large blocks can be read around the page cache.
-            offset = -(-self._end // PAGE) * PAGE if total >= ALIGNED_FROM else self._end
-            self._end = offset + total
+            offset, self._end = self._end, self._end + total + len(padding)
         own = self._index[record]
         own["offset"], own["ends"], own["left"] = offset, ends, left
-        starts = [0, *ends[:-1].tolist()]
-        own["checksums"] = [checksum(layers[a:b]) for a, b in zip(starts, ends.tolist(), strict=True)]
+        running, start = blake3(), 0
+        for layer, end in enumerate(ends.tolist()):
+            running.update(layers[start:end].data)
+            if layer == DEPTH - 1:
+                running.update(padding)
+            own["checksums"][layer], start = _number(running), end
         self._write(layers[:total].data, offset)
+        self._write(padding, offset + total)
 
     def add_raw(self, record: int, elements: NDArray[np.uint8]) -> None:
         """Write a block of a tensor that is no delta: its elements (uint8) as they are."""
@@ -209,6 +232,7 @@ class LayerIndex:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 self._end = end = self._tail(file.fileno(), size)
+                head = os.pread(file.fileno(), PAGE, 0)
                 index = os.pread(file.fileno(), int(end["blocks"]) * INDEX.itemsize, int(end["index"]))
                 contents = os.pread(file.fileno(), int(end["contents_bytes"]), int(end["contents"]))
         except OSError as error:
@@ -220,6 +244,8 @@ class LayerIndex:
             raise CatalogError(
                 f"{path} has layers of version {self.about['version']}, not {FORMAT_VERSION}; {_REBUILD}"
             )
+        if head[: _aligned(len(MAGIC), alignment(self.block_size))].rstrip(b"\0") != MAGIC:
+            raise CatalogError(f"the start of {path} is damaged; {_REBUILD}")
         self.index = np.frombuffer(index, INDEX)
         self.tensors = {
             t["name"]: LayeredTensor(**{**t, "shape": tuple(t["shape"])}) for t in self.about.pop("tensors")
@@ -267,14 +293,20 @@ class LayerIndex:
     def nbytes(self, tensor: LayeredTensor, depths: NDArray[np.int64]) -> int:
         """Bytes of so many layers of each block of a tensor: int64, [blocks]."""
         read = np.flatnonzero(depths)
-        return int(self._records(tensor)["ends"][read, depths[read] - 1].sum())
+        return int(self.read_bytes(self._ends_of(tensor))[read, depths[read] - 1].sum())
+
+    def read_bytes(self, ends: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What is read of blocks whose layers end at such places: whole pages where blocks take them."""
+        nbytes: NDArray[np.int64] = _aligned(ends, alignment(self.block_size))
+        return nbytes
 
     def largest(self, tensor: LayeredTensor) -> int:
         """Bytes of all layers of the largest block of a tensor."""
-        return int(self._records(tensor)["ends"][:, -1].max())
+        return int(self._ends_of(tensor)[:, -1].max())
 
-    def _records(self, tensor: LayeredTensor) -> Any:
-        return self.index[tensor.first : tensor.first + tensor.blocks]
+    def _ends_of(self, tensor: LayeredTensor) -> NDArray[np.int64]:
+        ends: NDArray[np.int64] = self.index["ends"][tensor.first : tensor.first + tensor.blocks].astype(np.int64)
+        return ends
 
 
 class LayerFile(LayerIndex):
@@ -295,6 +327,7 @@ class LayerFile(LayerIndex):
         # Records of an array of them take long to pick apart.
         self._offsets = self.index["offset"].astype(np.int64)
         self._ends = self.index["ends"].astype(np.int64)
+        self._read_bytes = self.read_bytes(self._ends)
         self._checksums = np.ascontiguousarray(self.index["checksums"])
 
     def open_block(self, tensor: LayeredTensor, block: int, depth: int, row: NDArray[np.uint8]) -> None:
@@ -316,18 +349,20 @@ class LayerFile(LayerIndex):
     def _read(self, tensor: LayeredTensor, block: int, depth: int, row: NDArray[np.uint8], place: int) -> None:
         """Read the first layers of a block to byte `place` of a row (see `RangeReader.read_row`), and check them."""
         record = tensor.first + block
-        ends: list[int] = self._ends[record].tolist()
         try:
-            self._reader.read_row(row, place, int(self._offsets[record]), ends[depth - 1])
+            self._reader.read_row(row, place, int(self._offsets[record]), int(self._read_bytes[record, depth - 1]))
         except CheckpointError as error:
             raise CatalogError(f"layers of {tensor.name!r}, block {block}: {error}; {_REBUILD}") from error
-        start = 0
-        for layer, known in enumerate(self._checksums[record, :depth].tolist()):
-            if checksum(row[place + start : place + ends[layer]]) != known:
-                raise CatalogError(
-                    f"layer {layer + 1} of {tensor.name!r}, block {block}, is damaged in {self.path}; {_REBUILD}"
-                )
-            start = ends[layer]
+        if not self._is_sound(record, depth, row[place:]):
+            layer = next(d for d in range(1, depth + 1) if not self._is_sound(record, d, row[place:]))
+            raise CatalogError(
+                f"layer {layer} of {tensor.name!r}, block {block}, is damaged in {self.path}; {_REBUILD}"
+            )
+
+    def _is_sound(self, record: int, depth: int, layers: NDArray[np.uint8]) -> bool:
+        ends = self._read_bytes if depth == DEPTH else self._ends
+        found: bool = checksum(layers[: ends[record, depth - 1]]) == self._checksums[record, depth - 1]
+        return found
 
     def restore(self, tensor: LayeredTensor, block: int, base: NDArray[np.float32] | None) -> NDArray[np.uint8]:
         """The elements of a block as the expert had them, bit by bit: uint8.

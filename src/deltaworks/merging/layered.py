@@ -118,7 +118,7 @@ def make_menu(
             tensors.append(None)
             continue
         records = index.index[tensor.first : tensor.first + tensor.blocks]
-        ends = records["ends"].astype(np.int64)
+        ends = index.read_bytes(records["ends"].astype(np.int64))
         if not is_gone and np.where(whole[:, e] > 0, ends[:, -1], 0).sum() >= whole[:, e].sum():
             tensors.append(None)
             continue
