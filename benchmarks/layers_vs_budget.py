@@ -52,19 +52,24 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "layers_vs_budget.json"
 BUDGETS = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 0.45, 1 / 2)
 UNIFORM_BITS = {1 / 16: 1, 1 / 8: 2, 1 / 4: 4, 1 / 2: 8}
+CLIPS = {2: (0.6, 0.7, 0.8), 4: (0.8, 0.9, 1.0), 8: (1.0,)}
+"""Scales tried, in shares of the one that holds the largest of a group."""
 METHODS = ("task_arithmetic", "ties")
 ALONE = (1 / 16, 1 / 8, 3 / 16)
 WINDOWS = 24
 
 
 def quantised(deltas: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
-    """Deltas ([experts, elements]) as a uniform quantiser tells them, with the best of several scales for every 64."""
+    """Deltas ([experts, elements]) as a uniform quantiser tells them, with the best of a few scales for every 64."""
     experts, count = deltas.shape
     groups = np.pad(deltas, ((0, 0), (0, -count % 64))).reshape(experts, -1, 64)
     levels = 1 << (bits - 1)
     peak = np.abs(groups).max(axis=2, keepdims=True)
     best, least = np.zeros_like(groups), np.full(peak.shape, np.inf)
-    for clip in np.linspace(0.2, 1.0, 17) if bits < 8 else (1.0,):
+    if bits == 1:
+        mean: NDArray[np.float32] = np.copysign(np.abs(groups).mean(axis=2, keepdims=True), groups)
+        return mean.reshape(experts, -1)[:, :count]
+    for clip in CLIPS[bits]:
         step = np.maximum(np.float32(clip) * peak / levels, np.float32(1e-30))
         told = (np.minimum(np.floor(np.abs(groups) / step), levels - 1) + np.float32(0.5)) * step
         told = np.copysign(told, groups)

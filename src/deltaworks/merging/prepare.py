@@ -136,10 +136,9 @@ class Prepared:
                 self._analyze(*pair)
             with ThreadPoolExecutor() as pool:
                 paths = [self._statistics(*pair) for pair in pairs]
+                found = pool.map(lambda pair: self._find_layers(*pair), pairs if options.layers is not False else ())
                 self._tables = dict(zip(pairs, pool.map(read_table, paths), strict=True))
-            if options.layers is not False:
-                found = {pair: self._find_layers(*pair) for pair in pairs}
-                self._layers = {pair: index for pair, index in found.items() if index is not None}
+                self._layers = {pair: index for pair, index in zip(pairs, found, strict=False) if index is not None}
 
     def plan(self, recipe: Recipe, budget: Budget | None) -> Plan:
         """The plan of `recipe`, which names the same models, within a budget or without."""
@@ -192,11 +191,15 @@ class Prepared:
 
     def _find_layers(self, expert: str, base: str) -> LayerIndex | None:
         file = self._catalog.layers_file(self.models[expert].fingerprint, self.models[base].fingerprint)
+        if not file.is_file():
+            return None
         try:
-            return LayerIndex(file) if file.is_file() else None
+            index = LayerIndex(file)
+            _ = index.residuals  # read here, beside those of other experts
         except CatalogError as error:
             self._progress.note(f"the layers of {self.models[expert].name} are not used: {error}")
             return None
+        return index
 
     def _statistics(self, expert: str, base: str) -> Path:
         found = self._catalog.find_analysis(self.models[expert].fingerprint, self.models[base].fingerprint)
