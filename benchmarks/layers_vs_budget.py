@@ -138,10 +138,12 @@ def _uniform(plan: Any, sources: dict[int, Source], models: Sequence[Any]) -> di
         deltas = np.stack(
             [values_of(i, sources, models) - base for i in tensor.inputs if plan.models[i.model].role != "base"]
         )
-        full += float(np.square(deltas.sum(axis=0, dtype=np.float64)).sum())
-        for bits in lost:
-            missing = (deltas - quantised(deltas, bits)).sum(axis=0, dtype=np.float64)
-            lost[bits] += float(np.square(missing).sum())
+        for start in range(0, deltas.shape[1], 1 << 15):
+            part = deltas[:, start : start + (1 << 15)]
+            full += float(np.square(part.sum(axis=0, dtype=np.float64)).sum())
+            for bits in lost:
+                missing = (part - quantised(part, bits)).sum(axis=0, dtype=np.float64)
+                lost[bits] += float(np.square(missing).sum())
     return {bits: math.sqrt(n / full) for bits, n in lost.items()}
 
 
