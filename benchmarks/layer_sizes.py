@@ -5,8 +5,9 @@
     python benchmarks/layer_sizes.py --render                     # write the docs from what was measured
 
 A family is a folder with `base` and experts beside it. Sizes are of all deltas with their headers and checksums, in
-bits a parameter; beside them what zstd makes of the same delta, taken as the distance of the two numbers among those of
-the type (int16), as it is and with its bytes split in two planes.
+bits a parameter, and apart from them of the sketches and samples that plans are made from. Beside them stands what zstd
+makes of the same delta, taken as the distance of the two numbers among those of the type (int16), as it is and with its
+bytes split in two planes.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def measure(family: Path) -> dict[str, Any]:
             split = distance.view(np.uint8).reshape(-1, 2).T.copy()
             rows[path.name] = {
                 "parameters": count,
-                "file_bits": 8 * file.path.stat().st_size / count,
+                "file_bits": 8 * (file.path.stat().st_size - file.residuals.nbytes) / count,
+                "sketch_bits": 8 * file.residuals.nbytes / count,
                 "bits": [8 * int(e) / count for e in ends],
                 "left": [float(np.sqrt(v / left[0])) for v in left[1:]],
                 "entropy": entropy(distance),
@@ -88,12 +90,19 @@ def _zstd(level: int) -> pa.Codec:
 
 def render(known: dict[str, Any]) -> None:
     """Write the tables of docs/layers.md."""
-    lines = ["", "| family | expert | layers | entropy | zstd -3 | -19 | bytes split, -3 | -19 |", "|---|" + "---|" * 7]
+    columns = "family | expert | layers | entropy | zstd -3 | -19 | bytes split, -3 | -19 | sketches"
+    lines = ["", f"| {columns} |", "|---|" + "---|" * 8]
     depths = [f"{d} layer{'s' if d > 1 else ''}" for d in range(1, DEPTH)]
     near = ["", f"| family | expert | {' | '.join(depths)} |", "|---|---|" + "---|" * len(depths)]
     for family, experts in known.items():
         for name, row in experts.items():
-            sizes = [row["file_bits"], row["entropy"], *row["zstd"].values(), *row["split_zstd"].values()]
+            sizes = [
+                row["file_bits"],
+                row["entropy"],
+                *row["zstd"].values(),
+                *row["split_zstd"].values(),
+                row["sketch_bits"],
+            ]
             lines.append(
                 f"| {family} | {name} | **{sizes[0]:.2f}** | " + " | ".join(f"{s:.2f}" for s in sizes[1:]) + " |"
             )
