@@ -207,6 +207,9 @@ def test_layers_are_dropped_and_built_again(catalog: Catalog, family: Path) -> N
     assert "layers of expert1" in freed
     assert not list((catalog.path / "layers").iterdir())
     shell.run("analyze", "--all")
+    shutil.rmtree(family / "expert2")
+    assert shell.json("gc", "--layers", "--dry-run")["kept"] == ["expert2"]
+    assert "all there is of it" in shell.error("gc", "expert2")
     assert all(p.is_file() for p in layers)
     assert "bits a parameter" in shell.run("show", "expert0").stdout
 

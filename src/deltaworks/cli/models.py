@@ -161,14 +161,17 @@ def gc(
     experts that are still there go where they are asked for; `deltaworks analyze NAME --layers` builds them again.
     """
     from deltaworks.catalog.models import Kind
-    from deltaworks.catalog.register import find_model
+    from deltaworks.catalog.register import find_model, untouched
     from deltaworks.catalog.store import Catalog
     from deltaworks.catalog.tidy import find_waste, layers_of, remove
 
     with Catalog(catalog) as opened:
         chosen = [find_model(opened, n) for n in names or ()]
+        spared: list[str] = []
         if layers and not chosen:
-            chosen = [m for m in opened.models() if m.kind is Kind.EXPERT]
+            experts = [m for m in opened.models() if m.kind is Kind.EXPERT]
+            chosen = [m for m in experts if untouched(m)]
+            spared = [m.name for m in experts if m not in chosen and opened.kept_files(m.fingerprint)]
         waste = [*find_waste(opened), *layers_of(opened, chosen)]
         nbytes = sum(w.nbytes for w in waste) if dry_run else remove(waste)
     if as_json:
@@ -177,11 +180,14 @@ def gc(
                 "removed": [] if dry_run else [str(w.path) for w in waste],
                 "found": [{"path": str(w.path), "bytes": w.nbytes, "why": w.why} for w in waste],
                 "bytes": nbytes,
+                "kept": spared,
             }
         )
         return
     for w in waste:
         typer.echo(f"{format_bytes(w.nbytes):>10}  {w.path.name}  {w.why}")
+    for name in spared:
+        typer.echo(f"{'kept':>10}  layers of {name}, which are all there is of it: its weight files are gone")
     typer.echo(f"{'would free' if dry_run else 'freed'} {format_bytes(nbytes)} in {len(waste)} files")
 
 

@@ -143,7 +143,7 @@ def _table(facts: dict[str, Any], what: str) -> None:
     cell = "bits" if any("bits" in row for row in rows) else "read"
     unit = "bits a parameter" if cell == "bits" else "%"
     typer.echo(f"\nRead of each expert, {unit}; weight is the share of the merge's change that is there\n")
-    typer.echo(f"{what:<24}weight  error{numbers}")
+    typer.echo(f"{what:<28}weight  error{numbers}")
     for band in _bands(rows, what):
         label = band[0][what] if len(band) == 1 else f"{band[0][what]} to {band[-1][what]}"
         weights = [r["weight"] or 0.0 for r in band]
@@ -156,7 +156,7 @@ def _table(facts: dict[str, Any], what: str) -> None:
                 f"{sum(read) / max(1, len(read)):>6.2f}" if cell == "bits" else f"{sum(read) / max(1, len(read)):>6.0%}"
             )
             cells.append(shown if read else "     -")
-        typer.echo(f"{label[:23]:<24}{sum(weights):>6.1%}  {error:>5.2f}{''.join(cells)}")
+        typer.echo(f"{label[:27]:<28}{sum(weights):>6.1%}  {error:>5.2f}{''.join(cells)}")
 
 
 def _bands(rows: list[dict[str, Any]], what: str) -> list[list[dict[str, Any]]]:
