@@ -33,7 +33,8 @@ def files(tmp_path: Path) -> list[Path]:
 
 def wait_for(path: Path, nbytes: int) -> None:
     for _ in range(100):
-        if in_memory(path) >= nbytes:
+        # The system may pass over a few pages of what it is advised to fetch.
+        if in_memory(path) >= nbytes * 7 // 8:
             return
         time.sleep(0.05)
     pytest.fail(f"{in_memory(path):,} bytes in memory, not {nbytes:,}")
