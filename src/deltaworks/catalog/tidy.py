@@ -59,8 +59,8 @@ def remove(waste: Collection[Waste]) -> int:
     """Delete; returns the bytes that were freed."""
     for item in waste:
         item.path.unlink(missing_ok=True)
-    for folder in {item.path.parent for item in waste}:
-        if folder.suffix == KEPT and not any(folder.iterdir()):
+    for folder in {f for item in waste for f in (item.path.parent, item.path.with_suffix(KEPT))}:
+        if folder.suffix == KEPT and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     return sum(item.nbytes for item in waste)
 

@@ -141,7 +141,7 @@ def _table(facts: dict[str, Any], what: str) -> None:
     numbers = "".join(f"{i:>6}" for i in range(1, len(experts) + 1))
     rows = facts[f"{what}s"]
     cell = "bits" if any("bits" in row for row in rows) else "read"
-    unit = "bits a parameter" if cell == "bits" else "%"
+    unit, form = ("bits a parameter", "6.2f") if cell == "bits" else ("%", "6.0%")
     typer.echo(f"\nRead of each expert, {unit}; weight is the share of the merge's change that is there\n")
     typer.echo(f"{what:<28}weight  error{numbers}")
     for band in _bands(rows, what):
@@ -152,10 +152,7 @@ def _table(facts: dict[str, Any], what: str) -> None:
         cells = []
         for e in range(len(experts)):
             read = [r[cell][e] for r in band if r[cell][e] is not None]
-            shown = (
-                f"{sum(read) / max(1, len(read)):>6.2f}" if cell == "bits" else f"{sum(read) / max(1, len(read)):>6.0%}"
-            )
-            cells.append(shown if read else "     -")
+            cells.append(f"{sum(read) / len(read):>{form}}" if read else "     -")
         typer.echo(f"{label[:27]:<28}{sum(weights):>6.1%}  {error:>5.2f}{''.join(cells)}")
 
 

@@ -13,14 +13,10 @@ from deltaworks.checkpoints.vector import (
     LANES,
     MAGNITUDE,
     bits,
-    floats,
-    lanes_set,
-    largest,
     leading_zeros,
     load,
     lookup,
     lower_bytes,
-    maximum,
     packed,
     select,
     splat,
@@ -31,7 +27,7 @@ from deltaworks.checkpoints.vector import (
     widen,
 )
 from deltaworks.layers.bitstream import SLACK, count_ones, lanes_below, put, put_half
-from deltaworks.layers.cells import DEPTH, EDGES, GROUP, MEANS, OCTAVES, RANGES, RAW, SPAN, TOLD, WAYS
+from deltaworks.layers.cells import DEPTH, EDGES, GROUP, MEANS, RAW, SPAN, TOLD
 from deltaworks.layers.decode import (
     HEAD,
     IS_SPARSE,
@@ -47,11 +43,9 @@ from deltaworks.layers.decode import (
     signed,
     smaller,
 )
+from deltaworks.layers.survey import INFINITE, choose_range, survey, top_of, write_means
 
-_INFINITE = np.uint32(0x7F800000)
 _ZERO, _ONE, _ALL16 = np.uint32(0), np.uint32(1), np.uint32(0xFFFF)
-_WHOLE = np.zeros_like(EDGES)
-_WHOLE[:, 1] = EDGES[:, 8]
 
 SPARSE_FROM = 6
 """A block is sparse where one in so many elements is unchanged: telling them apart costs a bit, which that saves."""
@@ -123,7 +117,7 @@ def encode_block(
     changed = np.zeros(tiles + 1, np.int64)
     for t in range(tiles):
         n = _load_tiles(base, base_code, expert, expert_code, t, count, b, x)
-        changed[t + 1] = changed[t] + _survey(b, x, n, t * TILE, squares, peaks, ones)
+        changed[t + 1] = changed[t] + survey(b, x, n, t * TILE, squares, peaks, ones)
     sparse = (count - changed[tiles]) * SPARSE_FROM > count
     out[: HEAD + SLACK] = 0
     out[0] = IS_SPARSE if sparse else 0
@@ -132,7 +126,7 @@ def encode_block(
     tops = out[4:8].view(np.int16)
     at = HEAD
     out[at : at + len(squares) + SLACK] = 0
-    tops[0] = _write_means(squares, ones, sparse, unchanged, count, out[at:])
+    tops[0] = write_means(squares, ones, sparse, unchanged, count, out[at:])
     at += len(squares)
     if sparse:
         for t in range(tiles):
@@ -150,8 +144,8 @@ def encode_block(
     ends[0] = at
     highest = _ZERO
     for peak in peaks:
-        highest = max(highest, peak if peak < _INFINITE else _ZERO)
-    tops[1] = top = _top(highest)
+        highest = max(highest, peak if peak < INFINITE else _ZERO)
+    tops[1] = top = top_of(highest)
     ranges = at
     at += len(peaks)
     planes = np.empty(3, np.int64)
@@ -176,7 +170,7 @@ def encode_block(
         bit = np.array([8 * filled[0], 8 * (2 * tiles + filled[1]), 8 * (2 * tiles + filled[2])])
         for g in range(0, n, GROUP):
             place = (t * TILE + g) // GROUP
-            code = _choose_range(peaks[place], ones[place] > 0, top, b, x, g, min(n, g + GROUP), shift)
+            code = choose_range(peaks[place], ones[place] > 0, top, b, x, g, min(n, g + GROUP), shift)
             out[ranges + place] = code
             mean = np.float32(math.ldexp(1.0, int(tops[0]))) * MEANS[out[HEAD + (t * TILE + g) // SPAN]]
             active = _write_group(
@@ -229,132 +223,6 @@ def _load_tiles(
 
 
 @kernel
-def _survey(
-    b: NDArray[np.float32],
-    x: NDArray[np.float32],
-    n: int,
-    start: int,
-    squares: NDArray[np.float64],
-    peaks: NDArray[np.uint32],
-    ones: NDArray[np.int64],
-) -> int:
-    """Look at a tile of `n` elements that begins at an element of its block.
-
-    Args:
-        b: float32, [1, TILE]; of the base.
-        x: float32, [1, TILE]; of the expert.
-        n: elements in the tile.
-        start: the first's place in the block.
-        squares: float64; set to the sum of squares of what is finite in every SPAN elements.
-        peaks: uint32; set to the bits of the largest magnitude of every GROUP.
-        ones: int64; set to how many elements of the group changed.
-
-    Returns:
-        How many elements changed.
-    """
-    changed, magnitude = 0, splat(MAGNITUDE)
-    for s in range(0, n, SPAN):
-        energy = splat(0.0)
-        for g in range(s, min(s + SPAN, n), GROUP):
-            peak, own = splat(_ZERO), 0
-            for i in range(g, min(g + GROUP, n), LANES):
-                vb, vx = load(b, 0, i), load(x, 0, i)
-                size = bits(vx - vb) & magnitude
-                own += lanes_set(bits(vb) != bits(vx))
-                peak = maximum(peak, size)
-                wide = widen(select(size < splat(_INFINITE), floats(size), splat(np.float32(0.0))))
-                energy = energy + wide * wide
-            place = (start + g) // GROUP
-            peaks[place], ones[place] = largest(peak), own
-            changed += own
-        squares[(start + s) // SPAN] = sum_in_order(energy)
-    return changed
-
-
-@kernel
-def _top(highest: np.uint32) -> int:
-    """The least power of two, as exponent, that is above the float32 with these bits."""
-    return max(-126, (int(highest) >> 23) - 126)
-
-
-@kernel
-def _write_means(
-    squares: NDArray[np.float64],
-    ones: NDArray[np.int64],
-    sparse: bool,
-    unchanged: int,
-    count: int,
-    out: NDArray[np.uint8],
-) -> int:
-    """Turn sums of squares into quadratic means of what changed, and write their codes; returns their top."""
-    means = np.zeros(len(squares))
-    each = SPAN // GROUP
-    for s in range(len(means)):
-        own = 0
-        for n in ones[each * s : each * (s + 1)]:
-            own += n
-        many = max(1, own) if sparse else min(SPAN, count - s * SPAN) * (1.0 - unchanged / 256.0)
-        means[s] = math.sqrt(squares[s] / many) if many > 0 else 0.0
-    highest = 0.0
-    for mean in means:
-        highest = max(highest, mean)
-    top = max(-126, math.frexp(highest)[1])
-    for s in range(len(means)):
-        relative = math.ldexp(means[s], -top)
-        code = np.searchsorted(MEANS, relative)
-        if code > 0 and (code > 255 or relative - MEANS[code - 1] < MEANS[code] - relative):
-            code -= 1
-        out[s] = code
-    return top
-
-
-@kernel
-def _choose_range(
-    peak: np.uint32,
-    differs: bool,
-    top: int,
-    b: NDArray[np.float32],
-    x: NDArray[np.float32],
-    start: int,
-    end: int,
-    shift: int,
-) -> int:
-    """The code of the smallest range that holds a group; RAW where none does."""
-    if not differs:
-        return 0
-    if peak >= _INFINITE:
-        return RAW
-    pattern = np.empty(1, np.uint32)
-    pattern[0] = peak
-    relative = np.float32(math.ldexp(float(pattern.view(np.float32)[0]), -top))
-    code = max(1, int(np.searchsorted(RANGES, relative)))
-    for candidate in range(code, min(code + 2, RAW)):
-        if candidate <= WAYS * OCTAVES and _holds(candidate, top, b, x, start, end, shift):
-            return candidate
-    return RAW
-
-
-@kernel
-def _holds(
-    code: int, top: int, b: NDArray[np.float32], x: NDArray[np.float32], start: int, end: int, shift: int
-) -> bool:
-    """Whether every number of a group lies in the range, so that its cell gives it back."""
-    unit = np.float32(math.ldexp(1.0, top + (code - 1) // WAYS - OCTAVES))
-    # A single cell, as wide as the whole range.
-    edges = load(_WHOLE, (code - 1) % WAYS, 0) * splat(unit)
-    shifts, zeros = splat(np.uint32(shift)), splat(_ZERO)
-    for i in range(start, end, LANES):
-        vb, vx = load(b, 0, i), load(x, 0, i)
-        place, own = places_of(vx, shifts), places_of(vb, shifts)
-        negative = place < own
-        first, many = cells_of(vb, negative, edges, zeros, shifts)
-        inside = (place >= first) & (place < first + many)
-        if packed(inside | (bits(vb) == bits(vx))) != _ALL16:
-            return False
-    return True
-
-
-@kernel
 def _write_group(
     b: NDArray[np.float32],
     x: NDArray[np.float32],
@@ -394,7 +262,7 @@ def _write_group(
         _put_lanes(out, sign_bit + active, negative, where, sparse)
         delta = vx - vb
         told = signed(negative, splat(mean), splat(mean_positive))
-        finite = (bits(delta) & splat(MAGNITUDE)) < splat(_INFINITE)
+        finite = (bits(delta) & splat(MAGNITUDE)) < splat(INFINITE)
         real = changed & finite
         whole = select(real, delta, nothing)
         own = _square(whole)

@@ -218,6 +218,11 @@ class Overlaps:
         return self._known[key]
 
 
+def trust_in(spread: float, noise: float) -> float:
+    """How far to believe estimates that differ by a variance of `spread`, of which this is noise (see `Overlaps`)."""
+    return max(0.0, 1.0 - noise / spread) if spread > 0 else 0.0
+
+
 def _cosines(sketches: NDArray[np.float32]) -> NDArray[np.float64]:
     blocks, experts, _ = sketches.shape
     lengths = np.sqrt(np.einsum("pej,pej->pe", sketches, sketches))[:, :, None]
@@ -232,7 +237,7 @@ def _cosines(sketches: NDArray[np.float32]) -> NDArray[np.float64]:
         apart = own - pooled
         apart[:, range(experts), range(experts)] = 0.0
         spread = float(np.vdot(apart, apart)) / (blocks * experts * (experts - 1))
-    trust = max(0.0, 1.0 - noise / spread) if spread > 0 else 0.0
+    trust = trust_in(spread, noise)
     mixed: NDArray[np.float64] = (trust * own + (1 - trust) * pooled).astype(np.float64)
     mixed[:, range(experts), range(experts)] = 1.0
     return mixed

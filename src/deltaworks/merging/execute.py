@@ -61,12 +61,9 @@ class Reads:
         opened = sorted((used - gone.keys()) | set(gone.values()))
         counters = [self.base if m.role == "base" else self.expert for m in plan.models]
         cached = are_cached(models[i] for i in opened)
-        sources: dict[int, Source | LayerSource] = {}
-        whole = {i: Source(models[i], counters[i], direct=not cached) for i in opened}
-        sources |= whole
-        for i, base in gone.items():
-            sources[i] = LayerSource(layers[i], whole[base], models[base].checkpoint)
-        return sources, cached
+        sources = {i: Source(models[i], counters[i], direct=not cached) for i in opened}
+        restored = {i: LayerSource(layers[i], sources[b], models[b].checkpoint) for i, b in gone.items()}
+        return {**sources, **restored}, cached
 
 
 @dataclass(frozen=True, slots=True)

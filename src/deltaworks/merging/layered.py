@@ -12,7 +12,7 @@ from deltaworks.checkpoints.jit import kernel
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES
 from deltaworks.layers.cells import DEPTH
 from deltaworks.layers.file import LayeredTensor, LayerIndex, blocks_sharing
-from deltaworks.merging.contributions import Delta, Elected, told_samples
+from deltaworks.merging.contributions import Delta, Elected, Number, told_samples, trust_in
 from deltaworks.merging.election import elected, join
 from deltaworks.merging.methods.delta import DeltaSum
 from deltaworks.merging.selection import Ranking, rank_layers
@@ -52,11 +52,22 @@ class Menu:
     def _sharing(self) -> int:
         return blocks_sharing(self.deltas[0].table.block_size)
 
+    def cost_of(self, depths: NDArray[np.int8]) -> NDArray[np.int64]:
+        """Bytes of every block where so many layers are read: [blocks, experts]."""
+        return _chosen(self.cost, depths)
+
+    def share_left(self, depths: NDArray[np.int8]) -> NDArray[np.float64]:
+        """Norms of what is left where so many layers are read, of those of the deltas: [blocks, experts]."""
+        return _chosen(_relative(self.left), depths)
+
+    def shared(self) -> NDArray[np.int64]:
+        """How many blocks share each record of residuals: int64, [parts]."""
+        return np.minimum(self._sharing, len(self.cost) - np.arange(self.parts()) * self._sharing)
+
     def owners(self) -> NDArray[np.int64]:
         """The block that each sample of a record is of: int64, [parts, SAMPLES]."""
         first = np.arange(self.parts())[:, None] * self._sharing
-        many = np.minimum(self._sharing, len(self.cost) - first)
-        return first + np.arange(SAMPLES) % many
+        return first + np.arange(SAMPLES) % self.shared()[:, None]
 
     def residual_samples(self, e: int) -> NDArray[np.float32]:
         """What so many layers of an expert leave, one first, at the samples: float32, [parts, DEPTH - 1, SAMPLES]."""
@@ -163,6 +174,11 @@ def _relative(left: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.sqrt(np.divide(left, whole, out=np.zeros_like(left), where=whole > 0))
 
 
+def _chosen(values: NDArray[Number], depths: NDArray[np.int8]) -> NDArray[Number]:
+    """Of values for every depth, [blocks, experts, DEPTH + 1], those of one depth each."""
+    return np.take_along_axis(values, depths[:, :, None].astype(np.int64), 2)[:, :, 0]
+
+
 def _alone(experts: int) -> NDArray[np.float64]:
     return np.eye(experts)[:, None, :, None] * np.ones((1, DEPTH + 1, 1, DEPTH + 1))
 
@@ -207,7 +223,7 @@ def pool_cosines(tensors: Sequence[tuple[Menu, Sequence[int]]]) -> list[NDArray[
         apart = np.moveaxis(own - others, 2, 1)[~np.eye(len(places), dtype=bool)]
         known = apart[apart != 0]
         spread = float(np.square(known).mean()) if known.size else 0.0
-        trust = max(0.0, 1.0 - 1.0 / (BUCKETS * menu.parts() * spread)) if spread > 0 else 0.0
+        trust = trust_in(spread, 1.0 / (BUCKETS * menu.parts()))
         mixed.append(trust * own + (1 - trust) * others)
     return mixed
 
@@ -310,7 +326,7 @@ def elected_layers(menu: Menu, operation: DeltaSum, whole: Elected, count: int) 
     """
     owners = menu.owners()
     slots = np.arange(SAMPLES)
-    stands_for = np.sqrt(np.array([len(set(row)) for row in owners.tolist()], np.float32))[:, None]
+    stands_for = np.sqrt(np.minimum(menu.shared(), SAMPLES).astype(np.float32))[:, None]
     told = np.zeros((menu.parts(), len(menu.deltas), DEPTH + 1, SAMPLES), np.float32)
     for e, delta in enumerate(menu.deltas):
         told[:, e, DEPTH] = whole.samples[owners, e, slots] * stands_for

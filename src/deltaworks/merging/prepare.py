@@ -136,9 +136,10 @@ class Prepared:
                 self._analyze(*pair)
             with ThreadPoolExecutor() as pool:
                 paths = [self._statistics(*pair) for pair in pairs]
-                found = pool.map(lambda pair: self._find_layers(*pair), pairs if options.layers is not False else ())
+                wanted = pairs if options.layers is not False else []
+                found = pool.map(lambda pair: self._find_layers(*pair), wanted)
                 self._tables = dict(zip(pairs, pool.map(read_table, paths), strict=True))
-                self._layers = {pair: index for pair, index in zip(pairs, found, strict=False) if index is not None}
+                self._layers = {pair: index for pair, index in zip(wanted, found, strict=True) if index is not None}
 
     def plan(self, recipe: Recipe, budget: Budget | None) -> Plan:
         """The plan of `recipe`, which names the same models, within a budget or without."""

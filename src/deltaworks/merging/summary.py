@@ -71,25 +71,30 @@ def _place(layer: str) -> tuple[int, int]:
 
 
 def _shares(plan: "Plan", tensors: "list[PlannedTensor]", models: list[int]) -> list[float | None]:
-    held, taken = dict.fromkeys(models, 0), dict.fromkeys(models, 0)
-    for tensor in tensors:
-        for k, source in enumerate(tensor.inputs):
-            if source.model in held:
-                held[source.model] += tensor.count
-                taken[source.model] += elements_read(tensor, k, plan.block_size)
-    return [round(taken[m] / held[m], 6) if held[m] else None for m in models]
+    return _per_parameter(tensors, models, lambda tensor, k: elements_read(tensor, k, plan.block_size), 6)
 
 
 def _bits(plan: "Plan", tensors: "list[PlannedTensor]", models: list[int]) -> list[float | None]:
+    def bits(tensor: "PlannedTensor", k: int) -> int:
+        # What is read as it is has the type of the output, as good as always.
+        return 8 * (
+            tensor.nbytes[k] if tensor.nbytes else tensor.dtype.nbytes(elements_read(tensor, k, plan.block_size))
+        )
+
+    return _per_parameter(tensors, models, bits, 4)
+
+
+def _per_parameter(
+    tensors: "list[PlannedTensor]", models: list[int], of: "Callable[[PlannedTensor, int], int]", digits: int
+) -> list[float | None]:
+    """What is taken of each model a parameter of it, where `of` tells it of an input; None where it has no part."""
     held, taken = dict.fromkeys(models, 0), dict.fromkeys(models, 0)
     for tensor in tensors:
         for k, source in enumerate(tensor.inputs):
             if source.model in held:
                 held[source.model] += tensor.count
-                # What is read as it is has the type of the output, as good as always.
-                nbytes = tensor.dtype.nbytes(elements_read(tensor, k, plan.block_size))
-                taken[source.model] += tensor.nbytes[k] if tensor.nbytes else nbytes
-    return [round(8 * taken[m] / held[m], 4) if held[m] else None for m in models]
+                taken[source.model] += of(tensor, k)
+    return [round(taken[m] / held[m], digits) if held[m] else None for m in models]
 
 
 def elements_read(tensor: "PlannedTensor", k: int, block_size: int) -> int:

@@ -94,10 +94,10 @@ class Weighed:
         self._request = int(cost.request_bytes) if cost.request_bytes >= LARGE_REQUEST else 0
         for candidate in self._weighed:
             candidate.weigh(knowledge.overlaps)
-        layered = [c for c in self._weighed if c.menu is not None]
-        cosines = pool_cosines([(c.menu, c.places) for c in layered if c.menu is not None])
-        for candidate, own in zip(layered, cosines, strict=True):
-            candidate.weigh_layers(own)
+        adding = [(c, c.menu) for c in self._weighed if c.menu is not None and not isinstance(c.contribution, Elected)]
+        cosines = pool_cosines([(menu, c.places) for c, menu in adding])
+        for (candidate, menu), own in zip(adding, cosines, strict=True):
+            candidate.weigh_layers(menu, own)
         shares = _fair_shares(plan, self._weighed) if fair else None
         self._rankings = [c.rank(shares, self._request) for c in self._weighed]
         if balanced:
@@ -225,22 +225,19 @@ class _Candidate:
         names = {self.tensor.inputs[k].tensor for k in self.experts}
         if any(self._indices) and len(names) == 1:
             self.menu = make_menu(names.pop(), self.deltas, self._indices, self.cost, self._gone)
+        if self.menu is not None and isinstance(found, Elected):
+            assert isinstance(self.tensor.operation, DeltaSum)
+            self._layered = elected_layers(self.menu, self.tensor.operation, found, self.tensor.count)
 
     @property
     def places(self) -> list[int]:
         """The experts' places in the plan."""
         return [self.tensor.inputs[k].model for k in self.experts]
 
-    def weigh_layers(self, cosines: NDArray[np.float64]) -> None:
-        """Work out what the experts' layers add; see `pool_cosines`."""
-        assert self.menu is not None
-        operation = self.tensor.operation
-        if isinstance(self.contribution, Elected):
-            assert isinstance(operation, DeltaSum)
-            self._layered = elected_layers(self.menu, operation, self.contribution, self.tensor.count)
-        else:
-            coefficients = coefficients_of(operation, self.experts, self.deltas)
-            self._layered = OverlappingLayers(self.menu, *coefficients, cosines)
+    def weigh_layers(self, menu: Menu, cosines: NDArray[np.float64]) -> None:
+        """Take note of what the experts' layers add where they add up; see `pool_cosines`."""
+        coefficients = coefficients_of(self.tensor.operation, self.experts, self.deltas)
+        self._layered = OverlappingLayers(menu, *coefficients, cosines)
 
     @property
     def full(self) -> float:
@@ -270,13 +267,12 @@ class _Candidate:
         if self._layered is not None and weighed is not None:
             if shares is None:
                 return self._layered.rank()
-            of_experts = [shares[self.tensor.inputs[k].model] for k in self.experts]
-            return rank_alone(self._layered.menu, weighed.energies(), of_experts)
+            return rank_alone(self._layered.menu, weighed.energies(), [shares[place] for place in self.places])
         if weighed is None or shares is not None:
             gram = np.zeros((*self.cost.shape, len(self.experts)))
             if weighed is not None and shares is not None:
-                for e, k in enumerate(self.experts):
-                    own = shares[self.tensor.inputs[k].model]
+                for e, place in enumerate(self.places):
+                    own = shares[place]
                     gram[:, e, e] = weighed.energies()[:, e] / own if own > 0 else 0.0
             weighed = Overlapping(gram, 0.0, self.norms, is_fixed=False)
         ranking = weighed.rank(self.cost, self._run(request))
@@ -305,7 +301,7 @@ class _Candidate:
             # Samples know better than a ranking of each expert by itself.
             is_account &= isinstance(self._layered, OverlappingLayers)
             self.lost = choice.lost if is_account else self._layered.lost(self._depths)
-            cost = np.take_along_axis(self._layered.menu.cost, self._depths[:, :, None].astype(np.int64), 2)[:, :, 0]
+            cost = self._layered.menu.cost_of(self._depths)
         else:
             if self.contribution is not None:
                 self.lost = choice.lost if is_account else self.contribution.lost(self.reads)
@@ -346,11 +342,7 @@ class _Candidate:
         missing = (self._depths < DEPTH) & (self.cost > 0)
         norms = self.norms
         if self._layered is not None:
-            left = self._layered.menu.left
-            chosen = np.take_along_axis(left, self._depths[:, :, None].astype(np.int64), 2)[:, :, 0]
-            whole = left[:, :, 0]
-            share = np.sqrt(np.divide(chosen, whole, out=np.zeros_like(whole), where=whole > 0))
-            norms = norms * share * (1 + _INDEX_EPSILON)
+            norms = norms * self._layered.menu.share_left(self._depths) * (1 + _INDEX_EPSILON)
         sums = np.where(missing, norms, 0.0).sum(axis=1)
         slack = _EPSILON * (len(self.experts) + 2) * np.sqrt(self._base_square) * missing.any(axis=1)
         return float(np.square(sums * (1 + 1e-6) + slack).sum())

@@ -1,0 +1,158 @@
+"""What a block is like before it is written: what changed, how far, and the ranges that hold its groups."""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltaworks.checkpoints.jit import kernel
+from deltaworks.checkpoints.vector import (
+    LANES,
+    MAGNITUDE,
+    bits,
+    floats,
+    lanes_set,
+    largest,
+    load,
+    maximum,
+    packed,
+    select,
+    splat,
+    sum_in_order,
+    widen,
+)
+from deltaworks.layers.cells import EDGES, GROUP, MEANS, OCTAVES, RANGES, RAW, SPAN, WAYS
+from deltaworks.layers.decode import cells_of, places_of
+
+INFINITE = np.uint32(0x7F800000)
+"""Bits of the least float32 magnitude that is not finite."""
+
+_ZERO, _ALL16 = np.uint32(0), np.uint32(0xFFFF)
+_WHOLE = np.zeros_like(EDGES)
+_WHOLE[:, 1] = EDGES[:, 8]
+
+
+@kernel
+def survey(
+    b: NDArray[np.float32],
+    x: NDArray[np.float32],
+    n: int,
+    start: int,
+    squares: NDArray[np.float64],
+    peaks: NDArray[np.uint32],
+    ones: NDArray[np.int64],
+) -> int:
+    """Look at a tile of `n` elements that begins at an element of its block.
+
+    Args:
+        b: float32, [1, TILE]; of the base.
+        x: float32, [1, TILE]; of the expert.
+        n: elements in the tile.
+        start: the first's place in the block.
+        squares: float64; set to the sum of squares of what is finite in every SPAN elements.
+        peaks: uint32; set to the bits of the largest magnitude of every GROUP.
+        ones: int64; set to how many elements of the group changed.
+
+    Returns:
+        How many elements changed.
+    """
+    changed, magnitude = 0, splat(MAGNITUDE)
+    for s in range(0, n, SPAN):
+        energy = splat(0.0)
+        for g in range(s, min(s + SPAN, n), GROUP):
+            peak, own = splat(_ZERO), 0
+            for i in range(g, min(g + GROUP, n), LANES):
+                vb, vx = load(b, 0, i), load(x, 0, i)
+                size = bits(vx - vb) & magnitude
+                own += lanes_set(bits(vb) != bits(vx))
+                peak = maximum(peak, size)
+                wide = widen(select(size < splat(INFINITE), floats(size), splat(np.float32(0.0))))
+                energy = energy + wide * wide
+            place = (start + g) // GROUP
+            peaks[place], ones[place] = largest(peak), own
+            changed += own
+        squares[(start + s) // SPAN] = sum_in_order(energy)
+    return changed
+
+
+@kernel
+def top_of(highest: np.uint32) -> int:
+    """The least power of two, as exponent, that is above the float32 with these bits."""
+    return max(-126, (int(highest) >> 23) - 126)
+
+
+@kernel
+def write_means(
+    squares: NDArray[np.float64],
+    ones: NDArray[np.int64],
+    sparse: bool,
+    unchanged: int,
+    count: int,
+    out: NDArray[np.uint8],
+) -> int:
+    """Turn sums of squares into quadratic means of what changed, and write their codes; returns their top."""
+    means = np.zeros(len(squares))
+    each = SPAN // GROUP
+    for s in range(len(means)):
+        own = 0
+        for n in ones[each * s : each * (s + 1)]:
+            own += n
+        many = max(1, own) if sparse else min(SPAN, count - s * SPAN) * (1.0 - unchanged / 256.0)
+        means[s] = math.sqrt(squares[s] / many) if many > 0 else 0.0
+    highest = 0.0
+    for mean in means:
+        highest = max(highest, mean)
+    top = max(-126, math.frexp(highest)[1])
+    for s in range(len(means)):
+        relative = math.ldexp(means[s], -top)
+        code = np.searchsorted(MEANS, relative)
+        if code > 0 and (code > 255 or relative - MEANS[code - 1] < MEANS[code] - relative):
+            code -= 1
+        out[s] = code
+    return top
+
+
+@kernel
+def choose_range(
+    peak: np.uint32,
+    differs: bool,
+    top: int,
+    b: NDArray[np.float32],
+    x: NDArray[np.float32],
+    start: int,
+    end: int,
+    shift: int,
+) -> int:
+    """The code of the smallest range that holds a group; RAW where none does."""
+    if not differs:
+        return 0
+    if peak >= INFINITE:
+        return RAW
+    pattern = np.empty(1, np.uint32)
+    pattern[0] = peak
+    relative = np.float32(math.ldexp(float(pattern.view(np.float32)[0]), -top))
+    code = max(1, int(np.searchsorted(RANGES, relative)))
+    for candidate in range(code, min(code + 2, RAW)):
+        if candidate <= WAYS * OCTAVES and _holds(candidate, top, b, x, start, end, shift):
+            return candidate
+    return RAW
+
+
+@kernel
+def _holds(
+    code: int, top: int, b: NDArray[np.float32], x: NDArray[np.float32], start: int, end: int, shift: int
+) -> bool:
+    """Whether every number of a group lies in the range, so that its cell gives it back."""
+    unit = np.float32(math.ldexp(1.0, top + (code - 1) // WAYS - OCTAVES))
+    # A single cell, as wide as the whole range.
+    edges = load(_WHOLE, (code - 1) % WAYS, 0) * splat(unit)
+    shifts, zeros = splat(np.uint32(shift)), splat(_ZERO)
+    for i in range(start, end, LANES):
+        vb, vx = load(b, 0, i), load(x, 0, i)
+        place, own = places_of(vx, shifts), places_of(vb, shifts)
+        negative = place < own
+        first, many = cells_of(vb, negative, edges, zeros, shifts)
+        inside = (place >= first) & (place < first + many)
+        if packed(inside | (bits(vb) == bits(vx))) != _ALL16:
+            return False
+    return True
