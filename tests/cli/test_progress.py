@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from deltaworks.cli.progress import Bar, Lines, make_progress
+from deltaworks.cli.bar import Bar
+from deltaworks.cli.progress import Lines, make_progress
 from deltaworks.progress import Silent
 
 

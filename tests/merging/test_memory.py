@@ -71,4 +71,5 @@ def test_twelve_experts_need_little_more_than_two(tmp_path: Path) -> None:
     (tmp_path / "out").rename(tmp_path / "out2")
     many = peak(tmp_path, "ties", 12)
     tensor = 4096 * 4096 * 2
-    assert many - few < 3 * tensor, "ten more experts hold 336 MB in this one tensor"
+    # Blocks kept between passes take up to 64 MiB, which two experts do not fill.
+    assert many - few < 4 * tensor, "ten more experts hold 336 MB in this one tensor"

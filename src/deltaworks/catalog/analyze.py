@@ -32,7 +32,7 @@ from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.checkpoints.pipeline import READS_IN_FLIGHT, Pipeline
 from deltaworks.checkpoints.reader import ByteCounter, page_aligned
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES, sample_places, signs
-from deltaworks.checkpoints.source import Source, are_cached, places_in_rows
+from deltaworks.checkpoints.source import Source, are_cached, place_in_row
 from deltaworks.checkpoints.writer import storage_error
 from deltaworks.errors import CatalogError, CheckpointError, UserError
 from deltaworks.layers.file import LayerIndex
@@ -214,9 +214,7 @@ class _Stages:
         """Fill the slot with the block of base and expert."""
         start = task.block * self._block_size
         tensors = task.base, task.expert
-        places = places_in_rows(
-            np.array([t.offset for t in tensors]), np.array([t.dtype.bits for t in tensors]), start
-        ).tolist()
+        places = [place_in_row(t) for t in tensors]
         for source, tensor, row, place in zip((self._base, self._expert), tensors, slot.rows, places, strict=True):
             source.read_row(tensor, start, task.count, row, place)
         slot.base, slot.expert = (

@@ -20,16 +20,13 @@ class _HasCheckpoint(Protocol):
     def checkpoint(self) -> Checkpoint: ...
 
 
-def places_in_rows(offsets: NDArray[np.int64], bits: NDArray[np.int64], start: int) -> NDArray[np.int64]:
-    """The bytes of rows to which blocks that begin with element `start` are best read: where they lie in their pages.
+def place_in_row(tensor: TensorInfo) -> int:
+    """The byte of a row to which a tensor's blocks are best read: where they lie in their pages.
 
-    Args:
-        offsets: int64; where the tensors begin in their files.
-        bits: int64; the sizes of their elements.
-        start: the same element of all of them.
+    It is the same for all blocks, as those are multiples of a page.
     """
-    places: NDArray[np.int64] = (offsets + start * bits // 8) % PAGE
-    return np.where((bits % 8 == 0) & (places * 8 % bits == 0), places, 0)
+    place, bits = tensor.offset % PAGE, tensor.dtype.bits
+    return 0 if bits % 8 or place * 8 % bits else place
 
 
 def are_cached(models: Iterable[_HasCheckpoint]) -> bool:

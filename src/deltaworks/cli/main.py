@@ -41,6 +41,9 @@ def main() -> None:
     except OSError as error:
         sys.stderr.write(f"error: {error.filename or 'the system'}: {error.strerror or error}\n")
         sys.exit(1)
+    finally:
+        # Nor need the interpreter look through them on its way out.
+        gc.freeze()
 
 
 if __name__ == "__main__":

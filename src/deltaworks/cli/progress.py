@@ -6,18 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-
 from deltaworks.checkpoints.jit import compiled_before, leave_blas_out
 from deltaworks.progress import Progress as Reports
 from deltaworks.progress import Silent
@@ -39,10 +27,17 @@ def make_progress(*, quiet: bool, computes: bool = True) -> Reports:
         leave_blas_out()
     if quiet:
         return Silent()
-    shown: Reports = Bar() if sys.stderr.isatty() else Lines()
+    shown: Reports = _bar() if sys.stderr.isatty() else Lines()
     if computes and not compiled_before():
         shown.note("compiling kernels for this machine; this happens once and takes some seconds")
     return shown
+
+
+def _bar() -> Reports:
+    # Rich takes a while to load, and only a terminal has a use for it.
+    from deltaworks.cli.bar import Bar
+
+    return Bar()
 
 
 @contextmanager
@@ -61,10 +56,10 @@ def make_counter(label: str, total: int | None, kernel: str, *, quiet: bool) -> 
     if not compiled_before(kernel):
         sys.stderr.write("note: compiling the twin for this machine; this happens once and takes some seconds\n")
     if sys.stderr.isatty():
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(label, total=total)
-            yield lambda more: bar.advance(task, more)
+        from deltaworks.cli.bar import counting
+
+        with counting(label, total) as count_on:
+            yield count_on
         return
     done, due = 0, time.monotonic() + _FIRST_LINE_AFTER
 
@@ -94,43 +89,6 @@ def make_steps(kernel: str, *, quiet: bool) -> Callable[[str], None]:
             sys.stderr.write(f"{time.monotonic() - started:4.0f} s  {text}\n")
 
     return step
-
-
-class Bar:
-    """A bar with bytes, rate and time left; gone when the stage is over."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        self._progress: Progress | None = None
-        self._task = TaskID(0)
-
-    def start(self, label: str, total_bytes: int) -> None:
-        """Show a bar for a stage."""
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        self._progress = Progress(*columns, console=self._console, transient=True)
-        self._task = self._progress.add_task(label, total=total_bytes)
-        self._progress.start()
-
-    def advance(self, nbytes: int) -> None:
-        """Move the bar."""
-        if self._progress is not None:
-            self._progress.advance(self._task, nbytes)
-
-    def finish(self) -> None:
-        """Take the bar away."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-
-    def note(self, text: str) -> None:
-        """Print a line."""
-        self._console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 class Lines:

@@ -20,7 +20,8 @@ from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.checkpoints.reader import page_aligned
-from deltaworks.checkpoints.source import Source, places_in_rows
+from deltaworks.checkpoints.source import Source, place_in_row
+from deltaworks.checkpoints.vector import LANES
 from deltaworks.checkpoints.writer import storage_error
 from deltaworks.errors import CheckpointError
 from deltaworks.layers.cells import DEPTH
@@ -29,6 +30,9 @@ from deltaworks.layers.file import LayeredTensor, LayerFile
 from deltaworks.layers.source import LayerSource
 from deltaworks.merging.methods.operation import LAYERED, Block, Inputs, Operation
 from deltaworks.merging.plan import InputTensor, Plan, PlannedTensor
+
+_CACHED_BYTES = 6 << 20
+"""Of the inputs of one block."""
 
 
 class Rows:
@@ -50,12 +54,14 @@ class Rows:
         self.places = np.zeros(inputs, np.int64)
         self.present = np.ones((inputs, -(-elements // TILE) or 1), np.bool_)
         self.scratch = np.empty((inputs + 3, TILE), np.float32)
+        keeping = inputs if any(s.operation.keeps_masks for s in streams) else 0
+        self.masks = np.empty((keeping, -(-elements // LANES)), np.uint16)
         self.holds = self.stays = False
 
     @property
     def nbytes(self) -> int:
         """Size of the buffers."""
-        return self.raw.nbytes + self.scratch.nbytes
+        return self.raw.nbytes + self.scratch.nbytes + self.masks.nbytes
 
 
 class TensorStream:
@@ -113,9 +119,13 @@ class TensorStream:
         self._whole = [r for r, ranges in enumerate(self._ranges) if ranges is None]
         self._is_whole = np.array([ranges is None for ranges in self._ranges])
         self._by_block: dict[int, list[tuple[int, int, int]]] | None = None
-        self._offsets = np.array([t.offset for t in self.infos])
-        self._bits = np.array([t.dtype.bits for t in self.infos])
+        self._places = [place_in_row(t) for t in self.infos]
+        self._first = np.array([p * 8 // t.dtype.bits for p, t in zip(self._places, self.infos, strict=True)])
         self._codes = np.array([t.dtype.code for t in self.infos])
+        for r in self._layers:
+            self._codes[r] += LAYERED
+            self._first[r] = 0
+        self._element_bytes = sum(t.dtype.bits for t in self.infos) / 8
         self.operation: Operation = tensor.operation.without(
             [r for r, ranges in enumerate(self._ranges) if ranges == []]
         )
@@ -178,7 +188,7 @@ class TensorStream:
 
     def input_bytes(self, index: int) -> int:
         """Bytes of a block over all inputs, read or not."""
-        return sum(t.dtype.nbytes(self.count(index)) for t in self.infos)
+        return int(self._element_bytes * self.count(index))
 
     @property
     def expert_bytes(self) -> int:
@@ -201,12 +211,8 @@ class TensorStream:
         Where a pass has no use for a block, nothing is read, and `rows.stays` becomes false.
         """
         start, count = index * self.block_size, self.count(index)
-        n = len(self.infos)
-        places = places_in_rows(self._offsets, self._bits, start)
-        rows.codes[:n], rows.places[:n] = self._codes, places * 8 // self._bits
-        for r in self._layers:
-            rows.codes[r] += LAYERED
-            rows.places[r] = 0
+        n, places = len(self.infos), self._places
+        rows.codes[:n], rows.places[:n] = self._codes, self._first
         rows.present[: len(self._ranges)] = self._is_whole[:, None]
         parts = self._parts_of(index)
         if stage == 0 < self.passes and self._is_idle(parts):
@@ -216,14 +222,14 @@ class TensorStream:
         for r, a, b in parts:
             rows.present[r, (a - start) // TILE : -(-(b - start) // TILE)] = True
             rows_read[r] = rows_read.get(r, 0) + b - a
-            place = int(places[r]) + self.infos[r].dtype.nbytes(a - start)
+            place = places[r] + self.infos[r].dtype.nbytes(a - start)
             self._read(sources, rows, r, place, a, b - a, stage)
         for r in self._whole:
-            self._read(sources, rows, r, int(places[r]), start, count, stage)
+            self._read(sources, rows, r, places[r], start, count, stage)
         omits = self._layers or sum(rows_read.values()) < count * len(self._ranges)
         if self._stand_in >= len(self._ranges) and omits:
             r = self._stand_in
-            self._read(sources, rows, r, int(places[r]), start, count, stage)
+            self._read(sources, rows, r, places[r], start, count, stage)
 
     def _is_idle(self, parts: list[tuple[int, int, int]]) -> bool:
         """Whether the first pass finds nothing in a block, as none of the experts that it looks at is read there."""
@@ -322,6 +328,8 @@ class TensorStream:
             rows.scratch,
             out,
             out_code,
+            rows.masks,
+            rows.holds,
         )
 
     def measure(self, rows: Rows, index: int, stage: int) -> None:
@@ -407,13 +415,16 @@ def _passes(group: tuple[TensorStream, ...]) -> Iterator[Task]:
 def stream_block_size(plan: Plan, wanted: int | None) -> int:
     """The block size asked for, or the larger one that an operation needs; both are powers of two.
 
-    Where none is asked for, blocks are as large as a request has to be to be worth its price.
+    Where none is asked for, blocks are as large as a request has to be to be worth its price, and larger where there
+    are few inputs, as long as those of one block stay in a core's share of the cache.
     """
     if any(t.depths for t in plan.tensors):
         return plan.block_size  # layers are read in their own blocks, or not at all
     size = check_block_size(wanted or DEFAULT_BLOCK_SIZE)
-    if wanted is None and plan.read_cost is not None:
-        worth = ReadCost(*plan.read_cost).request_bytes
-        while size * 2 < worth and size < LARGEST_BLOCK:  # two bytes an element
+    if wanted is None:
+        worth = ReadCost(*plan.read_cost).request_bytes if plan.read_cost is not None else 0
+        inputs = max((len(t.inputs) for t in plan.tensors), default=1)
+        # Two bytes an element.
+        while size < LARGEST_BLOCK and (2 * size < worth or 4 * size * inputs <= _CACHED_BYTES):
             size *= 2
     return max([size, *(t.operation.alignment for t in plan.tensors)])

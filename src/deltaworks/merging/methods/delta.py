@@ -8,6 +8,7 @@ took part, scaled and added to the base.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -90,6 +91,11 @@ class DeltaSum(Operation):
         return self.rescale and thins and self.scales is None
 
     @property
+    def keeps_masks(self) -> bool:
+        """The pass that sums up draws the masks that merging needs again."""
+        return self.sparsify is Sparsify.RANDOM and self._needs_masses
+
+    @property
     def alignment(self) -> int:
         """The block in which the statistics counted the ties of a cut must not be torn apart."""
         return max((c.align for c in self.cuts if isinstance(c, Cut)), default=1)
@@ -142,20 +148,18 @@ class DeltaSum(Operation):
     def _thinning(self, block: Block) -> Thinning:
         """What of each delta stays in a block."""
         n = len(self.weights)
-        result = Thinning(
-            self.sparsify is Sparsify.RANDOM,
-            np.zeros(n, np.uint32),
-            np.zeros((n, 3), np.int64),
-            np.zeros(n, np.uint64),
-            np.zeros((n, 2), np.uint64),
-        )
+        at_random = self.sparsify is Sparsify.RANDOM
+        chances = _chances(self.keys if at_random else (0,) * n, self.densities)
+        thresholds, ties = np.zeros(n, np.uint32), np.zeros((n, 3), np.int64)
+        masks, known = block.masks, at_random and block.is_again and len(block.masks) > 0
+        result = Thinning(at_random, thresholds, ties, *chances, masks, known)
         result.ties[:, 0] = block.count
+        if self.sparsify is not Sparsify.MAGNITUDE:
+            return result
         for k, density in enumerate(self.densities):
-            if self.sparsify is Sparsify.RANDOM:
-                result.keys[k], result.densities[k] = self.keys[k], split_density(min(max(density, 0.0), 1.0))
-            elif self.sparsify is Sparsify.NONE or density >= 1:
+            if density >= 1:
                 continue
-            elif density <= 0:
+            if density <= 0:
                 result.thresholds[k] = _NEVER
             else:
                 cut = self.cuts[k]
@@ -245,6 +249,13 @@ class DeltaSum(Operation):
             tuple(None if c is None else unpack_cut(c) for c in content.get("cuts", [])),
             tuple(int(k, 16) for k in content.get("keys", [])),
         )
+
+
+@lru_cache
+def _chances(keys: tuple[int, ...], densities: tuple[float, ...]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Keys and densities of random masks as kernels take them; see `Thinning`."""
+    split = [split_density(min(max(density, 0.0), 1.0)) for density in densities]
+    return np.array(keys, np.uint64), np.array(split, np.uint64).reshape(-1, 2)
 
 
 def close_cut(cut: Interval, inside: Sequence[NDArray[np.uint16]], block_size: int) -> Cut:

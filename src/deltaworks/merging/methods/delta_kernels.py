@@ -18,10 +18,12 @@ from deltaworks.checkpoints.vector import (
     largest,
     load,
     maximum,
+    packed,
     select,
     splat,
     store,
     sum_in_order,
+    unpacked,
     widen,
 )
 from deltaworks.merging.methods.operation import Inputs, find_rows, stage, stage_stand_in
@@ -38,6 +40,9 @@ class Thinning(NamedTuple):
             stay, the first, and none from a later element on.
         keys: uint64, [experts]; of the random masks.
         densities: uint64, [experts, 2]; see `split_density`.
+        masks: uint16, [experts, vectors]; a bit for each element of the block that says whether it stays by chance.
+            Empty where nobody keeps them.
+        masks_known: whether an earlier pass left them there.
     """
 
     at_random: bool
@@ -45,6 +50,8 @@ class Thinning(NamedTuple):
     ties: NDArray[np.int64]
     keys: NDArray[np.uint64]
     densities: NDArray[np.uint64]
+    masks: NDArray[np.uint16]
+    masks_known: bool
 
 
 class Tile(NamedTuple):
@@ -186,15 +193,15 @@ def delta_masses(
         found, half = _find_tile(inputs, first, start, n, thinning, rows, tile)
         own = sums[start // TILE]
         if half and not _set_thresholds(halves, start, n, found, thinning, quotas, tile):
-            _masses_tile(halves, n, found, thinning, first + start, tile, own)
+            _masses_tile(halves, n, found, thinning, first, start, tile, own)
             continue
         _stage_tile(inputs, start, n, found, tile, scratch)
         torn = _set_thresholds(scratch, start, n, found, thinning, quotas, tile)
-        _masses_tile(scratch, n, found, thinning, first + start, tile, own)
+        _masses_tile(scratch, n, found, thinning, first, start, tile, own)
         if torn:
             before = own.copy()
             _drop_equals(scratch, start, n, found, thinning, quotas, tile)
-            _masses_tile(scratch, n, found, thinning, first + start, tile, own)
+            _masses_tile(scratch, n, found, thinning, first, start, tile, own)
             own[::2] = before[::2]
 
 
@@ -204,19 +211,22 @@ def _masses_tile(
     n: int,
     found: int,
     thinning: Thinning,
-    place: int,
+    first: int,
+    start: int,
     tile: Tile,
     sums: NDArray[np.float64],
 ) -> None:
-    """Sums of magnitudes in a tile that begins at the flat index `place`, before thinning and after."""
-    magnitude, zero = splat(MAGNITUDE), splat(ZERO)
+    """Sums of magnitudes, before thinning and after, in a tile from element `start` of the block at `first` on."""
+    magnitude, zero, masks = splat(MAGNITUDE), splat(ZERO), thinning.masks
     for a in range(found):
         k = tile.experts[a]
         before, after = splat(0.0), splat(0.0)
         for i in range(0, n, LANES):
             d = load(table, tile.rows[a + 1], tile.places[a + 1] + i) - load(table, tile.rows[0], tile.places[0] + i)
             if thinning.at_random:
-                stays = stays_by_chance(thinning.keys[k], tile.densities[a], place + i)
+                stays = stays_by_chance(thinning.keys[k], tile.densities[a], first + start + i)
+                if len(masks):
+                    masks[k, (start + i) // LANES] = packed(stays)
             else:
                 stays = (bits(d) & magnitude) >= splat(tile.thresholds[a])
             d = select(d < zero, zero - d, d)
@@ -260,14 +270,12 @@ def merge_deltas(
         n = min(TILE, count - start)
         found, half = _find_tile(inputs, first, start, n, thinning, rows, tile)
         if half and not _set_thresholds(halves, start, n, found, thinning, quotas, tile):
-            largest_ = _merge_tile(halves, n, found, thinning, first + start, tile, scaled, scales, weights, how, total)
+            largest_ = _merge_tile(halves, n, found, thinning, first, start, tile, scaled, scales, weights, how, total)
         else:
             _stage_tile(inputs, start, n, found, tile, scratch)
             if _set_thresholds(scratch, start, n, found, thinning, quotas, tile):
                 _drop_equals(scratch, start, n, found, thinning, quotas, tile)
-            largest_ = _merge_tile(
-                scratch, n, found, thinning, first + start, tile, scaled, scales, weights, how, total
-            )
+            largest_ = _merge_tile(scratch, n, found, thinning, first, start, tile, scaled, scales, weights, how, total)
         # Thinning or the vote could drop a NaN, which would then go unnoticed.
         wrong += 1 if largest_ >= NOT_FINITE else 0
         wrong += encode(total, n, out_code, out, start)
@@ -280,7 +288,8 @@ def _merge_tile(
     n: int,
     found: int,
     thinning: Thinning,
-    place: int,
+    first: int,
+    start: int,
     tile: Tile,
     scaled: bool,
     scales: NDArray[np.float32],
@@ -288,7 +297,7 @@ def _merge_tile(
     how: tuple[bool, bool, np.float32, np.float32],
     out: NDArray[np.float32],
 ) -> Any:
-    """Merge a tile that begins at the flat index `place`; returns the largest magnitude met, as bits."""
+    """Merge a tile from element `start` of the block at `first` on; returns the largest magnitude met, as bits."""
     consensus, normalize, everyone, scale = how
     zero, one, magnitude = splat(ZERO), splat(ONE), splat(MAGNITUDE)
     top = splat(np.uint32(0))
@@ -301,8 +310,10 @@ def _merge_tile(
             d = load(table, tile.rows[a + 1], tile.places[a + 1] + i) - base
             size = bits(d) & magnitude
             top = maximum(top, size)
-            if thinning.at_random:
-                stays = stays_by_chance(thinning.keys[k], tile.densities[a], place + i)
+            if thinning.masks_known:
+                stays = unpacked(np.uint32(thinning.masks[k, (start + i) // LANES]))
+            elif thinning.at_random:
+                stays = stays_by_chance(thinning.keys[k], tile.densities[a], first + start + i)
             else:
                 stays = size >= splat(tile.thresholds[a])
             if scaled:

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -51,6 +51,8 @@ class Block:
         scratch: float32, [inputs + 3, TILE].
         out: uint8, a multiple of 8 bytes; raw elements of the output, at the front.
         out_code: element type of the output.
+        masks: uint16, [inputs or 0, vectors]; for operations that `keeps_masks`, which find here what they left.
+        is_again: whether an earlier pass saw the block in these very buffers.
     """
 
     inputs: Inputs
@@ -59,6 +61,8 @@ class Block:
     scratch: NDArray[np.float32]
     out: NDArray[np.uint8]
     out_code: int
+    masks: NDArray[np.uint16] = field(default_factory=lambda: np.empty((0, 0), np.uint16))
+    is_again: bool = False
 
     def raw(self, k: int, bits: int) -> NDArray[np.uint8]:
         """The bytes of input `k` (uint8), whose elements have `bits`, with the stand-in's where it was not read."""
@@ -113,6 +117,11 @@ class Operation(ABC):
         """Whether the next pass looks at input `k`."""
         del k
         return True
+
+    @property
+    def keeps_masks(self) -> bool:
+        """Whether a pass leaves in `Block.masks` what the next can use."""
+        return False
 
     @property
     def alignment(self) -> int:
@@ -191,7 +200,7 @@ def stage_stand_in(inputs: Inputs, start: int, n: int, scratch: NDArray[np.float
 
 def exact_sums(parts: Sequence[NDArray[np.float64]]) -> list[float]:
     """Column sums of partial sums ([tiles, columns] each), correctly rounded, so that their order cannot matter."""
-    return [math.fsum(v for part in parts for v in part[:, column]) for column in range(parts[0].shape[1])]
+    return [math.fsum(column.tolist()) for column in np.concatenate(parts).T]
 
 
 def tile_sum_reference(values: NDArray[np.float64]) -> float:
