@@ -14,6 +14,10 @@ from deltaworks.checkpoints.checkpoint import Checkpoint
 from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.checkpoints.reader import ByteCounter, RangeReader
 
+_SAMPLE = 1 << 20
+_SAMPLES = 32
+"""Of each file, at most so many pieces of so many bytes are looked up in the page cache."""
+
 
 class _HasCheckpoint(Protocol):
     @property
@@ -35,7 +39,7 @@ def are_cached(models: Iterable[_HasCheckpoint]) -> bool:
 
 
 def files_are_cached(paths: Iterable[Path]) -> bool:
-    """Whether the page cache holds most of some files.
+    """Whether the page cache holds most of some files, by samples: looking through all pages of a GB takes 12 ms.
 
     Then they are best read through it, which brings in the rest; else around it, but for what is there.
     """
@@ -43,8 +47,10 @@ def files_are_cached(paths: Iterable[Path]) -> bool:
     for path in paths:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            found += cached_bytes(file.fileno(), 0, size) or 0
-            total += size
+            for start in range(0, size, max(_SAMPLE, size // _SAMPLES)):
+                sample = min(_SAMPLE, size - start)
+                found += min(sample, cached_bytes(file.fileno(), start, sample) or 0)
+                total += sample
     return found * 2 > total
 
 

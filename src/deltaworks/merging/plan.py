@@ -133,21 +133,25 @@ class Plan:
     @property
     def digest(self) -> str:
         """BLAKE3 of the plan's content; two plans with the same digest write the same bytes."""
-        if not self._digest:
-            self._digest.append(blake3(_canonical(self._content())).hexdigest())
-        return self._digest[0]
+        return self._digest_of(None)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as a file holds it."""
+        content = self._content()
         return {
             "deltaworks_plan": SCHEMA_VERSION,
-            "digest": self.digest,
+            "digest": self._digest_of(content),
             # What a clock measured is told, and is no part of what the plan says.
             "read_cost": self.read_cost and list(self.read_cost),
             "predicted_read_s": self.predicted_read_s,
             "layers": by_layer(self),
-            **self._content(),
+            **content,
         }
+
+    def _digest_of(self, content: dict[str, Any] | None) -> str:
+        if not self._digest:
+            self._digest.append(blake3(_canonical(content or self._content())).hexdigest())
+        return self._digest[0]
 
     def _content(self) -> dict[str, Any]:
         return {
