@@ -1,5 +1,7 @@
 """Layers give back every bit, say how far they are from it at every depth, and are found out where they are damaged."""
 
+import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 
 from deltaworks.checkpoints.codec import TILE, decode_reference, encode_reference
 from deltaworks.checkpoints.dtypes import BF16, F16, F32, F64, DType
-from deltaworks.checkpoints.reader import ByteCounter
+from deltaworks.checkpoints.reader import ByteCounter, page_aligned
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES, sample_places, signs, sketch_reference
 from deltaworks.errors import CatalogError
 from deltaworks.layers.bitstream import gather, gather_reference, scatter, scatter_reference
@@ -20,6 +22,7 @@ from deltaworks.layers.cells import CENTRES, DEPTH, EDGES, GROUP, RANGES, SHARES
 from deltaworks.layers.decode import decode_block, layers_start, open_block, opened_bytes
 from deltaworks.layers.encode import Residuals, encode_block, most_bytes
 from deltaworks.layers.file import SHIFTS, LayeredTensor, LayerFile, LayerWriter, exact_elements, is_layered
+from deltaworks.layers.reading import BlockReader, LayerInput
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -269,12 +272,69 @@ def test_a_flipped_bit_is_found_wherever_it_is(stored: tuple[Path, LayeredTensor
             restored(path, tensor, base)
 
 
+def opened_together(file: LayerFile, tensor: LayeredTensor, depths: list[list[int]], base: Floats) -> list[Floats]:
+    """What so many layers of each block tell, block by block, where several inputs are read at once."""
+    reader = BlockReader([LayerInput(file, tensor, np.array(own)) for own in depths])
+    raw, told = page_aligned(len(depths) + 1, max(reader.opened)), []
+    for block in range(2):
+        reader.open(block, range(len(depths)), raw, range(len(depths), 0, -1))
+        part = base[4096 * block : 4096 * (block + 1)]
+        for row in range(len(depths), 0, -1):
+            told.append(np.empty_like(part))
+            decode_block(raw[row], part, len(part), told[-1])
+    return told
+
+
+def test_several_inputs_are_opened_together(stored: tuple[Path, LayeredTensor, Floats, Bytes]) -> None:
+    path, tensor, base, expert = stored
+    depths = [[3, DEPTH], [DEPTH, 1], [5, 4]]
+    counter = ByteCounter()
+    file = LayerFile(path, counter)
+    told = opened_together(file, tensor, depths, base)
+    assert counter.value == sum(file.nbytes(tensor, np.array(own)) for own in depths)
+    for own, (block, k) in zip(told, itertools.product(range(2), range(3)), strict=True):
+        row, one = np.zeros(opened_bytes(4096, 10_000), np.uint8), np.empty_like(own)
+        file.open_block(tensor, block, depths[k][block], row)
+        decode_block(row, base[4096 * block : 4096 * (block + 1)], len(one), one)
+        np.testing.assert_array_equal(own, one)
+    np.testing.assert_array_equal(encode_reference(told[1], BF16), expert[: 2 * 4096])
+    file.close()
+
+
+def test_what_is_wrong_with_one_of_several_is_named(stored: tuple[Path, LayeredTensor, Floats, Bytes]) -> None:
+    path, tensor, base, _ = stored
+    sound = path.read_bytes()
+    place = 8 + int(LayerFile(path, ByteCounter()).index["ends"][0, 2])
+    path.write_bytes(sound[:place] + bytes([sound[place] ^ 4]) + sound[place + 1 :])
+    file = LayerFile(path, ByteCounter())
+    opened_together(file, tensor, [[3, 1], [2, 7]], base)
+    with pytest.raises(CatalogError, match="layer 4 of 'w', block 0"):
+        opened_together(file, tensor, [[3, 1], [4, 7]], base)
+    file.close()
+
+
+def test_a_file_that_is_cut_off_while_it_is_read(stored: tuple[Path, LayeredTensor, Floats, Bytes]) -> None:
+    path, tensor, base, _ = stored
+    file = LayerFile(path, ByteCounter())
+    os.truncate(path, 8 + int(file.index["ends"][0, 1]))
+    with pytest.raises(CatalogError, match="ends at byte"):
+        opened_together(file, tensor, [[2, 1], [3, 1]], base)
+    file.close()
+
+
 @pytest.mark.parametrize("kept", [0, 7, 60, 0.5, -1])
 def test_a_file_that_was_cut_off_is_refused(stored: tuple[Path, LayeredTensor, Floats, Bytes], kept: float) -> None:
     path, *_ = stored
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * kept) if isinstance(kept, float) else kept])
     with pytest.raises(CatalogError, match="cut off"):
+        LayerFile(path, ByteCounter())
+
+
+def test_layers_of_an_older_version_say_so(stored: tuple[Path, LayeredTensor, Floats, Bytes]) -> None:
+    path, *_ = stored
+    path.write_bytes(path.read_bytes().replace(b'{"version":3', b'{"version":2'))
+    with pytest.raises(CatalogError, match=r"version 2, not 3; .*analyze --layers"):
         LayerFile(path, ByteCounter())
 
 

@@ -144,6 +144,29 @@ class RangeReader:
             self._goes_direct = False
             self._read(self._fd, part.data, offset)
 
+    def announce(self, place: int, offset: int, nbytes: int) -> int:
+        """Announce a read that others do, to byte `place` of a row of `page_aligned`.
+
+        What they read they report to `count`, and what they could not they leave to `finish_row`.
+
+        Returns:
+            The file descriptor from which it is best read.
+
+        Raises:
+            BudgetError: see `read_into`.
+        """
+        self._counter.reserve(nbytes)
+        askew = (place | offset | nbytes) % PAGE
+        return self._fd if askew or not self._goes_direct or self._is_cached(offset, nbytes) else self._direct_fd
+
+    def count(self, nbytes: int) -> None:
+        """Take note of bytes that were read from a descriptor of `announce`."""
+        self._counter.add(nbytes)
+
+    def finish_row(self, row: NDArray[np.uint8], place: int, offset: int, nbytes: int, done: int) -> None:
+        """Read what is left of an announced read of which `done` bytes are there; see `read_row`."""
+        self._read(self._fd, row[place + done : place + nbytes].data, offset + done)
+
     def _is_cached(self, offset: int, nbytes: int) -> bool:
         return self._asks and (cached_bytes(self._fd, offset, nbytes) or 0) >= nbytes
 

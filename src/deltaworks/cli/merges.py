@@ -137,7 +137,7 @@ def merge(
     check_output(out, force=force)
     with Catalog(catalog) as opened:
         made = prepare_plan(opened, loaded, options, relative_to=recipe.parent, progress=progress)
-        models = plan_inputs(opened, made, progress)
+        models = plan_inputs(opened, made)  # whatever there is to say of them, planning said
         result = run_plan(opened, made, models, out, options, force=force, verify_error=verify_error, progress=progress)
     _print_result(result.to_json(), as_json=as_json)
     if profile_run:

@@ -123,6 +123,12 @@ def next_bits(buffer: NDArray[np.uint8], bit: int) -> np.uint64:
 
 
 @inlined
+def whole_bits(buffer: NDArray[np.uint8], bit: int) -> np.uint64:
+    """The 64 bits of `buffer` from place `bit`, the first of a byte, on."""
+    return _word(buffer, bit >> 3)  # type: ignore[no-any-return]
+
+
+@inlined
 def take(buffer: NDArray[np.uint8], bit: int, where: np.uint32) -> np.uint32:
     """The next bits from place `bit`, one to each set bit of `where`, of which there are no more than 57."""
     return np.uint32(scatter(next_bits(buffer, bit), np.uint64(where)))

@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 
 DEPTH: Final = 7
 """Layers of a block: sign and mean; three halvings of the range; two bits more; two more; all the rest."""

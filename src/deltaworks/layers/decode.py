@@ -30,7 +30,7 @@ from deltaworks.checkpoints.vector import (
     unpacked,
     upper_bytes,
 )
-from deltaworks.layers.bitstream import SLACK, count_ones, lanes_below, next_bits, scatter, take, take_word
+from deltaworks.layers.bitstream import SLACK, count_ones, lanes_below, scatter, take, take_word, whole_bits
 from deltaworks.layers.cells import DEPTH, EDGES, GROUP, MEANS, OCTAVES, RAW, SHARES, SPAN, TOLD, WAYS
 
 IS_SPARSE: Final = 1
@@ -273,7 +273,7 @@ def _decode_signs(
                 store(out, i, select(unpacked(where), told, b))
                 signs += count_ones(where)
             else:
-                store(out, i, b + signed(unpacked(np.uint32(next_bits(row, signs + i))), below, above))
+                store(out, i, b + signed(unpacked(np.uint32(whole_bits(row, signs + i))), below, above))
 
 
 @kernel
@@ -290,20 +290,26 @@ def _decode_cells(
     """A tile of which layers 1 to 2, 3 or 4 are there; the code of its first range stands at byte `ranges`."""
     sparse, mask, at = parts.sparse, parts.mask, parts.signs
     bit2, bit3, bit4 = parts.planes[0] - at, parts.planes[1] - at, parts.planes[2] - at
-    none = unpacked(_ZERO)
+    zero, eight, cells = splat(_ZERO), splat(np.uint32(8)), 1 << (depth - 1)
+    half, quarter, eighth = splat(np.uint32(cells >> 1)), splat(np.uint32(cells >> 2)), splat(np.uint32(cells >> 3))
+    own = (lanes() & splat(np.uint32(7))) + splat(np.uint32(cells - 2))
     for g in range(0, count, GROUP):
         code = row[ranges + g // GROUP]
         known = code not in (0, RAW)
+        # What the cells tell, those of positive deltas in the first eight lanes: one lookup gives a delta.
         above, below = centres_above(max(1, code), top, parts.unchanged), scaled(TOLD, max(1, code), top)
+        deltas = signed(lanes() >= eight, lookup(below, own), lookup(above, own))
         for i in range(g, min(g + GROUP, count), LANES):
             b = load(base, 0, i)
             where = take(row, mask + i, lanes_below(count - i)) if sparse else _SIXTEEN
             if known:
-                i2 = take_some(row, at + bit2, where, sparse)
-                i3 = take_some(row, at + bit3, where, sparse) if depth > 2 else none
-                i4 = take_some(row, at + bit4, where, sparse) if depth > 3 else none
-                cell, negative = indices(i2, i3, i4), take_some(row, at, where, sparse)
-                told = b + signed(negative, estimate(below, depth, cell), estimate(above, depth, cell))
+                cell = select(take_some(row, at, where, sparse), eight, zero)
+                cell = cell | select(take_some(row, at + bit2, where, sparse), half, zero)
+                if depth > 2:
+                    cell = cell | select(take_some(row, at + bit3, where, sparse), quarter, zero)
+                if depth > 3:
+                    cell = cell | select(take_some(row, at + bit4, where, sparse), eighth, zero)
+                told = b + lookup(deltas, cell)
                 b = select(unpacked(where), told, b) if sparse else told
             store(out, i, b)
             at += count_ones(where) if sparse else LANES
@@ -397,8 +403,8 @@ def smaller(x: Any, y: Any) -> Any:
 
 @inlined
 def take_some(row: NDArray[np.uint8], bit: int, where: np.uint32, sparse: bool) -> Any:
-    """The next bits of some or all of sixteen lanes, as MASK."""
-    return unpacked(take(row, bit, where) if sparse else np.uint32(next_bits(row, bit)))
+    """The next bits of some of sixteen lanes, or of all, which then begin with a byte, as MASK."""
+    return unpacked(take(row, bit, where) if sparse else np.uint32(whole_bits(row, bit)))
 
 
 @kernel

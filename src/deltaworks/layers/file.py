@@ -10,30 +10,32 @@
     the end: END, which says where those three stand and what their checksums are
 
 Whoever reads the first so many layers of a block reads one range of the file. Numbers are little-endian; checksums are
-the first 8 bytes of BLAKE3. See ``docs/layers.md`` for what is inside a block.
+those of `deltaworks.layers.checksum`. See ``docs/layers.md`` for what is inside a block.
 """
 
 import json
 import math
 import os
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
-from blake3 import blake3
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.codec import encode_reference
 from deltaworks.checkpoints.dtypes import BF16, DTYPES, F8_E4M3, F8_E5M2, F16, F32, DType
+from deltaworks.checkpoints.jit import kernel
 from deltaworks.checkpoints.reader import ByteCounter, RangeReader, page_aligned
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES
 from deltaworks.errors import CatalogError, CheckpointError
 from deltaworks.layers.cells import DEPTH, FORMAT_VERSION
+from deltaworks.layers.checksum import checksum_of, prefix_checksums
 from deltaworks.layers.decode import decode_block, layers_start, open_block, opened_bytes
 
 MAGIC: Final = b"DWLAYERS"
@@ -47,6 +49,7 @@ RESIDUAL: Final = np.dtype([("sketch", "<f2", (DEPTH - 1, BUCKETS)), ("sample", 
 more: sketches, scaled to a norm of one, and samples. Of m blocks that share a record, the first gives its samples 0, m,
 2m and so on, the second its samples 1, m + 1, 2m + 1."""
 RESIDUAL_ELEMENTS: Final = 1 << 18
+_EXPONENT = np.float32(2.0**112)
 ALIGNED_FROM: Final = 1 << 16
 """Elements a block from which on every block takes whole pages."""
 END: Final = np.dtype(
@@ -94,13 +97,9 @@ def blocks_sharing(block_size: int) -> int:
     return max(1, RESIDUAL_ELEMENTS // block_size)
 
 
-def checksum(data: Any) -> int:
-    """Of bytes or an array of them."""
-    return _number(blake3(data))
-
-
-def _number(state: Any) -> int:
-    return int.from_bytes(state.digest(8), "little")
+def _bytes_of(array: NDArray[Any]) -> NDArray[np.uint8]:
+    """The bytes of a contiguous array of one dimension."""
+    return array.view(np.uint8)
 
 
 def alignment(block_size: int) -> int:
@@ -151,12 +150,10 @@ class LayerWriter:
             offset, self._end = self._end, self._end + total + len(padding)
         own = self._index[record]
         own["offset"], own["ends"], own["left"] = offset, ends, left
-        running, start = blake3(), 0
-        for layer, end in enumerate(ends.tolist()):
-            running.update(layers[start:end].data)
-            if layer == DEPTH - 1:
-                running.update(padding)
-            own["checksums"][layer], start = _number(running), end
+        checked, sums = ends.astype(np.int64), np.empty(DEPTH, np.uint64)
+        checked[-1] += len(padding)
+        prefix_checksums(layers[:total], checked, sums)
+        own["checksums"] = sums
         self._write(layers[:total].data, offset)
         self._write(padding, offset + total)
 
@@ -180,18 +177,20 @@ class LayerWriter:
             tensors: what the blocks are of.
             about: what else a reader should find: block size and fingerprints.
         """
-        contents = json.dumps(
-            {"version": FORMAT_VERSION, **about, "tensors": [asdict(t) for t in tensors]}, separators=(",", ":")
-        ).encode()
-        index, residuals = self._index.tobytes(), self._residuals.tobytes()
+        about = {"version": FORMAT_VERSION, **about, "tensors": [asdict(t) for t in tensors]}
+        contents = np.frombuffer(bytearray(json.dumps(about, separators=(",", ":")).encode()), np.uint8)
+        index, residuals = _bytes_of(self._index), _bytes_of(self._residuals)
         end = np.zeros(1, END)
         end["index"], end["blocks"] = self._end, len(self._index)
         end["residuals"] = self._end + len(index)
         end["contents"], end["contents_bytes"] = self._end + len(index) + len(residuals), len(contents)
         for what, data in (("index", index), ("residuals", residuals), ("contents", contents)):
-            end[f"{what}_checksum"] = checksum(data)
+            end[f"{what}_checksum"] = checksum_of(data)
         end["magic"] = MAGIC
-        self._write(index + residuals + contents + end.tobytes(), self._end)
+        at = self._end
+        for part in (index, residuals, contents, _bytes_of(end)):
+            self._write(part.data, at)
+            at += len(part)
         self._write(MAGIC, 0)
         os.fsync(self._fd)
         self._partial.replace(self._path)
@@ -233,20 +232,19 @@ class LayerIndex:
                 size = os.fstat(file.fileno()).st_size
                 self._end = end = self._tail(file.fileno(), size)
                 head = os.pread(file.fileno(), PAGE, 0)
-                index = os.pread(file.fileno(), int(end["blocks"]) * INDEX.itemsize, int(end["index"]))
-                contents = os.pread(file.fileno(), int(end["contents_bytes"]), int(end["contents"]))
+                index = _section(file.fileno(), int(end["index"]), int(end["residuals"]))
+                contents = _section(file.fileno(), int(end["contents"]), size - END.itemsize)
         except OSError as error:
             raise CatalogError(f"cannot read {path}: {error.strerror}") from error
+        old = re.match(rb'{"version":(\d+),', contents.tobytes())
+        if old and int(old[1]) < FORMAT_VERSION:
+            raise CatalogError(f"{path} has layers of version {int(old[1])}, not {FORMAT_VERSION}; {_REBUILD}")
         for what, data in (("index", index), ("contents", contents)):
             self._check(what, data)
-        self.about: dict[str, Any] = json.loads(contents)
-        if self.about["version"] != FORMAT_VERSION:
-            raise CatalogError(
-                f"{path} has layers of version {self.about['version']}, not {FORMAT_VERSION}; {_REBUILD}"
-            )
+        self.about: dict[str, Any] = json.loads(contents.tobytes())
         if head[: _aligned(len(MAGIC), alignment(self.block_size))].rstrip(b"\0") != MAGIC:
             raise CatalogError(f"the start of {path} is damaged; {_REBUILD}")
-        self.index = np.frombuffer(index, INDEX)
+        self.index = index.view(INDEX)
         self.tensors = {
             t["name"]: LayeredTensor(**{**t, "shape": tuple(t["shape"])}) for t in self.about.pop("tensors")
         }
@@ -264,8 +262,8 @@ class LayerIndex:
                 return end
         raise CatalogError(f"{self.path} is cut off or no file of layers; {_REBUILD}")
 
-    def _check(self, what: str, data: bytes) -> None:
-        if checksum(data) != int(self._end[f"{what}_checksum"]):
+    def _check(self, what: str, data: NDArray[np.uint8]) -> None:
+        if checksum_of(data) != int(self._end[f"{what}_checksum"]):
             raise CatalogError(f"the {what} of {self.path} {'is' if what == 'index' else 'are'} damaged; {_REBUILD}")
 
     @cached_property
@@ -277,9 +275,14 @@ class LayerIndex:
         """
         first, last = int(self._end["residuals"]), int(self._end["contents"])
         with self.path.open("rb") as file:
-            data = os.pread(file.fileno(), last - first, first)
+            data = _section(file.fileno(), first, last)
         self._check("residuals", data)
-        return np.frombuffer(data, RESIDUAL)
+        return data.view(RESIDUAL)
+
+    @property
+    def raw_residuals(self) -> NDArray[np.uint8]:
+        """The bytes of `residuals`, a row a record, for `scale_sketches`."""
+        return _bytes_of(self.residuals).reshape(-1, RESIDUAL.itemsize)
 
     @property
     def block_size(self) -> int:
@@ -309,6 +312,49 @@ class LayerIndex:
         return ends
 
 
+def _section(fd: int, first: int, last: int) -> NDArray[np.uint8]:
+    """The bytes of a file from one place to another, or to its end."""
+    data = np.empty(last - first, np.uint8)
+    return data[: os.preadv(fd, [data.data], first)]
+
+
+@kernel
+def scale_sketches(records: NDArray[np.uint8], norms: NDArray[np.float64], out: NDArray[np.float32]) -> None:
+    """Bring the sketches of records of residuals to size.
+
+    Args:
+        records: uint8, [records, bytes]; of RESIDUAL.
+        norms: float64, [records, DEPTH - 1]; of what so many layers leave, one first.
+        out: float32, [DEPTH - 1, records, BUCKETS]; set.
+    """
+    depths, parts, buckets = out.shape
+    for p in range(parts):
+        for x in range(depths):
+            halves = records[p, 2 * x * buckets : 2 * (x + 1) * buckets].view(np.uint16)
+            row, norm = out[x, p], np.float32(norms[p, x])
+            patterns = row.view(np.uint32)
+            for j in range(buckets):
+                h = np.uint32(halves[j])
+                patterns[j] = (h & np.uint32(0x8000)) << np.uint32(16) | (h & np.uint32(0x7FFF)) << np.uint32(13)
+            for j in range(buckets):
+                # Of a half's bits as a float32's, the exponent is 112 too small.
+                row[j] = row[j] * _EXPONENT * norm
+
+
+class Places(NamedTuple):
+    """Where the layers of the blocks of a tensor lie.
+
+    Attributes:
+        ranges: int64, [blocks, 2]; the first byte, and how many are read.
+        checksums: uint64, [blocks]; of what is read.
+        ends: int64, [blocks, DEPTH]; where in it each layer ends.
+    """
+
+    ranges: NDArray[np.int64]
+    checksums: NDArray[np.uint64]
+    ends: NDArray[np.int64]
+
+
 class LayerFile(LayerIndex):
     """A file of layers, open for reading; safe to share between threads.
 
@@ -317,20 +363,33 @@ class LayerFile(LayerIndex):
         counter: every byte read of blocks is added to it.
         direct: what the page cache does not hold may be read around it.
 
+    Attributes:
+        reader: what reads it.
+
     Raises:
         CatalogError: see `LayerIndex`.
     """
 
     def __init__(self, path: Path, counter: ByteCounter, *, direct: bool = False) -> None:
         super().__init__(path)
-        self._reader = RangeReader(path, counter, direct=direct, wanted=int(self._end["index"]))
+        self.reader = RangeReader(path, counter, direct=direct, wanted=int(self._end["index"]))
         # Records of an array of them take long to pick apart.
         self._offsets = self.index["offset"].astype(np.int64)
         self._ends = self.index["ends"].astype(np.int64)
         self._read_bytes = self.read_bytes(self._ends)
         self._checksums = np.ascontiguousarray(self.index["checksums"])
 
-    def open_block(self, tensor: LayeredTensor, block: int, depth: int, row: NDArray[np.uint8]) -> None:
+    def places(self, tensor: LayeredTensor, depths: NDArray[np.int64]) -> Places:
+        """Where the first so many layers of each block of a tensor lie; of those without any, where they would."""
+        own = slice(tensor.first, tensor.first + tensor.blocks)
+        last = np.maximum(depths, 1)[:, None] - 1
+        nbytes = np.take_along_axis(self._read_bytes[own], last, 1)
+        sums = np.take_along_axis(self._checksums[own], last, 1)
+        return Places(np.concatenate([self._offsets[own, None], nbytes], axis=1), sums[:, 0], self._ends[own])
+
+    def open_block(
+        self, tensor: LayeredTensor, block: int, depth: int, row: NDArray[np.uint8], done: int | None = None
+    ) -> None:
         """Read the first layers of a block of a tensor that has any, and open them for `decode_tile`.
 
         Args:
@@ -338,19 +397,32 @@ class LayerFile(LayerIndex):
             block: which of its blocks.
             depth: how many layers, one at least.
             row: uint8, at least `opened_bytes` of that; set.
+            done: how many bytes of an announced read are there; see `RangeReader.announce`.
 
         Raises:
             CatalogError: a layer is damaged.
         """
         count = self.count(tensor, block)
-        self._read(tensor, block, depth, row, layers_start(count))
+        self._read(tensor, block, depth, row, layers_start(count), done)
         open_block(row, count, self._ends[tensor.first + block], depth, SHIFTS[DTYPES[tensor.dtype]])
 
-    def _read(self, tensor: LayeredTensor, block: int, depth: int, row: NDArray[np.uint8], place: int) -> None:
+    def _read(
+        self,
+        tensor: LayeredTensor,
+        block: int,
+        depth: int,
+        row: NDArray[np.uint8],
+        place: int,
+        done: int | None = None,
+    ) -> None:
         """Read the first layers of a block to byte `place` of a row (see `RangeReader.read_row`), and check them."""
         record = tensor.first + block
+        offset, nbytes = int(self._offsets[record]), int(self._read_bytes[record, depth - 1])
         try:
-            self._reader.read_row(row, place, int(self._offsets[record]), int(self._read_bytes[record, depth - 1]))
+            if done is None:
+                self.reader.read_row(row, place, offset, nbytes)
+            else:
+                self.reader.finish_row(row, place, offset, nbytes, done)
         except CheckpointError as error:
             raise CatalogError(f"layers of {tensor.name!r}, block {block}: {error}; {_REBUILD}") from error
         if not self._is_sound(record, depth, row[place:]):
@@ -361,7 +433,7 @@ class LayerFile(LayerIndex):
 
     def _is_sound(self, record: int, depth: int, layers: NDArray[np.uint8]) -> bool:
         ends = self._read_bytes if depth == DEPTH else self._ends
-        found: bool = checksum(layers[: ends[record, depth - 1]]) == self._checksums[record, depth - 1]
+        found: bool = checksum_of(layers[: ends[record, depth - 1]]) == self._checksums[record, depth - 1]
         return found
 
     def restore(self, tensor: LayeredTensor, block: int, base: NDArray[np.float32] | None) -> NDArray[np.uint8]:
@@ -391,7 +463,7 @@ class LayerFile(LayerIndex):
 
     def close(self) -> None:
         """Close the file."""
-        self._reader.close()
+        self.reader.close()
 
 
 _REBUILD = "delete it and build it again: deltaworks analyze --layers --force"

@@ -1,6 +1,7 @@
 """What each layer of each block of each expert adds to a merge, from indices of layers and statistics alone."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from deltaworks.checkpoints.jit import kernel
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES
 from deltaworks.layers.cells import DEPTH
-from deltaworks.layers.file import LayeredTensor, LayerIndex, blocks_sharing
+from deltaworks.layers.file import LayeredTensor, LayerIndex, blocks_sharing, scale_sketches
 from deltaworks.merging.contributions import Delta, Elected, Number, told_samples, trust_in
 from deltaworks.merging.election import elected, join
 from deltaworks.merging.methods.delta import DeltaSum
@@ -85,15 +86,17 @@ class Menu:
         """
         parts, experts = self.parts(), len(self.deltas)
         starts = np.arange(parts) * self._sharing
-        flat = np.zeros((experts, DEPTH + 1, parts, BUCKETS), np.float32)
+        flat = np.empty((experts, DEPTH + 1, parts, BUCKETS), np.float32)
+        flat[:, DEPTH] = 0.0
         for e, delta in enumerate(self.deltas):
             flat[e, 0] = np.add.reduceat(delta.table.sketch[delta.rows], starts, axis=0, dtype=np.float64)
             found = self.tensors[e]
-            if found is not None:
+            if found is None:
+                flat[e, 1:DEPTH] = 0.0
+            else:
                 index, tensor = found
-                unit = index.residuals["sketch"][tensor.residual : tensor.residual + parts].astype(np.float32)
                 norms = np.sqrt(np.add.reduceat(self.left[:, e, 1:DEPTH], starts, axis=0))
-                flat[e, 1:DEPTH] = (unit * norms[:, :, None]).transpose(1, 0, 2)
+                scale_sketches(index.raw_residuals[tensor.residual :][:parts], norms, flat[e, 1:DEPTH])
         rows = flat.reshape(experts * (DEPTH + 1), -1)
         products: NDArray[np.float64] = (rows @ rows.T).astype(np.float64)
         return products.reshape(experts, DEPTH + 1, experts, DEPTH + 1)
@@ -211,7 +214,8 @@ def pool_cosines(tensors: Sequence[tuple[Menu, Sequence[int]]]) -> list[NDArray[
     Args:
         tensors: what can be read of each, and the places in the plan of its experts.
     """
-    grams = [menu.gram() for menu, _ in tensors]
+    with ThreadPoolExecutor() as pool:
+        grams = list(pool.map(lambda own: own[0].gram(), tensors))
     models = 1 + max((place for _, places in tensors for place in places), default=0)
     total = np.zeros((models, DEPTH + 1, models, DEPTH + 1))
     for (_, places), gram in zip(tensors, grams, strict=True):

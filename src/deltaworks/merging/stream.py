@@ -25,8 +25,8 @@ from deltaworks.checkpoints.vector import LANES
 from deltaworks.checkpoints.writer import storage_error
 from deltaworks.errors import CheckpointError
 from deltaworks.layers.cells import DEPTH
-from deltaworks.layers.decode import opened_bytes
-from deltaworks.layers.file import LayeredTensor, LayerFile
+from deltaworks.layers.file import LayerFile
+from deltaworks.layers.reading import BlockReader, LayerInput
 from deltaworks.layers.source import LayerSource
 from deltaworks.merging.methods.operation import LAYERED, Block, Inputs, Operation
 from deltaworks.merging.plan import InputTensor, Plan, PlannedTensor
@@ -111,11 +111,14 @@ class TensorStream:
                 self.places.append(tensor.stand_in.model)
         self.block_size = block_size
         self.blocks = max(1, -(-self.elements // block_size))
-        self._layers: dict[int, _Layers] = {}
+        found: dict[int, LayerInput] = {}
         if tensor.depths:
-            self._take_layers(layers or {})
+            found = self._planned_layers(layers or {})
         elif not tensor.reads:
-            self._find_layers(plan, models, layers or {})
+            found = self._all_layers(plan, models, layers or {})
+        # Of the inputs that come from layers, the places in what reads them.
+        self._layers = {r: k for k, r in enumerate(found)}
+        self._reader = BlockReader(list(found.values())) if found else None
         self._whole = [r for r, ranges in enumerate(self._ranges) if ranges is None]
         self._is_whole = np.array([ranges is None for ranges in self._ranges])
         self._by_block: dict[int, list[tuple[int, int, int]]] | None = None
@@ -138,44 +141,49 @@ class TensorStream:
         self._lock = threading.Lock()
         self._spool_folder, self._spool_fd = spool, -1
 
-    def _take_layers(self, layers: Mapping[int, LayerFile]) -> None:
-        """Note which layers the plan reads."""
+    def _planned_layers(self, layers: Mapping[int, LayerFile]) -> dict[int, LayerInput]:
+        """Which layers of which inputs the plan reads."""
+        found = {}
         for r, runs in enumerate(self.tensor.depths):
             if runs is not None:
                 place, name = self.tensor.inputs[r]
                 depths = np.zeros(self.blocks, np.int64)
                 for a, b, depth in runs:
                     depths[a:b] = depth
-                self._layers[r] = self._layers_of(layers[place], layers[place].tensors[name], depths)
+                found[r] = LayerInput(layers[place], layers[place].tensors[name], depths)
+        return found
 
-    def _find_layers(self, plan: Plan, models: Sequence[Model], layers: Mapping[int, LayerFile]) -> None:
-        """Note which inputs come from layers; what those are layers over becomes the stand-in."""
-        found = {}
+    def _all_layers(
+        self, plan: Plan, models: Sequence[Model], layers: Mapping[int, LayerFile]
+    ) -> dict[int, LayerInput]:
+        """All layers of the inputs that come from layers; what those are layers over becomes the stand-in."""
+        found, bases = {}, set()
+        every = np.full(self.blocks, DEPTH)
         for r, (place, name) in enumerate(self.tensor.inputs):
             file, base = layers.get(place), plan.models[place].base
             tensor = file.tensors.get(name) if file else None
             if file and tensor and tensor.is_delta and file.block_size == self.block_size and base is not None:
-                found[r] = file, tensor, InputTensor(base, name)
-        if len({b for _, _, b in found.values()}) != 1:
-            return
-        every = np.full(self.blocks, DEPTH)
-        self._layers = {r: self._layers_of(file, tensor, every) for r, (file, tensor, _) in found.items()}
-        (stand_in,) = {b for _, _, b in found.values()}
+                found[r] = LayerInput(file, tensor, every)
+                bases.add(InputTensor(base, name))
+        if len(bases) != 1:
+            return {}
+        (stand_in,) = bases
         if stand_in in self.tensor.inputs:
             self._stand_in = self.tensor.inputs.index(stand_in)
         else:
             self._stand_in = len(self.infos)
             self.infos.append(_info(models[stand_in.model], stand_in.tensor, self.tensor))
             self.places.append(stand_in.model)
+        return found
 
     @property
     def largest_opened(self) -> int:
         """The most that an opened block of layers takes."""
-        return max((layers.opened for layers in self._layers.values()), default=0)
+        return max(self._reader.opened) if self._reader else 0
 
-    def _layers_of(self, file: LayerFile, tensor: LayeredTensor, depths: NDArray[np.int64]) -> "_Layers":
-        opened = opened_bytes(min(self.block_size, self.elements), file.largest(tensor))
-        return _Layers(file, tensor, depths, opened)
+    def _opened(self, r: int) -> int:
+        assert self._reader is not None
+        return self._reader.opened[self._layers[r]]
 
     @property
     def sources(self) -> set[int]:
@@ -193,8 +201,9 @@ class TensorStream:
     @property
     def expert_bytes(self) -> int:
         """Bytes that are read of experts."""
+        of_layers = self._reader.nbytes if self._reader else []
         return sum(
-            self._layers[k].nbytes
+            of_layers[self._layers[k]]
             if k in self._layers
             else info.dtype.nbytes(self.elements if r is None else sum(min(b, self.elements) - a for a, b in r))
             for k, (info, r, is_expert) in enumerate(zip(self.infos, self._ranges, self._is_expert, strict=False))
@@ -230,6 +239,8 @@ class TensorStream:
         if self._stand_in >= len(self._ranges) and omits:
             r = self._stand_in
             self._read(sources, rows, r, places[r], start, count, stage)
+        if self._layers:
+            self._open_layers(rows, index, [r for r in rows_read if r in self._layers], stage)
 
     def _is_idle(self, parts: list[tuple[int, int, int]]) -> bool:
         """Whether the first pass finds nothing in a block, as none of the experts that it looks at is read there."""
@@ -262,35 +273,47 @@ class TensorStream:
         stage: int,
     ) -> None:
         """Read `count` elements of input `r` from `first` on to byte `place` of its row."""
-        info = self.infos[r]
-        is_input = r < len(self._seen_first)
-        if is_input and stage == 0 < self.passes and not self._seen_first[r]:
+        use = self._use(r, stage)
+        if r in self._layers or not use.is_wanted or (use.is_again and rows.holds):
             return
-        row = rows.raw[r]
+        info, row = self.infos[r], rows.raw[r]
         part = row[place : place + info.dtype.nbytes(count)]
-        # An expert is read by the first pass that sees it; will another?
-        first_read = 0 if not self.passes or not is_input or self._seen_first[r] else 1
-        is_again, comes_again = stage > first_read, first_read < self.passes
-        spools = comes_again and self._spools and is_input and self._is_expert[r]
-        if is_again and rows.holds:
-            return
-        if r in self._layers:
-            file, tensor, depths, opened = self._layers[r]
-            block, part = first // self.block_size, row[:opened]
-            if not (is_again and spools):
-                file.open_block(tensor, block, int(depths[block]), row)
-                if spools and not rows.stays:
-                    self._keep(part, r, first)
-                return
-        if is_again and spools:
+        if use.is_again and use.spools:
             os.preadv(self._spool(), [part.data], self._spool_place(r, first))
-        elif rows.stays or not comes_again or spools:
+        elif rows.stays or not use.comes_again or use.spools:
             sources[self.places[r]].read_row(info, first, count, row, place)
-            if spools and not rows.stays:
+            if use.spools and not rows.stays:
                 self._keep(part, r, first)
         else:
             # It is read again, so it had better be in the page cache by then.
             sources[self.places[r]].read(info, first, count, part)
+
+    def _open_layers(self, rows: Rows, index: int, inputs: Sequence[int], stage: int) -> None:
+        """Bring the opened layers of a block of some inputs to their rows."""
+        assert self._reader is not None
+        first, wanted = index * self.block_size, []
+        for r in inputs:
+            use = self._use(r, stage)
+            if not use.is_wanted or (use.is_again and rows.holds):
+                continue
+            if use.is_again and use.spools:
+                os.preadv(self._spool(), [rows.raw[r, : self._opened(r)].data], self._spool_place(r, first))
+            else:
+                wanted.append(r)
+        if wanted:
+            self._reader.open(index, [self._layers[r] for r in wanted], rows.raw, wanted)
+        for r in wanted:
+            if self._use(r, stage).spools and not rows.stays:
+                self._keep(rows.raw[r, : self._opened(r)], r, first)
+
+    def _use(self, r: int, stage: int) -> "_Use":
+        is_input = r < len(self._seen_first)
+        is_wanted = not is_input or stage > 0 or not self.passes or self._seen_first[r]
+        # An expert is read by the first pass that sees it; will another?
+        first_read = 0 if not self.passes or not is_input or self._seen_first[r] else 1
+        comes_again = first_read < self.passes
+        spools = comes_again and self._spools and is_input and self._is_expert[r]
+        return _Use(is_wanted, stage > first_read, comes_again, spools)
 
     def _keep(self, part: NDArray[np.uint8], r: int, first: int) -> None:
         """Put aside what later passes need."""
@@ -312,11 +335,11 @@ class TensorStream:
     def _spool_place(self, row: int, element: int) -> int:
         start = sum(self._spool_bytes(r) for r in range(row))
         if row in self._layers:
-            return start + element // self.block_size * self._layers[row].opened
+            return start + element // self.block_size * self._opened(row)
         return start + self.infos[row].dtype.nbytes(element)
 
     def _spool_bytes(self, r: int) -> int:
-        return self.blocks * self._layers[r].opened if r in self._layers else self.infos[r].dtype.nbytes(self.elements)
+        return self.blocks * self._opened(r) if r in self._layers else self.infos[r].dtype.nbytes(self.elements)
 
     def block(self, rows: Rows, index: int, out: NDArray[np.uint8], out_code: int) -> Block:
         """A filled block as operations take it."""
@@ -351,24 +374,20 @@ class TensorStream:
             self._spool_fd = -1
 
 
-class _Layers(NamedTuple):
-    """Where the layers of an input come from.
+class _Use(NamedTuple):
+    """What a pass does with an input.
 
     Attributes:
-        file, tensor: what holds them.
-        depths: int64, [blocks]; how many of each block are read.
-        opened: bytes of the largest opened block.
+        is_wanted: whether it looks at it.
+        is_again: whether an earlier pass did.
+        comes_again: whether more than one pass does.
+        spools: whether what is read waits in a file for the next.
     """
 
-    file: LayerFile
-    tensor: LayeredTensor
-    depths: NDArray[np.int64]
-    opened: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what is read."""
-        return self.file.nbytes(self.tensor, self.depths)
+    is_wanted: bool
+    is_again: bool
+    comes_again: bool
+    spools: bool
 
 
 def _info(model: Model, name: str, tensor: PlannedTensor) -> TensorInfo:

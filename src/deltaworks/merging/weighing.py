@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -99,7 +100,9 @@ class Weighed:
         for (candidate, menu), own in zip(adding, cosines, strict=True):
             candidate.weigh_layers(menu, own)
         shares = _fair_shares(plan, self._weighed) if fair else None
-        self._rankings = [c.rank(shares, self._request) for c in self._weighed]
+        # Layers make work of it that is worth a thread.
+        with ThreadPoolExecutor(None if any(c.menu for c in self._weighed) else 1) as pool:
+            self._rankings = list(pool.map(lambda c: c.rank(shares, self._request), self._weighed))
         if balanced:
             self._rankings = [
                 r.scaled(1 / c.full if c.full > 0 else 1.0) for r, c in zip(self._rankings, self._weighed, strict=True)
