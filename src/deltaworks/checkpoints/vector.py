@@ -249,6 +249,17 @@ def sixteen_bits(x: Any) -> Any:
     raise NotImplementedError
 
 
+def power_of_two(exponent: Any) -> Any:
+    """Two to the power of an int64 from -1022 to 1023, as float64."""
+    raise NotImplementedError
+
+
+def _power_of_two(builder: ir.IRBuilder, exponent: Any) -> Any:
+    word = ir.IntType(64)
+    pattern = builder.shl(builder.add(exponent, ir.Constant(word, 1023)), ir.Constant(word, 52))
+    return builder.bitcast(pattern, ir.DoubleType())
+
+
 def _sum_in_order(builder: ir.IRBuilder, value: Any) -> Any:
     total = ir.Constant(ir.DoubleType(), 0.0)
     for lane in range(LANES):
@@ -304,6 +315,7 @@ _define(
 )
 _define(packed, (MASK,), types.uint32, lambda b, x: b.zext(b.bitcast(x, ir.IntType(LANES)), ir.IntType(32)))
 _define(unpacked, (types.uint32,), MASK, lambda b, x: b.bitcast(b.trunc(x, ir.IntType(LANES)), MASK.ir))
+_define(power_of_two, (types.int64,), types.float64, _power_of_two)
 _define(widen, (F32,), F64, lambda b, x: b.fpext(x, F64.ir))
 _define(narrow, (F64,), F32, lambda b, x: b.fptrunc(x, F32.ir))
 _define(fma, (F32, F32, F32), F32, _call(f"llvm.fma.v{LANES}f32", F32.ir))

@@ -24,6 +24,7 @@ from deltaworks.checkpoints.vector import (
     lookup,
     lower_bytes,
     packed,
+    power_of_two,
     select,
     splat,
     store,
@@ -40,7 +41,8 @@ HEAD: Final = 8
 """Bytes at the start of layer 1: flags; which share of the elements is unchanged, in 256ths; two of zeros; the tops of
 means and ranges (int16 each)."""
 
-_SHIFT, _TOPS, _STARTS, _UNCHANGED, _TILES, _TABLES = 1, 3, 5, 12, 13, 16
+_SHIFT, _TOPS, _STARTS, _UNCHANGED, _TILES, _FACTORS = 1, 3, 5, 12, 13, 16
+_TABLES = _FACTORS + WAYS * LANES
 _SIGN = np.uint32(0x80000000)
 _ZERO, _ONE, _ALL = np.uint32(0), np.uint32(1), np.uint32(0xFFFFFFFF)
 _SIXTEEN = np.uint32(0xFFFF)
@@ -77,6 +79,9 @@ def open_block(row: NDArray[np.uint8], count: int, ends: NDArray[np.int64], dept
     head = row[start : start + HEAD]
     sparse = head[0] & IS_SPARSE
     table[2], table[_UNCHANGED] = sparse, head[1]
+    factors = row[:start].view(np.float32)
+    for way in range(WAYS):
+        store(factors, _FACTORS + way * LANES, factors_above(way, head[1]))
     tops = head[4:8].view(np.int16)
     table[_TOPS], table[_TOPS + 1] = tops[0], tops[1]
     at = start + HEAD
@@ -142,8 +147,7 @@ def estimate(centres: Any, depth: int, cell: Any) -> Any:
 @inlined
 def scaled(table: NDArray[np.float32], code: int, top: int) -> Any:
     """The row of EDGES or TOLD (F32) for the range of a code."""
-    unit = np.float32(math.ldexp(1.0, top + (code - 1) // WAYS - OCTAVES))
-    return load(table, (code - 1) % WAYS, 0) * splat(unit)
+    return load(table, (code - 1) % WAYS, 0) * splat(np.float32(power_of_two(top + (code - 1) // WAYS - OCTAVES)))
 
 
 @inlined
@@ -155,9 +159,15 @@ def centres_above(code: int, top: int, unchanged: int) -> Any:
         top: of the ranges.
         unchanged: 256ths of the elements.
     """
+    return scaled(TOLD, code, top) * factors_above((code - 1) % WAYS, unchanged)
+
+
+@inlined
+def factors_above(way: int, unchanged: int) -> Any:
+    """Of the row of TOLD (F32) for a way, what is left where unchanged elements count; see `centres_above`."""
     share = np.float32(unchanged) / np.float32(256.0)
-    changed = load(SHARES, (code - 1) % WAYS, 0) * splat((np.float32(1.0) - share) * np.float32(0.5))
-    return scaled(TOLD, code, top) * (changed / (splat(share) + changed))
+    changed = load(SHARES, way, 0) * splat((np.float32(1.0) - share) * np.float32(0.5))
+    return changed / (splat(share) + changed)
 
 
 @inlined
@@ -293,11 +303,13 @@ def _decode_cells(
     zero, eight, cells = splat(_ZERO), splat(np.uint32(8)), 1 << (depth - 1)
     half, quarter, eighth = splat(np.uint32(cells >> 1)), splat(np.uint32(cells >> 2)), splat(np.uint32(cells >> 3))
     own = (lanes() & splat(np.uint32(7))) + splat(np.uint32(cells - 2))
+    header = row[: 4 * _TABLES].view(np.float32).reshape((1, _TABLES))
     for g in range(0, count, GROUP):
-        code = row[ranges + g // GROUP]
+        code = int(row[ranges + g // GROUP])
         known = code not in (0, RAW)
         # What the cells tell, those of positive deltas in the first eight lanes: one lookup gives a delta.
-        above, below = centres_above(max(1, code), top, parts.unchanged), scaled(TOLD, max(1, code), top)
+        below = scaled(TOLD, max(1, code), top)
+        above = below * load(header, 0, _FACTORS + (max(1, code) - 1) % WAYS * LANES)
         deltas = signed(lanes() >= eight, lookup(below, own), lookup(above, own))
         for i in range(g, min(g + GROUP, count), LANES):
             b = load(base, 0, i)
@@ -335,7 +347,7 @@ def _decode_rest(
     all_bits = splat(np.uint32(32)) - shift
     twice = lanes() + lanes()
     for g in range(0, count, GROUP):
-        code = row[ranges + g // GROUP]
+        code = int(row[ranges + g // GROUP])
         raw = code == RAW
         known = code != 0 and (not raw or depth == DEPTH)
         edges = scaled(EDGES, max(1, code), top)
