@@ -213,7 +213,7 @@ class DeltaSum(Operation):
             keep[np.argsort(-np.abs(delta), kind="stable")[: kept_elements(density, size)]] = True
         thinned = np.where(keep, delta, np.float32(0))
         if self.rescale:
-            before, after = (tile_sum_reference(np.abs(x.astype(np.float64))) for x in (delta, thinned))
+            before, after = (tile_sum_reference(np.abs(x)) for x in (delta, thinned))
             if min(before, after) >= SMALLEST_MASS:
                 thinned = thinned * np.float32(before / after)
         return thinned

@@ -220,7 +220,7 @@ def _masses_tile(
     magnitude, zero, masks = splat(MAGNITUDE), splat(ZERO), thinning.masks
     for a in range(found):
         k = tile.experts[a]
-        before, after = splat(0.0), splat(0.0)
+        before, after = zero, zero
         for i in range(0, n, LANES):
             d = load(table, tile.rows[a + 1], tile.places[a + 1] + i) - load(table, tile.rows[0], tile.places[0] + i)
             if thinning.at_random:
@@ -230,9 +230,9 @@ def _masses_tile(
             else:
                 stays = (bits(d) & magnitude) >= splat(tile.thresholds[a])
             d = select(d < zero, zero - d, d)
-            before = before + widen(d)
-            after = after + widen(select(stays, d, zero))
-        sums[2 * k], sums[2 * k + 1] = sum_in_order(before), sum_in_order(after)
+            before = before + d
+            after = select(stays, after + d, after)
+        sums[2 * k], sums[2 * k + 1] = sum_in_order(widen(before)), sum_in_order(widen(after))
 
 
 @kernel

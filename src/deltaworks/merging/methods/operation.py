@@ -203,13 +203,13 @@ def exact_sums(parts: Sequence[NDArray[np.float64]]) -> list[float]:
     return [math.fsum(column.tolist()) for column in np.concatenate(parts).T]
 
 
-def tile_sum_reference(values: NDArray[np.float64]) -> float:
-    """The sum over a whole tensor as the kernels take it: the lanes of every tile in order, then the tiles exactly."""
+def tile_sum_reference(values: NDArray[Any]) -> float:
+    """The sum over a whole tensor as kernels take it: lanes of every tile in the values' type, then all exactly."""
     return math.fsum(_lane_sum_reference(values[i : i + TILE]) for i in range(0, len(values), TILE))
 
 
-def _lane_sum_reference(values: NDArray[np.float64]) -> float:
-    lanes = np.zeros(LANES)
+def _lane_sum_reference(values: NDArray[Any]) -> float:
+    lanes = np.zeros(LANES, values.dtype)
     for row in np.pad(values, (0, -len(values) % LANES)).reshape(-1, LANES):
         lanes += row
     total = 0.0
