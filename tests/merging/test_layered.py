@@ -18,6 +18,7 @@ from deltaworks.catalog.tidy import find_waste, layers_of, remove
 from deltaworks.errors import CatalogError, ChangedError, CheckpointError, PlanError
 from deltaworks.layers.cells import DEPTH
 from deltaworks.merging.budget import Budget
+from deltaworks.merging.difference import difference
 from deltaworks.merging.layered import layers_loss
 from deltaworks.merging.measured_error import measure_error
 from deltaworks.merging.plan import Plan, load_plan, save_plan
@@ -135,6 +136,21 @@ def test_a_budget_for_all_layers_makes_the_full_merge(catalog: Catalog, family: 
     merge(catalog, text, family / "full")
     merge(catalog, text, family / "layered", MergeOptions(budget=Budget(share=0.75)))
     assert tensors(family / "full") == tensors(family / "layered")
+
+
+def test_two_plans_that_read_to_different_depths(catalog: Catalog, family: Path) -> None:
+    text = recipe("task_arithmetic", family, **METHODS["task_arithmetic"])
+    few, many, all_ = (planned(catalog, text, share) for share in (0.1, 0.3, 0.75))
+    rows = difference(few, many)["reads"]
+    assert len(rows) == 3
+    for row in rows:
+        assert 0 < row["deeper_b"] <= row["both"]
+        assert row["layers"]
+    of_all = difference(few, all_)["reads"]
+    for row, other in zip(rows, of_all, strict=True):
+        assert row["both"] + row["only_a"] == other["both"]
+        assert other["only_a"] == other["deeper_a"] == 0
+    assert all(not row["layers"] for row in difference(few, few)["reads"])
 
 
 def test_some_experts_without_layers(catalog: Catalog, family: Path) -> None:

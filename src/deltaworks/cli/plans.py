@@ -53,14 +53,19 @@ def _difference(found: dict[str, Any]) -> None:
                 listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
                 label = {"only_a": "only in a", "only_b": "only in b", "operation": "made another way"}.get(how, how)
                 typer.echo(f"{what} {label}: {listed}")
-    changed = [r for r in found["reads"] if r["only_a"] or r["only_b"]]
+    changed = [r for r in found["reads"] if r["layers"]]
+    columns = {"both": "both", "only_a": "only a", "only_b": "only b"}
+    if any(r["deeper_a"] or r["deeper_b"] for r in changed):
+        columns |= {"deeper_a": "deeper in a", "deeper_b": "deeper in b"}
     if changed:
-        typer.echo(f"\n{'elements read of':<26}{'both':>14}{'only a':>14}{'only b':>14}  layers that differ")
+        heads = "".join(f"{title:>14}" for title in columns.values())
+        typer.echo(f"\n{'elements read of':<26}{heads}  layers that differ")
     for row in changed:
         layers = ", ".join(row["layers"][:6]) + (
             f" and {len(row['layers']) - 6} more" if len(row["layers"]) > 6 else ""
         )
-        typer.echo(f"  {row['name']:<24}{row['both']:>14,}{row['only_a']:>14,}{row['only_b']:>14,}  {layers}")
+        counts = "".join(f"{row[column]:>14,}" for column in columns)
+        typer.echo(f"  {row['name']:<24}{counts}  {layers}")
 
 
 def sweep(

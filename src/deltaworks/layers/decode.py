@@ -4,7 +4,6 @@ A block's layers are opened once, which tells where everything of each tile lies
 the same tile of the base.
 """
 
-import math
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -250,7 +249,7 @@ def decode_tile(
     )
     ranges, top = int(table[_STARTS + 3]) + tile * (TILE // GROUP), int(table[_TOPS + 1])
     if depth == 1:
-        unit = np.float32(math.ldexp(1.0, int(table[_TOPS])))
+        unit = np.float32(power_of_two(np.int64(table[_TOPS])))
         _decode_signs(row, means + tile * (TILE // SPAN), unit, parts, base, count, out)
     elif depth <= 4:
         _decode_cells(row, ranges, top, parts, depth, base, count, out)

@@ -1,6 +1,5 @@
 """From elements to layers: a block at a time, inside a compiled kernel."""
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from deltaworks.checkpoints.vector import (
     lookup,
     lower_bytes,
     packed,
+    power_of_two,
     select,
     splat,
     store,
@@ -172,7 +172,7 @@ def encode_block(
             place = (t * TILE + g) // GROUP
             code = choose_range(peaks[place], ones[place] > 0, top, b, x, g, min(n, g + GROUP), shift)
             out[ranges + place] = code
-            mean = np.float32(math.ldexp(1.0, int(tops[0]))) * MEANS[out[HEAD + (t * TILE + g) // SPAN]]
+            mean = np.float32(power_of_two(np.int64(tops[0]))) * MEANS[out[HEAD + (t * TILE + g) // SPAN]]
             active = _write_group(
                 b, x, g, n, code, top, mean, unchanged, shift, sparse, out, mask_bit + t * TILE, sign_bit, planes,
                 active, scratch, bit, left, residual,

@@ -22,7 +22,7 @@ from deltaworks.checkpoints.vector import (
     widen,
 )
 from deltaworks.layers.cells import EDGES, GROUP, MEANS, OCTAVES, RANGES, RAW, SPAN, WAYS
-from deltaworks.layers.decode import cells_of, places_of
+from deltaworks.layers.decode import cells_of, places_of, scaled
 
 INFINITE = np.uint32(0x7F800000)
 """Bits of the least float32 magnitude that is not finite."""
@@ -143,9 +143,8 @@ def _holds(
     code: int, top: int, b: NDArray[np.float32], x: NDArray[np.float32], start: int, end: int, shift: int
 ) -> bool:
     """Whether every number of a group lies in the range, so that its cell gives it back."""
-    unit = np.float32(math.ldexp(1.0, top + (code - 1) // WAYS - OCTAVES))
     # A single cell, as wide as the whole range.
-    edges = load(_WHOLE, (code - 1) % WAYS, 0) * splat(unit)
+    edges = scaled(_WHOLE, code, top)
     shifts, zeros = splat(np.uint32(shift)), splat(_ZERO)
     for i in range(start, end, LANES):
         vb, vx = load(b, 0, i), load(x, 0, i)

@@ -1,7 +1,9 @@
 """What differs between two plans."""
 
+from collections.abc import Iterable
 from typing import Any
 
+from deltaworks.layers.cells import DEPTH
 from deltaworks.merging.plan import Plan, PlannedTensor
 from deltaworks.merging.summary import layer_of
 
@@ -21,6 +23,9 @@ _SETTINGS = (
     "recipe",
 )
 
+_Run = tuple[int, int, int]
+"""The first element, the one after the last, and how many layers of their delta are read."""
+
 
 def difference(a: Plan, b: Plan) -> dict[str, Any]:
     """Compare two plans.
@@ -28,8 +33,8 @@ def difference(a: Plan, b: Plan) -> dict[str, Any]:
     Returns:
         `same`; `settings`, [`name`, `a`, `b`] of each that differs; `models`: names in `only_a`, `only_b`, and those
         that `changed`; `tensors`: names in `only_a`, `only_b`, and those made by another `operation`; `reads`: for each
-        expert of both, the elements that are read in `both`, in `only_a` and in `only_b`, and the `layers` in which
-        they differ.
+        expert of both, the elements that are read in `both`, in `only_a` and in `only_b`, those of `both` of which one
+        reads more layers of the delta (`deeper_a`, `deeper_b`), and the model's `layers` in which they differ.
     """
     names = [{m.name: m.fingerprint for m in plan.models} for plan in (a, b)]
     tensors = [{t.name: t for t in plan.tensors} for plan in (a, b)]
@@ -64,41 +69,53 @@ def _made_alike(a: PlannedTensor, b: PlannedTensor) -> bool:
 
 
 def _reads(a: Plan, b: Plan, name: str, tensors: list[str]) -> dict[str, Any]:
-    both = only_a = only_b = 0
+    found = dict.fromkeys(("both", "only_a", "only_b", "deeper_a", "deeper_b"), 0)
     layers: dict[str, None] = {}
     own = [_elements(plan, name) for plan in (a, b)]
     for tensor in tensors:
         first, second = (o.get(tensor, []) for o in own)
-        shared = _overlap(first, second)
-        left, right = (sum(y - x for x, y in r) - shared for r in (first, second))
-        both, only_a, only_b = both + shared, only_a + left, only_b + right
-        if left or right:
+        both, deeper_a, deeper_b = _overlap(first, second)
+        only_a, only_b = (sum(last - start for start, last, _ in runs) - both for runs in (first, second))
+        for what, count in zip(found, (both, only_a, only_b, deeper_a, deeper_b), strict=True):
+            found[what] += count
+        if only_a or only_b or deeper_a or deeper_b:
             layers[layer_of(tensor)] = None
-    return {"name": name, "both": both, "only_a": only_a, "only_b": only_b, "layers": list(layers)}
+    return {"name": name, **found, "layers": list(layers)}
 
 
-def _elements(plan: Plan, name: str) -> dict[str, list[tuple[int, int]]]:
-    """The elements that a plan reads of a model, as ranges, by output tensor."""
+def _elements(plan: Plan, name: str) -> dict[str, list[_Run]]:
+    """The elements that a plan reads of a model, by output tensor."""
     place = next(i for i, m in enumerate(plan.models) if m.name == name)
     found = {}
     for tensor in plan.tensors:
         for k, source in enumerate(tensor.inputs):
             if source.model == place:
-                runs = tensor.reads[k] if tensor.reads else None
-                found[tensor.name] = (
-                    [(0, tensor.count)]
-                    if runs is None
-                    else [(x * plan.block_size, min(y * plan.block_size, tensor.count)) for x, y in runs]
-                )
+                runs: Iterable[_Run]
+                depths = tensor.depths[k] if tensor.depths else None
+                reads = tensor.reads[k] if tensor.reads else None
+                if depths is not None:
+                    runs = depths
+                elif reads is not None:
+                    runs = ((first, last, DEPTH) for first, last in reads)
+                else:
+                    runs = ((0, -(-tensor.count // plan.block_size), DEPTH),)
+                found[tensor.name] = [
+                    (first * plan.block_size, min(last * plan.block_size, tensor.count), depth)
+                    for first, last, depth in runs
+                ]
     return found
 
 
-def _overlap(a: list[tuple[int, int]], b: list[tuple[int, int]]) -> int:
-    total = i = j = 0
+def _overlap(a: list[_Run], b: list[_Run]) -> tuple[int, int, int]:
+    """Elements in both, and how many of them have more layers in the one and in the other."""
+    both = deeper_a = deeper_b = i = j = 0
     while i < len(a) and j < len(b):
-        total += max(0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
+        shared = max(0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
+        both += shared
+        deeper_a += shared if a[i][2] > b[j][2] else 0
+        deeper_b += shared if a[i][2] < b[j][2] else 0
         if a[i][1] <= b[j][1]:
             i += 1
         else:
             j += 1
-    return total
+    return both, deeper_a, deeper_b
