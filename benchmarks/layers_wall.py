@@ -16,34 +16,17 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from marked import fill
-from merging import measured
+from merging import deltaworks, measured, register_experts
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "layers_wall.json"
 BUDGETS = ("6.25%", "12.5%", "25.1%", None)
 COMMAND = str(Path(sys.executable).with_name("deltaworks"))
-
-
-def prepare(folder: Path, experts: int) -> None:
-    """Register the experts and build their layers, where that was not done."""
-    at = ["--catalog", str(folder / "layered"), "--quiet"]
-    listed = subprocess.run([COMMAND, "list", *at[:2], "--json"], check=True, stdout=subprocess.PIPE, text=True)
-    names = {m["name"] for m in json.loads(listed.stdout)["models"]}
-    for i in range(experts):
-        if f"expert_{i:02d}" not in names:
-            path = str(folder / "family" / f"expert_{i:02d}")
-            subprocess.run(
-                [COMMAND, "register", f"expert_{i:02d}", path, "--base", str(folder / "family" / "base"), *at],
-                check=True,
-            )
-    chosen = [f"expert_{i:02d}" for i in range(experts)]
-    subprocess.run([COMMAND, "analyze", *chosen, "--layers", *at], check=True)
 
 
 def forget(folder: Path) -> None:
@@ -90,8 +73,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.folder:
         folder = given.folder.resolve()
-        prepare(folder, given.experts)
-        models = "\n".join(f"  - model: {folder / 'family' / f'expert_{i:02d}'}" for i in range(given.experts))
+        names = register_experts(folder / "layered", folder / "family", given.experts)
+        deltaworks("analyze", *names, "--layers", "--catalog", str(folder / "layered"), "--quiet")
+        models = "\n".join(f"  - model: {folder / 'family' / name}" for name in names)
         head = "merge_method: task_arithmetic\ndtype: bfloat16\nparameters: {weight: 0.3}\n"
         (folder / "layered.yml").write_text(f"{head}base_model: {folder / 'family' / 'base'}\nmodels:\n{models}\n")
         runs: dict[str, dict[str, list[Any]]] = {b or "none": {"layers": [], "originals": []} for b in BUDGETS}

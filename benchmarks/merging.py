@@ -40,6 +40,23 @@ sys.exit(os.waitstatus_to_exitcode(status))
 """A process is charged with the memory of the one that started it, so that one had better be small."""
 
 
+def deltaworks(*arguments: str) -> str:
+    """Run our command of this environment; returns what it printed."""
+    command = str(Path(sys.executable).with_name("deltaworks"))
+    return subprocess.run([command, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def register_experts(catalog: Path, family: Path, experts: int) -> list[str]:
+    """Register `expert_00` on of a family where the catalog does not know them; returns their names."""
+    known = {m["name"] for m in json.loads(deltaworks("list", "--catalog", str(catalog), "--json"))["models"]}
+    names = [f"expert_{i:02d}" for i in range(experts)]
+    for name in names:
+        if name not in known:
+            at = ["--base", str(family / "base"), "--catalog", str(catalog), "--quiet"]
+            deltaworks("register", name, str(family / name), *at)
+    return names
+
+
 def measured(command: list[str], out: Path | None = None) -> dict[str, Any]:
     """Run a command: seconds of wall and processor, peak memory, and what it read from and wrote to devices."""
     # Without it, a program may have to compile its own modules in every run.

@@ -38,7 +38,7 @@ from typing import Any
 
 import numpy as np
 from marked import fill
-from merging import MERGEKIT, measured
+from merging import MERGEKIT, deltaworks, measured, register_experts
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.cached import PAGE, cached_bytes
@@ -118,17 +118,8 @@ class Bench:
         made = [ROOT / "benchmarks" / "make_family.py", self.family, "--preset", "0.5b", "--experts", experts]
         if not (self.family / f"expert_{experts - 1:02d}").is_dir():
             subprocess.run([sys.executable, *map(str, made)], check=True)
-        at = ["--catalog", str(self.catalog), "--quiet"]
-        known = json.loads(self._ours("list", "--catalog", str(self.catalog), "--json"))
-        names = {m["name"] for m in (known["models"] if isinstance(known, dict) else known)}
-        for i in range(experts):
-            if f"expert_{i:02d}" not in names:
-                path = str(self.family / f"expert_{i:02d}")
-                self._ours("register", f"expert_{i:02d}", path, "--base", str(self.family / "base"), *at)
-        self._ours("analyze", "--all", "--no-layers", *at)
-
-    def _ours(self, *arguments: str) -> str:
-        return subprocess.run([*self.command, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
+        register_experts(self.catalog, self.family, experts)
+        deltaworks("analyze", "--all", "--no-layers", "--catalog", str(self.catalog), "--quiet")
 
     def inputs(self, case: Case) -> list[Path]:
         """The weight files a case is about, base included where it is read."""
@@ -428,7 +419,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="for the family (33 GB), the catalog and outputs")
     parser.add_argument("--mergekit", type=Path, help="interpreter that has mergekit 0.1.5")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", metavar="CASE", help=", ".join(c.name for c in CASES))
+    parser.add_argument("--only", nargs="+", metavar="CASE", help=", ".join(c.name for c in CASES).replace("%", "%%"))
     parser.add_argument("--render", action="store_true", help="measure nothing")
     args = parser.parse_args()
     known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}

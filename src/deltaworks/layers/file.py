@@ -49,7 +49,6 @@ RESIDUAL: Final = np.dtype([("sketch", "<f2", (DEPTH - 1, BUCKETS)), ("sample", 
 more: sketches, scaled to a norm of one, and samples. Of m blocks that share a record, the first gives its samples 0, m,
 2m and so on, the second its samples 1, m + 1, 2m + 1."""
 RESIDUAL_ELEMENTS: Final = 1 << 18
-_EXPONENT = np.float32(2.0**112)
 ALIGNED_FROM: Final = 1 << 16
 """Elements a block from which on every block takes whole pages."""
 END: Final = np.dtype(
@@ -310,6 +309,9 @@ class LayerIndex:
     def _ends_of(self, tensor: LayeredTensor) -> NDArray[np.int64]:
         ends: NDArray[np.int64] = self.index["ends"][tensor.first : tensor.first + tensor.blocks].astype(np.int64)
         return ends
+
+
+_EXPONENT = np.float32(2.0**112)
 
 
 def _section(fd: int, first: int, last: int) -> NDArray[np.uint8]:
