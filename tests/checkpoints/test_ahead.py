@@ -3,10 +3,13 @@ import time
 from pathlib import Path
 
 import pytest
+from families import random_tensors, write_model
 
+from deltaworks.catalog.register import register
+from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.ahead import fetch_ahead
 from deltaworks.checkpoints.cached import cached_bytes
-from deltaworks.cli.merges import _fetch_starts
+from deltaworks.cli.merges import _fetch_ahead
 
 SIZE = 12 << 20
 
@@ -63,13 +66,27 @@ def test_a_merge_fetches_the_models_that_its_recipe_names(files: list[Path], tmp
     (tmp_path / "m").mkdir()
     moved = files[0].rename(tmp_path / "m" / "model.safetensors")
     (tmp_path / "r.yml").write_text("base_model: nobody/there\nmodels:\n  - model: 'm'\n    parameters: {weight: 1}\n")
-    _fetch_starts(tmp_path / "r.yml")
+    _fetch_ahead(tmp_path / "r.yml", tmp_path / "c", all_models=True)
+    wait_for(moved, SIZE)
+
+
+def test_a_merge_within_a_budget_fetches_the_base_that_the_catalog_knows(files: list[Path], tmp_path: Path) -> None:
+    base, expert = tmp_path / "base", tmp_path / "expert"
+    write_model(base, random_tensors(1, {"x": (8,)}))
+    write_model(expert, random_tensors(2, {"x": (8,)}))
+    (tmp_path / "r.yml").write_text(f"models:\n  - model: {expert}\n  - model: expert\n")
+    with Catalog(tmp_path / "c") as catalog:
+        register(catalog, "base", str(base))
+        register(catalog, "expert", str(expert), "base")
+    moved = files[0].rename(base / "more.safetensors")
+    _fetch_ahead(tmp_path / "r.yml", tmp_path / "c", all_models=False)
     wait_for(moved, SIZE)
 
 
 def test_a_recipe_with_a_budget_or_none_at_all_fetches_nothing(files: list[Path], tmp_path: Path) -> None:
     (tmp_path / "r.yml").write_text("models:\n  - model: .\nx-deltaworks:\n  budget: 10%\n")
-    _fetch_starts(tmp_path / "r.yml")
-    _fetch_starts(tmp_path / "none.yml")
+    _fetch_ahead(tmp_path / "r.yml", tmp_path / "c", all_models=True)
+    _fetch_ahead(tmp_path / "none.yml", tmp_path / "c", all_models=True)
     time.sleep(0.2)
     assert not any(in_memory(path) for path in files)
+    assert not (tmp_path / "c").exists()

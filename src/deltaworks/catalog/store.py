@@ -46,6 +46,7 @@ CREATE TABLE snapshots(
 """
 
 
+_DATABASE = "catalog.sqlite"
 KEPT = ".files"
 """Suffix of the folder that keeps the small files of an expert beside its layers."""
 
@@ -56,6 +57,11 @@ def default_path() -> Path:
         return Path(chosen)
     data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     return Path(data) / "deltaworks"
+
+
+def is_catalog(path: Path) -> bool:
+    """Whether a folder holds a catalog; to open one makes it."""
+    return (path / _DATABASE).is_file()
 
 
 class Catalog:
@@ -72,7 +78,7 @@ class Catalog:
         self.path = path or default_path()
         try:
             (self.path / "statistics").mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(self.path / "catalog.sqlite", timeout=60, isolation_level=None)
+            self._db = sqlite3.connect(self.path / _DATABASE, timeout=60, isolation_level=None)
             self._db.execute("PRAGMA journal_mode = WAL")
             with self.transaction():
                 version = self._db.execute("PRAGMA user_version").fetchone()[0]

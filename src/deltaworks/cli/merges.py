@@ -111,8 +111,7 @@ def merge(
     and analyzed where the method needs it, once. OUT appears when everything is written and flushed, with a manifest
     that `verify` checks. A stopped merge leaves nothing at OUT; the same command again takes up what was finished.
     """
-    if budget is None and not layers:
-        _fetch_starts(recipe)
+    _fetch_ahead(recipe, catalog, all_models=budget is None and not layers)
     from deltaworks.catalog.store import Catalog
     from deltaworks.cli.progress import make_progress
     from deltaworks.merging.prepare import MergeOptions, plan_inputs, prepare_plan
@@ -264,19 +263,30 @@ def verify(
         )
 
 
-def _fetch_starts(recipe: Path) -> None:
-    """Have the start of every local model that a recipe names brought to memory, while the program itself loads."""
+def _fetch_ahead(recipe: Path, catalog: Path | None, *, all_models: bool) -> None:
+    """Have what a merge is sure to read brought to memory while the program itself loads, and plans.
+
+    That is the start of every model that the recipe names; or the base of the first that the catalog knows, where not
+    all of them are read whole.
+    """
     try:
         text = recipe.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return  # whoever loads it says what is wrong
-    if _BUDGET.search(text):
+    names = dict.fromkeys(_MODEL.findall(text))
+    folders = {n: next((f for f in (recipe.parent / n, Path(n)) if f.is_dir()), None) for n in names}
+    if all_models and not _BUDGET.search(text):
+        fetch_ahead(
+            [f for folder in folders.values() if folder for f in sorted(folder.glob("*.safetensors"))[:1]], _FETCHED
+        )
         return
-    files = []
-    for name in dict.fromkeys(_MODEL.findall(text)):
-        folder = next((f for f in (recipe.parent / name, Path(name)) if f.is_dir()), None)
-        files += sorted(folder.glob("*.safetensors"))[:1] if folder else []
-    fetch_ahead(files, _FETCHED)
+    from deltaworks.catalog.store import Catalog, default_path, is_catalog
+
+    if is_catalog(catalog or default_path()):
+        with Catalog(catalog) as opened:
+            known = (opened.find(n) or (f and opened.find_path(f.resolve())) for n, f in folders.items())
+            base = next((opened.find(m.base) for m in known if m and m.base), None)
+        fetch_ahead(sorted(base.path.glob("*.safetensors")) if base else [])
 
 
 def _budget(text: str | None) -> "Budget | None":

@@ -250,9 +250,9 @@ def _write(
 def _adapter_paths(catalog: Path | None, names: set[str]) -> dict[str, str]:
     """Where adapters lie, of those that are registered in the catalog."""
     from deltaworks.catalog.models import Kind
-    from deltaworks.catalog.store import Catalog, default_path
+    from deltaworks.catalog.store import Catalog, default_path, is_catalog
 
-    if not ((catalog or default_path()) / "catalog.sqlite").is_file():
+    if not is_catalog(catalog or default_path()):
         return {}
     with Catalog(catalog) as opened:
         models = [model for model in opened.models() if model.kind == Kind.ADAPTER and model.name in names]

@@ -15,7 +15,6 @@ from deltaworks.catalog.register import check_same_tensors, check_unchanged, ens
 from deltaworks.catalog.statistics import DeltaTable, read_table
 from deltaworks.catalog.storage import is_far, read_cost
 from deltaworks.catalog.store import Catalog
-from deltaworks.checkpoints.ahead import fetch_ahead
 from deltaworks.checkpoints.sidecars import chat_template, vocabulary
 from deltaworks.errors import CatalogError, ChangedError, CheckpointError, NonFiniteError, RecipeError
 from deltaworks.layers.file import LayerIndex
@@ -127,10 +126,6 @@ class Prepared:
         self._overlaps = Overlaps()
         self._weighed: tuple[Plan, Weighed] | None = None
         if weighs:
-            # Planning takes as long as reading a base, of which a merge within a budget needs nearly all.
-            for base in dict.fromkeys(self._bases.values()):
-                checkpoint = self.models[base].checkpoint
-                fetch_ahead([checkpoint.path / shard.name for shard in checkpoint.shards])
             pairs = list(self._bases.items())
             for pair in pairs:
                 self._analyze(*pair)
