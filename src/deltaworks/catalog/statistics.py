@@ -359,13 +359,15 @@ def read_table(path: Path) -> DeltaTable:
     """
     with _open(path) as (file, block_size):
         last = file.num_row_groups - 1
-        sizes = file.read_row_group(last, ["tensor", "elements"]) if last >= 0 else SCHEMA.empty_table()
+        # Files are read side by side, so threads within each are in each other's way.
+        how = {"use_threads": False}
+        sizes = file.read_row_group(last, ["tensor", "elements"], **how) if last >= 0 else SCHEMA.empty_table()
         rows, end = {}, 0
         for name, size in zip(sizes["tensor"].to_pylist(), sizes["elements"].to_pylist(), strict=True):
             start, end = end, end + max(1, -(-size // block_size))
             rows[name] = slice(start, end)
         columns = ["changed", "delta_square", "base_square", "base_delta"]
-        table = file.read_row_groups(range(max(0, last)), [*columns, "survives", "sketch", "sample"])
+        table = file.read_row_groups(range(max(0, last)), [*columns, "survives", "sketch", "sample"], **how)
         return DeltaTable(
             block_size,
             rows,

@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -272,9 +273,15 @@ def _model(row: tuple[Any, ...]) -> Model:
     checkpoint = Checkpoint(
         Path(path),
         tuple(ShardFile(**s) for s in json.loads(shards)),
-        {t[0]: TensorInfo(t[0], DTYPES[t[1]], tuple(t[2]), t[3], t[4], t[5]) for t in json.loads(tensors)},
+        _tensors(tensors),
         content,
         ShardFile(**file) if file else None,
         kind == Kind.ADAPTER,
     )
     return Model(name, Kind(kind), source, base, bool(declared), fingerprint, checkpoint)
+
+
+@lru_cache(maxsize=16)
+def _tensors(text: str) -> dict[str, TensorInfo]:
+    """Tensors by name, as the catalog writes them: the same text for most experts of a family."""
+    return {t[0]: TensorInfo(t[0], DTYPES[t[1]], tuple(t[2]), t[3], t[4], t[5]) for t in json.loads(text)}

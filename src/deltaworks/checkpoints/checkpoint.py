@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class Checkpoint:
 
     path: Path
     shards: tuple[ShardFile, ...]
-    tensors: dict[str, TensorInfo]
+    tensors: Mapping[str, TensorInfo]
     config: dict[str, Any]
     config_file: ShardFile | None
     is_adapter: bool

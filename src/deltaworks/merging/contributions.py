@@ -225,22 +225,26 @@ def trust_in(spread: float, noise: float) -> float:
 
 def _cosines(sketches: NDArray[np.float32]) -> NDArray[np.float64]:
     blocks, experts, _ = sketches.shape
-    lengths = np.sqrt(np.einsum("pej,pej->pe", sketches, sketches))[:, :, None]
-    unit = np.divide(sketches, lengths, out=np.zeros_like(sketches), where=lengths > 0)
-    own = unit @ unit.transpose(0, 2, 1)
-    flat = sketches.transpose(1, 0, 2).reshape(experts, -1)
-    length = np.sqrt(np.einsum("ej,ej->e", flat, flat))[:, None]
-    whole = np.divide(flat, length, out=np.zeros_like(flat), where=length > 0)
-    pooled = whole @ whole.T
-    noise = spread = 1.0 / BUCKETS
+    products = sketches @ sketches.transpose(0, 2, 1)
+    mixed = pooled = _to_cosines(products.sum(axis=0, keepdims=True))
     if blocks > 1 and experts > 1:
+        own = _to_cosines(products)
         apart = own - pooled
         apart[:, range(experts), range(experts)] = 0.0
         spread = float(np.vdot(apart, apart)) / (blocks * experts * (experts - 1))
-    trust = trust_in(spread, noise)
-    mixed: NDArray[np.float64] = (trust * own + (1 - trust) * pooled).astype(np.float64)
-    mixed[:, range(experts), range(experts)] = 1.0
-    return mixed
+        trust = np.float32(trust_in(spread, 1.0 / BUCKETS))
+        mixed = trust * own + (1 - trust) * pooled
+    cosines: NDArray[np.float64] = np.repeat(mixed, blocks // len(mixed), axis=0).astype(np.float64)
+    cosines[:, range(experts), range(experts)] = 1.0
+    return cosines
+
+
+def _to_cosines(products: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Inner products, [rows, experts, experts], by the lengths of both; zero where one has none."""
+    lengths = np.sqrt(np.einsum("pee->pe", products))
+    both = lengths[:, :, None] * lengths[:, None, :]
+    cosines: NDArray[np.float32] = np.divide(products, both, out=np.zeros_like(products), where=both > 0)
+    return cosines
 
 
 def contribution(

@@ -198,16 +198,15 @@ class _Candidate:
         self._indices = [knowledge.layers.get(tensor.inputs[k].model) for k in self.experts]
         self._gone = [knowledge.models[tensor.inputs[k].model].is_gone for k in self.experts]
         self._infos = [_tensor(knowledge.models[tensor.inputs[k].model], tensor.inputs[k].tensor) for k in self.experts]
-        base = knowledge.models[self.stand_in.model]
-        self._base_info = _tensor(base, self.stand_in.tensor)
+        self._base_info = _tensor(knowledge.models[self.stand_in.model], self.stand_in.tensor)
         count = max(1, -(-tensor.count // block_size))
         elements = np.full(count, block_size, np.int64)
         elements[-1] = tensor.count - (count - 1) * block_size
-        self._size = np.stack([elements * i.dtype.bits // 8 for i in self._infos], axis=1)
+        self._size = elements[:, None] * np.array([i.dtype.bits for i in self._infos]) // 8
         self.cost = self._size
         self.norms = np.zeros(self.cost.shape)
         self._base_square = np.zeros(count)
-        deltas = [self._delta(k, knowledge, base) for k in self.experts]
+        deltas = [self._delta(k, i, knowledge) for k, i in zip(self.experts, self._infos, strict=True)]
         known = [d for d in deltas if d is not None]
         self.deltas = known if len(known) == len(deltas) else []
 
@@ -249,14 +248,12 @@ class _Candidate:
             self._full = self.contribution.full if self.contribution is not None else 0.0
         return self._full
 
-    def _delta(self, k: int, knowledge: Knowledge, base: Model) -> Delta | None:
+    def _delta(self, k: int, info: TensorInfo, knowledge: Knowledge) -> Delta | None:
         source = self.tensor.inputs[k]
         assert self.stand_in is not None
         table = knowledge.deltas.get((source.model, self.stand_in.model))
-        expert = knowledge.models[source.model]
-        both = {_tensor(m, source.tensor).name for m in (expert, base)}
         # Where both leave a tied head out, its delta is that of the embeddings.
-        rows = table.rows.get(both.pop() if len(both) == 1 else source.tensor) if table else None
+        rows = table.rows.get(info.name if info.name == self._base_info.name else source.tensor) if table else None
         return Delta(table, rows) if table is not None and rows is not None else None
 
     def rank(self, shares: dict[int, float] | None, request: int) -> Ranking:
