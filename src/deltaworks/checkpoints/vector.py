@@ -12,7 +12,7 @@ on every machine. Types:
 F32        float32; ``+ - * /``, ``> < >= !=`` (false where one is NaN, but ``!=``)
 F64        float64; ``+ - *``
 U32        uint32; ``+ - * & | ^ << >>``, comparisons
-U64        only four uint64, of which `sixteen_bits` makes sixteen numbers; ``* >>`` with a scalar, ``^``
+U64        only eight uint64, thirty-two numbers of sixteen bits to `bits_below`; ``* >>`` with a scalar, ``^``
 MASK       the results of comparisons; ``& | ^``
 =========  ==========================================================================
 """
@@ -53,9 +53,10 @@ class _Vector(types.Type):
 F32 = _Vector("float32", ir.FloatType())
 F64 = _Vector("float64", ir.DoubleType())
 U32 = _Vector("uint32", ir.IntType(32))
-U64 = _Vector("uint64", ir.IntType(64), 4)
+U64 = _Vector("uint64", ir.IntType(64), 8)
 MASK = _Vector("bool", ir.IntType(1))
 _HALVES = ir.VectorType(ir.IntType(16), LANES)
+_CHANCES = ir.VectorType(ir.IntType(16), 32)
 _OF = {types.float32: F32, types.float64: F64, types.uint32: U32}
 
 
@@ -117,6 +118,13 @@ def _ramp(builder: ir.IRBuilder, start: Any, step: Any) -> Any:
     lanes = U64.ir.count
     counts = ir.Constant(U64.ir, list(range(lanes)))
     return builder.add(_splat(builder, start, lanes), builder.mul(_splat(builder, step, lanes), counts))
+
+
+def _bits_below(builder: ir.IRBuilder, x: Any, limit: Any) -> Any:
+    highest = builder.trunc(builder.sub(limit, ir.Constant(limit.type, 1)), _CHANCES.element)
+    below = builder.icmp_unsigned("<=", builder.bitcast(x, _CHANCES), _splat(builder, highest, _CHANCES.count))
+    none = ir.Constant(limit.type, 0)
+    return builder.select(builder.icmp_unsigned("==", limit, none), none, builder.bitcast(below, limit.type))
 
 
 for _kind in (F32, F64):
@@ -244,8 +252,11 @@ def ramp(x: Any, step: Any) -> Any:
     raise NotImplementedError
 
 
-def sixteen_bits(x: Any) -> Any:
-    """The sixteen uint16 that U64 consists of, the lower bits first, as U32."""
+def bits_below(x: Any, limit: Any) -> Any:
+    """Which of the thirty-two uint16 that U64 consists of, the lower first, are less than a uint32 up to 65536.
+
+    A bit each, as uint32.
+    """
     raise NotImplementedError
 
 
@@ -329,7 +340,7 @@ _define(
 )
 _define(sum_in_order, (F64,), types.float64, _sum_in_order)
 _define(ramp, (types.uint64, types.uint64), U64, _ramp)
-_define(sixteen_bits, (U64,), U32, lambda b, x: b.zext(b.bitcast(x, _HALVES), U32.ir))
+_define(bits_below, (U64, types.uint32), types.uint32, _bits_below)
 
 
 def _address(context: Any, builder: ir.IRBuilder, array: Any, values: Sequence[Any], to: ir.Type) -> Any:

@@ -54,8 +54,8 @@ class Rows:
         self.places = np.zeros(inputs, np.int64)
         self.present = np.ones((inputs, -(-elements // TILE) or 1), np.bool_)
         self.scratch = np.empty((inputs + 3, TILE), np.float32)
-        keeping = inputs if any(s.operation.keeps_masks for s in streams) else 0
-        self.masks = np.empty((keeping, -(-elements // LANES)), np.uint16)
+        drawing = inputs if any(s.operation.draws_masks for s in streams) else 0
+        self.masks = np.empty((drawing, 2 * -(-elements // (2 * LANES))), np.uint16)
         self.holds = self.stays = False
 
     @property

@@ -91,9 +91,9 @@ class DeltaSum(Operation):
         return self.rescale and thins and self.scales is None
 
     @property
-    def keeps_masks(self) -> bool:
-        """The pass that sums up draws the masks that merging needs again."""
-        return self.sparsify is Sparsify.RANDOM and self._needs_masses
+    def draws_masks(self) -> bool:
+        """See `Operation`."""
+        return self.sparsify is Sparsify.RANDOM
 
     @property
     def alignment(self) -> int:
@@ -151,8 +151,7 @@ class DeltaSum(Operation):
         at_random = self.sparsify is Sparsify.RANDOM
         chances = _chances(self.keys if at_random else (0,) * n, self.densities)
         thresholds, ties = np.zeros(n, np.uint32), np.zeros((n, 3), np.int64)
-        masks, known = block.masks, at_random and block.is_again and len(block.masks) > 0
-        result = Thinning(at_random, thresholds, ties, *chances, masks, known)
+        result = Thinning(at_random, thresholds, ties, *chances, block.masks, at_random and block.is_again)
         result.ties[:, 0] = block.count
         if self.sparsify is not Sparsify.MAGNITUDE:
             return result

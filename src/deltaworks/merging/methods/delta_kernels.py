@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.codec import TILE, encode
-from deltaworks.checkpoints.jit import kernel
+from deltaworks.checkpoints.jit import inlined, kernel
 from deltaworks.checkpoints.vector import (
     LANES,
     MAGNITUDE,
@@ -14,11 +14,11 @@ from deltaworks.checkpoints.vector import (
     ONE,
     ZERO,
     bits,
+    floats,
     lanes_set,
     largest,
     load,
     maximum,
-    packed,
     select,
     splat,
     store,
@@ -27,7 +27,7 @@ from deltaworks.checkpoints.vector import (
     widen,
 )
 from deltaworks.merging.methods.operation import Inputs, find_rows, stage, stage_stand_in
-from deltaworks.merging.methods.random_mask import round_density, stays_by_chance
+from deltaworks.merging.methods.random_mask import draw_masks, round_density
 
 
 class Thinning(NamedTuple):
@@ -40,9 +40,9 @@ class Thinning(NamedTuple):
             stay, the first, and none from a later element on.
         keys: uint64, [experts]; of the random masks.
         densities: uint64, [experts, 2]; see `split_density`.
-        masks: uint16, [experts, vectors]; a bit for each element of the block that says whether it stays by chance.
-            Empty where nobody keeps them.
-        masks_known: whether an earlier pass left them there.
+        masks: uint16, [experts, vectors]; room for a bit for each element of the block that says whether it stays by
+            chance; see `draw_masks`.
+        masks_known: whether an earlier pass has drawn them.
     """
 
     at_random: bool
@@ -63,7 +63,7 @@ class Tile(NamedTuple):
         experts: int64, [experts]; which they are.
         thresholds: uint32, [experts]; see `Thinning`.
         equals: int64, [experts]; how many magnitudes of each that equal its threshold stay.
-        densities: uint32, [experts]; see `stays_by_chance`.
+        densities: uint32, [experts]; see `round_density`.
     """
 
     rows: NDArray[np.int64]
@@ -99,6 +99,14 @@ def _find_tile(
                 tile.densities[found] = round_density(thinning.keys[k - 1], thinning.densities[k - 1], first + start)
             found += 1
     return found, half
+
+
+@kernel
+def _draw_tile(thinning: Thinning, first: int, start: int, n: int, found: int, tile: Tile) -> None:
+    """Draw who stays by chance in a tile."""
+    for a in range(found):
+        k = tile.experts[a]
+        draw_masks(thinning.keys[k], tile.densities[a], first + start, n, thinning.masks, k, start // LANES)
 
 
 @kernel
@@ -192,16 +200,18 @@ def delta_masses(
         n = min(TILE, count - start)
         found, half = _find_tile(inputs, first, start, n, thinning, rows, tile)
         own = sums[start // TILE]
+        if thinning.at_random:
+            _draw_tile(thinning, first, start, n, found, tile)
         if half and not _set_thresholds(halves, start, n, found, thinning, quotas, tile):
-            _masses_tile(halves, n, found, thinning, first, start, tile, own)
+            _masses_tile(halves, n, found, thinning, start, tile, own)
             continue
         _stage_tile(inputs, start, n, found, tile, scratch)
         torn = _set_thresholds(scratch, start, n, found, thinning, quotas, tile)
-        _masses_tile(scratch, n, found, thinning, first, start, tile, own)
+        _masses_tile(scratch, n, found, thinning, start, tile, own)
         if torn:
             before = own.copy()
             _drop_equals(scratch, start, n, found, thinning, quotas, tile)
-            _masses_tile(scratch, n, found, thinning, first, start, tile, own)
+            _masses_tile(scratch, n, found, thinning, start, tile, own)
             own[::2] = before[::2]
 
 
@@ -211,27 +221,24 @@ def _masses_tile(
     n: int,
     found: int,
     thinning: Thinning,
-    first: int,
     start: int,
     tile: Tile,
     sums: NDArray[np.float64],
 ) -> None:
-    """Sums of magnitudes, before thinning and after, in a tile from element `start` of the block at `first` on."""
-    magnitude, zero, masks = splat(MAGNITUDE), splat(ZERO), thinning.masks
+    """Sums of magnitudes, before thinning and after, in a tile from element `start` of the block on."""
+    magnitude, zero = splat(MAGNITUDE), splat(ZERO)
     for a in range(found):
         k = tile.experts[a]
         before, after = zero, zero
         for i in range(0, n, LANES):
             d = load(table, tile.rows[a + 1], tile.places[a + 1] + i) - load(table, tile.rows[0], tile.places[0] + i)
+            size = bits(d) & magnitude
             if thinning.at_random:
-                stays = stays_by_chance(thinning.keys[k], tile.densities[a], first + start + i)
-                if len(masks):
-                    masks[k, (start + i) // LANES] = packed(stays)
+                stays = unpacked(np.uint32(thinning.masks[k, (start + i) // LANES]))
             else:
-                stays = (bits(d) & magnitude) >= splat(tile.thresholds[a])
-            d = select(d < zero, zero - d, d)
-            before = before + d
-            after = select(stays, after + d, after)
+                stays = size >= splat(tile.thresholds[a])
+            before = before + floats(size)
+            after = select(stays, after + floats(size), after)
         sums[2 * k], sums[2 * k + 1] = sum_in_order(widen(before)), sum_in_order(widen(after))
 
 
@@ -269,17 +276,48 @@ def merge_deltas(
     for start in range(0, count, TILE):
         n = min(TILE, count - start)
         found, half = _find_tile(inputs, first, start, n, thinning, rows, tile)
+        if thinning.at_random and not thinning.masks_known:
+            _draw_tile(thinning, first, start, n, found, tile)
         if half and not _set_thresholds(halves, start, n, found, thinning, quotas, tile):
-            largest_ = _merge_tile(halves, n, found, thinning, first, start, tile, scaled, scales, weights, how, total)
+            largest_ = _merge_tile(halves, n, found, thinning, start, tile, scaled, scales, weights, how, total)
         else:
             _stage_tile(inputs, start, n, found, tile, scratch)
             if _set_thresholds(scratch, start, n, found, thinning, quotas, tile):
                 _drop_equals(scratch, start, n, found, thinning, quotas, tile)
-            largest_ = _merge_tile(scratch, n, found, thinning, first, start, tile, scaled, scales, weights, how, total)
+            largest_ = _merge_tile(scratch, n, found, thinning, start, tile, scaled, scales, weights, how, total)
         # Thinning or the vote could drop a NaN, which would then go unnoticed.
         wrong += 1 if largest_ >= NOT_FINITE else 0
         wrong += encode(total, n, out_code, out, start)
     return wrong
+
+
+@inlined
+def _count_in(sums: Any, d: Any, stays: Any, weight: Any, consensus: bool) -> Any:
+    """Add what stays of a weighted delta: to the total, and to the sum, and the weights, of those of its sign."""
+    total, up, down, for_up, for_down = sums
+    total = select(stays, total + d, total)
+    if consensus:
+        zero = splat(ZERO)
+        ups, downs = stays & (d > zero), stays & (d < zero)
+        up, down = select(ups, up + d, up), select(downs, down + d, down)
+        for_up, for_down = select(ups, for_up + weight, for_up), select(downs, for_down + weight, for_down)
+    return total, up, down, for_up, for_down
+
+
+@inlined
+def _outcome(sums: Any, how: tuple[bool, bool, np.float32, np.float32]) -> Any:
+    """The merged delta, once every expert is counted in."""
+    total, up, down, for_up, for_down = sums
+    consensus, normalize, everyone, scale = how
+    if consensus:
+        elected = total >= splat(ZERO)
+        total = select(elected, up, down)
+        if normalize:
+            divisor = select(elected, for_up, for_down)
+            total = total / select(divisor != splat(ZERO), divisor, splat(ONE))
+    elif normalize:
+        total = total / splat(everyone)
+    return total * splat(scale)
 
 
 @kernel
@@ -288,7 +326,6 @@ def _merge_tile(
     n: int,
     found: int,
     thinning: Thinning,
-    first: int,
     start: int,
     tile: Tile,
     scaled: bool,
@@ -297,44 +334,33 @@ def _merge_tile(
     how: tuple[bool, bool, np.float32, np.float32],
     out: NDArray[np.float32],
 ) -> Any:
-    """Merge a tile from element `start` of the block at `first` on; returns the largest magnitude met, as bits."""
-    consensus, normalize, everyone, scale = how
-    zero, one, magnitude = splat(ZERO), splat(ONE), splat(MAGNITUDE)
+    """Merge a tile from element `start` of the block on; returns the largest magnitude met, as bits."""
+    zero, magnitude, consensus = splat(ZERO), splat(MAGNITUDE), how[0]
     top = splat(np.uint32(0))
-    for i in range(0, n, LANES):
-        base = load(table, tile.rows[0], tile.places[0] + i)
-        # Both signs are summed while the vote is open.
-        total = positive = negative = for_positive = for_negative = zero
+    # Two vectors at a time share what is looked up of each expert; an odd last one is its own neighbour.
+    for i in range(0, n, 2 * LANES):
+        j = i + LANES if i + LANES < n else i
+        base_i, base_j = load(table, tile.rows[0], tile.places[0] + i), load(table, tile.rows[0], tile.places[0] + j)
+        sums_i = sums_j = (zero, zero, zero, zero, zero)
         for a in range(found):
-            k = tile.experts[a]
-            d = load(table, tile.rows[a + 1], tile.places[a + 1] + i) - base
-            size = bits(d) & magnitude
-            top = maximum(top, size)
-            if thinning.masks_known:
-                stays = unpacked(np.uint32(thinning.masks[k, (start + i) // LANES]))
-            elif thinning.at_random:
-                stays = stays_by_chance(thinning.keys[k], tile.densities[a], first + start + i)
+            k, row, place = tile.experts[a], tile.rows[a + 1], tile.places[a + 1]
+            d_i, d_j = load(table, row, place + i) - base_i, load(table, row, place + j) - base_j
+            size_i, size_j = bits(d_i) & magnitude, bits(d_j) & magnitude
+            top = maximum(top, maximum(size_i, size_j))
+            if thinning.at_random:
+                stays_i = unpacked(np.uint32(thinning.masks[k, (start + i) // LANES]))
+                stays_j = unpacked(np.uint32(thinning.masks[k, (start + j) // LANES]))
             else:
-                stays = size >= splat(tile.thresholds[a])
+                threshold = splat(tile.thresholds[a])
+                stays_i, stays_j = size_i >= threshold, size_j >= threshold
             if scaled:
-                d = d * splat(scales[k])
+                factor = splat(scales[k])
+                d_i, d_j = d_i * factor, d_j * factor
             weight = splat(weights[k])
-            d = d * weight
-            total = select(stays, total + d, total)
-            if consensus:
-                up, down = stays & (d > zero), stays & (d < zero)
-                positive, negative = select(up, positive + d, positive), select(down, negative + d, negative)
-                for_positive = select(up, for_positive + weight, for_positive)
-                for_negative = select(down, for_negative + weight, for_negative)
-        if consensus:
-            elected = total >= zero
-            total = select(elected, positive, negative)
-            if normalize:
-                divisor = select(elected, for_positive, for_negative)
-                total = total / select(divisor != zero, divisor, one)
-        elif normalize:
-            total = total / splat(everyone)
-        store(out, i, base + total * splat(scale))
+            sums_i = _count_in(sums_i, d_i * weight, stays_i, weight, consensus)
+            sums_j = _count_in(sums_j, d_j * weight, stays_j, weight, consensus)
+        store(out, i, base_i + _outcome(sums_i, how))
+        store(out, j, base_j + _outcome(sums_j, how))
     return largest(top)
 
 

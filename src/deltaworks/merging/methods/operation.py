@@ -51,7 +51,8 @@ class Block:
         scratch: float32, [inputs + 3, TILE].
         out: uint8, a multiple of 8 bytes; raw elements of the output, at the front.
         out_code: element type of the output.
-        masks: uint16, [inputs or 0, vectors]; for operations that `keeps_masks`, which find here what they left.
+        masks: uint16, [inputs or 0, an even number]; room for a bit an element for operations that `draws_masks`, which
+            find here what an earlier pass left.
         is_again: whether an earlier pass saw the block in these very buffers.
     """
 
@@ -119,8 +120,8 @@ class Operation(ABC):
         return True
 
     @property
-    def keeps_masks(self) -> bool:
-        """Whether a pass leaves in `Block.masks` what the next can use."""
+    def draws_masks(self) -> bool:
+        """Whether it needs `Block.masks`."""
         return False
 
     @property

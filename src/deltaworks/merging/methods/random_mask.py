@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.jit import kernel
-from deltaworks.checkpoints.vector import ramp, sixteen_bits, splat
+from deltaworks.checkpoints.vector import LANES, bits_below, ramp
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -60,8 +60,21 @@ def round_density(key: int, density: NDArray[np.uint64], place: int) -> Any:
 
 
 @kernel
-def stays_by_chance(key: int, density: int, place: int) -> Any:
-    """Which of sixteen elements from the flat index `place`, a multiple of 4, on stay; see `round_density`."""
+def draw_masks(key: int, density: int, place: int, n: int, masks: NDArray[np.uint16], k: int, start: int) -> None:
+    """Which of the `n` elements of the tile at the flat index `place` stay, a bit each, to `masks[k, start:]`.
+
+    Args:
+        key: see `random_key`.
+        density: see `round_density`.
+        place: a multiple of the tile.
+        n: elements.
+        masks: uint16, [rows, an even number]; the first element is the lowest bit.
+        k: the row.
+        start: where in it.
+    """
     group = np.uint64(place) >> np.uint64(2)
-    number = sixteen_bits(_split_mix(ramp(key + (group + np.uint64(1)) * _GOLDEN, _GOLDEN)))
-    return number < splat(density)
+    counter = key + (group + np.uint64(1)) * _GOLDEN
+    for v in range(start, start + -(-n // LANES), 2):
+        stay = bits_below(_split_mix(ramp(counter, _GOLDEN)), np.uint32(density))
+        masks[k, v], masks[k, v + 1] = np.uint16(stay), np.uint16(stay >> np.uint32(16))
+        counter += np.uint64(8) * _GOLDEN
