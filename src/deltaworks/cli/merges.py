@@ -111,7 +111,8 @@ def merge(
     and analyzed where the method needs it, once. OUT appears when everything is written and flushed, with a manifest
     that `verify` checks. A stopped merge leaves nothing at OUT; the same command again takes up what was finished.
     """
-    _fetch_ahead(recipe, catalog, all_models=budget is None and not layers)
+    if budget or not layers:  # all layers take the processor longer than the disk
+        _fetch_ahead(recipe, catalog, all_models=budget is None)
     from deltaworks.catalog.store import Catalog
     from deltaworks.cli.progress import make_progress
     from deltaworks.merging.prepare import MergeOptions, plan_inputs, prepare_plan

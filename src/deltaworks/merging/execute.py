@@ -221,7 +221,8 @@ class _Stages:
         for stream in streams:
             name = shard_of[stream.tensor.name].name
             self._left[name] = self._left.get(name, 0) + stream.blocks
-        self._sources, self.are_cached = reads.sources(plan, models, streams, layers)
+        self._sources, cached = reads.sources(plan, models, streams, layers)
+        self.are_cached = cached and (not layers or files_are_cached(f.path for f in layers.values()))
 
     def read(self, task: Task, slot: _Slot) -> None:
         """Fill the slot's rows with the task's block of every input."""
