@@ -24,6 +24,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "ties": {"parameters": "weight: 0.7, density: [0.2, 0.6]"},
     "dare_linear": {"parameters": "weight: 0.7, density: 0.3"},
     "dare_ties": {"parameters": "weight: 0.7, density: 0.3, normalize: true"},
+    "breadcrumbs": {"parameters": "weight: 0.7, density: [0.2, 0.6], gamma: 0.05"},
+    "breadcrumbs_ties": {"parameters": "weight: 0.7, density: 0.3, gamma: [0.0, 0.2], normalize: true"},
     "slerp": {"listed": ("expert1",), "parameters": "t: [0, 0.7]"},
     "passthrough": {"base": False, "listed": ("expert1",), "parameters": "scale: [{filter: o_proj, value: 0.0}]"},
 }

@@ -11,7 +11,7 @@ from merges import block as block_of
 from merges import drained
 from numpy.typing import NDArray
 
-from deltaworks.catalog.histogram import BINS, Cut, Interval, count_magnitudes, kept_elements, place_cuts
+from deltaworks.catalog.histogram import BINS, Cut, Interval, count_magnitudes, kept_elements, place_cuts, ranks_between
 from deltaworks.catalog.statistics import add_up
 from deltaworks.checkpoints.codec import TILE, decode_reference, encode_reference
 from deltaworks.checkpoints.dtypes import BF16, F16, F32, FLOATS, DType
@@ -153,6 +153,11 @@ def test_delta_sums(
     values = [decode_reference(r, d) for r, d in zip(raws, dtypes, strict=True)]
     experts = len(dtypes) - 1
     densities = tuple(data.draw(st.sampled_from([0.0, 0.1, 0.37, 0.5, 0.99, 1.0])) for _ in range(experts))
+    gammas = tuple(data.draw(st.sampled_from([0.0, 0.01, 0.3])) for _ in range(experts))
+    ranks = [(0, kept_elements(d, size)) for d in densities]
+    if sparsify is Sparsify.OUTLIERS:
+        ranks = [ranks_between(d, g, size) for d, g in zip(densities, gammas, strict=True)]
+        densities = tuple(0.0 if a == b else d for d, (a, b) in zip(densities, ranks, strict=True))
     operation = DeltaSum(
         weights=tuple(data.draw(st.sampled_from([1.0, 0.3, -0.5, 1 / 3])) for _ in range(experts)),
         densities=densities,
@@ -162,10 +167,15 @@ def test_delta_sums(
         normalize=switches[2],
         scale=scale,
         cuts=tuple(
-            cut_for(values[0], x, kept_elements(d, size)) if 0 < d < 1 and size else Cut(0, 0, 0, 1)
-            for x, d in zip(values[1:], densities, strict=True)
+            cut_for(values[0], x, end) if 0 < d < 1 and size else Cut(0, 0, 0, 1)
+            for x, d, (_, end) in zip(values[1:], densities, ranks, strict=True)
         ),
         keys=tuple(random_key(seed, k, "t") for k in range(experts)),
+        gammas=gammas,
+        tops=tuple(
+            cut_for(values[0], x, first) if 0 < d < 1 and first else None
+            for x, d, (first, _) in zip(values[1:], densities, ranks, strict=True)
+        ),
     )
     got, _ = stream(operation, raws, dtypes, BF16, blocks)
     np.testing.assert_array_equal(got, expected(operation, raws, dtypes, BF16))
@@ -183,6 +193,25 @@ def test_ties_keep_the_lowest_indices() -> None:
     for blocks in (1, 2, 3):
         got, _ = stream(operation, [base, encode_reference(ones, BF16)], [BF16, BF16], F32, blocks)
         np.testing.assert_array_equal(decode_reference(got, F32), (np.arange(9000) < keep).astype(np.float32))
+
+
+@pytest.mark.parametrize(("gamma", "density"), [(0.0, 0.25), (0.1, 0.25), (0.4, 0.6), (0.9, 0.5), (0.5, 0.001)])
+def test_outliers_go_and_of_equals_the_lowest_indices(gamma: float, density: float) -> None:
+    """Of deltas that are all equal, a stretch in the middle stays, wherever blocks begin and end."""
+    first, end = ranks_between(density, gamma, 9000)
+    assert end - first == int(density * 9000)
+    assert first == min(int(gamma * 9000), 9000 - (end - first))
+    base, ones = np.zeros(9000, np.float32), np.ones(9000, np.float32)
+    tops = (cut_for(base, ones, first) if first else None,)
+    operation = DeltaSum(
+        (1.0,), (density,), Sparsify.OUTLIERS, False, True, True, 1.0, (cut_for(base, ones, end),),
+        gammas=(gamma,), tops=tops,
+    )  # fmt: skip
+    raws = [encode_reference(x, BF16) for x in (base, ones)]
+    for blocks in (1, 2, 3):
+        got, _ = stream(operation, raws, [BF16, BF16], F32, blocks)
+        places = np.arange(9000)
+        np.testing.assert_array_equal(decode_reference(got, F32), ((places >= first) & (places < end)).astype("f4"))
 
 
 def test_elected_signs_and_weights_by_hand() -> None:

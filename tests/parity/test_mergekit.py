@@ -31,6 +31,10 @@ CASES: dict[str, dict[str, Any]] = {
     "ties-rescale": {"parameters": "weight: 1, density: 0.4, rescale: true"},
     "ties-filter": {"parameters": "weight: 1, density: [{filter: self_attn, value: 0.25}, {filter: norm, value: 1.0}, "
                     "{value: 0.5}]"},
+    "breadcrumbs": {"experts": MIXED},
+    "breadcrumbs-gamma": {"parameters": "weight: 0.4, density: [0.2, 0.9], gamma: 0.2, lambda: 1.3, normalize: true"},
+    "breadcrumbs-rescale": {"parameters": "weight: 1, density: 0.4, rescale: true"},
+    "breadcrumbs_ties": {"experts": MIXED, "parameters": "gamma: [{filter: mlp, value: 0.1}, {value: 0.03}]"},
     "slerp": {"listed": ("expert0",), "parameters": "t: 0.3"},
     "slerp-gradient": {"listed": ("expert2",), "parameters": "t: [{filter: mlp, value: [0, 0.5, 1]}, {value: 0.7}]"},
     "passthrough": {"base": False, "listed": ("expert1",)},
@@ -91,17 +95,27 @@ def ulps(a: Array, b: Array) -> Array:
 
 
 def at_threshold(case: str, name: str, inputs: dict[str, dict[str, Array]]) -> Array:
-    """Elements where a delta has exactly the magnitude at which it is trimmed; a sort may keep any of them."""
+    """Elements where a delta has exactly a magnitude at which it is trimmed; a sort may keep any of them."""
     base = inputs["base"][name].astype(np.float32)
     tied = np.zeros(base.shape, bool)
-    if not case.startswith("ties"):
+    if not case.startswith(("ties", "breadcrumbs")):
         return tied
     for expert in ("expert0", "expert1", "expert2"):
         delta = np.abs(inputs[expert][name].astype(np.float32) - base)
         density = of_expert(case, name, expert, "density", 1.0)
         if density < 1:
-            tied |= delta == np.sort(delta, axis=None)[::-1][max(1, int(density * delta.size)) - 1]
+            descending = np.sort(delta, axis=None)[::-1]
+            for rank in kept_ranks(case, name, expert, density, delta.size):
+                tied |= (delta == descending[rank - 1]) & (rank > 0)
     return tied
+
+
+def kept_ranks(case: str, name: str, expert: str, density: float, size: int) -> tuple[int, int]:
+    """By magnitude from the largest, the first element that stays, and the end."""
+    if case.startswith("ties"):
+        return 0, max(1, int(density * size))
+    smallest = max(0, size - int(density * size) - int(of_expert(case, name, expert, "gamma", 0.01) * size))
+    return size - smallest - int(density * size), size - smallest
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -180,14 +194,15 @@ def in_float64(case: str, name: str, tensors: dict[str, Array]) -> Any:
     for expert, w in zip(listed, weights, strict=True):
         d = tensors[expert] - base
         density = of(expert, "density", 1.0)
-        if method == "ties" and density < 1:
+        if method in ("ties", "breadcrumbs", "breadcrumbs_ties") and density < 1:
             keep = np.zeros(d.size, bool)
-            keep[np.argsort(-np.abs(d).ravel(), kind="stable")[: max(1, int(density * d.size))]] = True
+            first, end = kept_ranks(case, name, expert, density, d.size)
+            keep[np.argsort(-np.abs(d).ravel(), kind="stable")[first:end]] = True
             kept = np.where(keep.reshape(d.shape), d, 0.0)
             d = kept * (np.abs(d).sum() / np.abs(kept).sum()) if setting(shared, "rescale", name, False) else kept
         deltas.append(w * d)
     total, divisor = sum(deltas), np.full(base.shape, sum(weights))
-    if method == "ties":
+    if method in ("ties", "breadcrumbs_ties"):
         elected = np.where(total >= 0, 1, -1)
         agree = [np.sign(d) == elected for d in deltas]
         total = sum(np.where(a, d, 0) for a, d in zip(agree, deltas, strict=True))

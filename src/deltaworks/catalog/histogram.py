@@ -63,6 +63,17 @@ def kept_elements(density: float, size: int) -> int:
     return max(1, int(density * size))
 
 
+def ranks_between(density: float, gamma: float, size: int) -> tuple[int, int]:
+    """Which of `size` elements stay where outliers go, by rank from the largest magnitude: the first, and the end.
+
+    The share `gamma` of the largest goes, or less where not enough would be left, and then so many of the smallest that
+    ``int(density * size)`` stay. Source: Davari and Belilovsky, arXiv 2312.06795, section 3; in numbers as mergekit's.
+    """
+    kept = int(density * size)
+    smallest = max(0, size - kept - int(gamma * size))
+    return size - smallest - kept, size - smallest
+
+
 @dataclass(frozen=True, slots=True)
 class Histogram:
     """Non-empty bins in ascending order, with counts.

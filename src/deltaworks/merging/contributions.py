@@ -10,10 +10,10 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaworks.catalog.histogram import Interval
+from deltaworks.catalog.histogram import Cut, Interval, ranks_between
 from deltaworks.catalog.statistics import DENSITIES, DeltaTable
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES, sample_places
-from deltaworks.merging.election import elected_loss, elected_path, stretch_samples
+from deltaworks.merging.election import ELECT, ELECT_AND_DIVIDE, SUM, elected_loss, elected_path, stretch_samples
 from deltaworks.merging.methods.delta import DeltaSum, Sparsify
 from deltaworks.merging.methods.operation import Operation
 from deltaworks.merging.methods.random_mask import random_mask_reference
@@ -123,7 +123,7 @@ class Overlapping:
 
 @dataclass(frozen=True, slots=True)
 class Elected:
-    """Parts that elect the sign of every element, seen through samples.
+    """Parts of which every element hangs on all of them, or on its place in its tensor, seen through samples.
 
     Attributes:
         samples: float32, [blocks, experts, SAMPLES]; weighted, thinned deltas, each scaled so that squares add up to
@@ -131,14 +131,14 @@ class Elected:
         residual: float64, [blocks, experts]; squares that no sampled element stands for.
         factors: float32, [blocks, experts]; what samples were multiplied by, to be weighed and scaled.
         weights: float32, [experts].
-        normalize: whether values are divided by the weights of those who agree.
+        rule: how values combine: `SUM`, `ELECT` or `ELECT_AND_DIVIDE`.
     """
 
     samples: NDArray[np.float32]
     residual: NDArray[np.float64]
     factors: NDArray[np.float32]
     weights: NDArray[np.float32]
-    normalize: bool
+    rule: int
 
     @property
     def full(self) -> float:
@@ -158,7 +158,7 @@ class Elected:
         order = np.argsort(-worth, axis=1, kind="stable")
         squares = np.take_along_axis(pooled, order, 1)
         left = np.empty(energies.shape[1] + 1)
-        elected_path(self.samples, self.residual, self.weights, self.normalize, order, run, left)
+        elected_path(self.samples, self.residual, self.weights, self.rule, order, run, left)
         left[-1] = 0.0
         taken, total = -np.diff(np.minimum.accumulate(left)), squares.sum(axis=0)
         gain = squares * np.divide(taken, total, out=np.zeros_like(total), where=total > 0)
@@ -183,7 +183,7 @@ class Elected:
 
     def _loss(self, chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
         result = np.empty((2, len(chosen)))
-        elected_loss(self.samples, self.residual, self.weights, self.normalize, chosen, *result)
+        elected_loss(self.samples, self.residual, self.weights, self.rule, chosen, *result)
         return result
 
     def energies(self) -> NDArray[np.float64]:
@@ -259,7 +259,7 @@ def contribution(
         overlaps: cosines between them.
         count: elements in the tensor.
     """
-    if isinstance(operation, DeltaSum) and operation.consensus:
+    if isinstance(operation, DeltaSum) and (operation.consensus or operation.trims):
         return _elected(operation, deltas, count)
     coefficients, thinning = coefficients_of(operation, experts, deltas)
     norms = np.sqrt(np.stack([d.square for d in deltas], axis=1)) * np.abs(coefficients)
@@ -289,9 +289,7 @@ def coefficients_of(
     if isinstance(operation, Slerp):
         return np.array([_slerp(operation, experts, deltas)[e] for e in experts]), ones
     if isinstance(operation, DeltaSum):
-        everyone = math.fsum(operation.weights)
-        weights = np.array(operation.weights) * operation.scale
-        weights /= everyone if operation.normalize and abs(everyone) >= 1e-8 else 1.0
+        weights = np.array(operation.weights) * operation.scale / operation.divisor
         if operation.sparsify is not Sparsify.RANDOM:
             return weights, ones
         kept = np.array(operation.densities)
@@ -314,8 +312,9 @@ def _slerp(operation: Slerp, experts: Sequence[int], deltas: Sequence[Delta]) ->
 
 
 def _elected(operation: DeltaSum, deltas: Sequence[Delta], count: int) -> Elected:
-    """Samples of what each expert brings to a merge with sign election, and the squares they leave out."""
+    """Samples of what each expert brings to a merge that elects or trims, and the squares they leave out."""
     blocks, size = len(deltas[0].square), deltas[0].table.block_size
+    rule = (ELECT_AND_DIVIDE if operation.normalize else ELECT) if operation.consensus else SUM
     places = _places(blocks, size, count)
     each = np.full(blocks, size / SAMPLES)
     each[-1] = (count - (blocks - 1) * size) / SAMPLES
@@ -329,16 +328,19 @@ def _elected(operation: DeltaSum, deltas: Sequence[Delta], count: int) -> Electe
         )
         if operation.sparsify is Sparsify.RANDOM:
             exact = delta.square * (factor**2 * min(1.0, density))
+        elif operation.sparsify is Sparsify.OUTLIERS and 0 < density < 1:
+            first, end = (rank / count for rank in ranks_between(density, operation.gammas[k], count))
+            exact = np.maximum(delta.survives(end) - delta.survives(first), 0.0)
         else:
             exact = delta.survives(density)
-        weight = operation.weights[k] * operation.scale
+        weight = operation.weights[k] * operation.scale / (1.0 if rule != SUM else operation.divisor)
         # What the samples miss is taken to survive alone, where normalizing gives it back its full size.
-        alone = operation.scale if operation.normalize else weight
+        alone = operation.scale if rule == ELECT_AND_DIVIDE else weight
         stretch_samples(
             sample, threshold, equal_until, places, exact, each, _STRETCH, weight, alone, samples[:, k],
             residual[:, k], factors[:, k],
         )  # fmt: skip
-    return Elected(samples, residual, factors, np.array(operation.weights, np.float32), operation.normalize)
+    return Elected(samples, residual, factors, np.array(operation.weights, np.float32), rule)
 
 
 def told_samples(
@@ -386,10 +388,19 @@ def _thinning_of_sample(
         kept = random_mask_reference(operation.keys[k], density, places)
         return np.where(kept, sample * np.float32(factor), np.float32(0)), 0, 0, factor
     cut = operation.cuts[k]
-    if isinstance(cut, Interval):
-        return sample, (cut.bin >> 1 << 16) + int((1 - cut.rank / cut.total) * 0xFFFF), 1 << 62, 1.0
     assert cut is not None
-    return sample, cut.threshold, cut.start, 1.0
+    if operation.sparsify is Sparsify.OUTLIERS and (top := operation.tops[k]) is not None:
+        threshold, equal_until = _of_sample(top)
+        size = np.abs(sample).view(np.uint32).astype(np.int64)
+        sample = np.where((size > threshold) | ((size == threshold) & (places < equal_until)), np.float32(0), sample)
+    return sample, *_of_sample(cut), 1.0
+
+
+def _of_sample(cut: Cut | Interval) -> tuple[int, int]:
+    """The bits of a cut's magnitude, and the flat index before which magnitudes equal to it survive."""
+    if isinstance(cut, Interval):
+        return (cut.bin >> 1 << 16) + int((1 - cut.rank / cut.total) * 0xFFFF), 1 << 62
+    return cut.threshold, cut.start
 
 
 Deltas = Mapping[tuple[int, int], DeltaTable]

@@ -1,4 +1,4 @@
-"""What becomes of elements whose sign experts elect, seen through samples of them."""
+"""What becomes of elements whose merge hangs on all experts at once, seen through samples of them."""
 
 import math
 
@@ -6,6 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.jit import kernel
+
+SUM, ELECT, ELECT_AND_DIVIDE = 0, 1, 2
+"""Rules by which values of several experts combine: their sum; the sum of those whose sign that sum has; the same,
+divided by the weights of those."""
 
 
 @kernel
@@ -60,7 +64,7 @@ def elected_path(
     samples: NDArray[np.float32],
     residual: NDArray[np.float64],
     weights: NDArray[np.float32],
-    normalize: bool,
+    rule: int,
     order: NDArray[np.int64],
     run: int,
     left: NDArray[np.float64],
@@ -71,7 +75,7 @@ def elected_path(
         samples: as `elected_loss` takes them, as are the next three.
         residual: see there.
         weights: see there.
-        normalize: see there.
+        rule: see there.
         order: int64, [places / run, experts]; who joins when.
         run: how many places share an order.
         left: float64, [experts + 1]; set to the error before anyone joined, after the first, and so on.
@@ -87,7 +91,7 @@ def elected_path(
             join(samples[p, e], weights[e], sums)
             missing += residual[p, e]
         for s in range(count):
-            goal[s] = elected(sums[0, s], sums[1, s], sums[2, s], sums[3, s], normalize)
+            goal[s] = elected(sums[0, s], sums[1, s], sums[2, s], sums[3, s], rule)
         sums[:] = np.float32(0.0)
         for rank in range(experts + 1):
             if rank > 0:
@@ -96,7 +100,7 @@ def elected_path(
                 missing -= residual[p, e]
             error = 0.0
             for s in range(count):
-                off = goal[s] - elected(sums[0, s], sums[1, s], sums[2, s], sums[3, s], normalize)
+                off = goal[s] - elected(sums[0, s], sums[1, s], sums[2, s], sums[3, s], rule)
                 error += np.float64(off) * off
             left[rank] += error + max(missing, 0.0)
 
@@ -106,18 +110,18 @@ def elected_loss(
     samples: NDArray[np.float32],
     residual: NDArray[np.float64],
     weights: NDArray[np.float32],
-    normalize: bool,
+    rule: int,
     chosen: NDArray[np.bool_],
     lost: NDArray[np.float64],
     full: NDArray[np.float64],
 ) -> None:
-    """What is lost where experts elect the sign of every element, by merging a sample of elements.
+    """What is lost where some experts are not read, by merging a sample of elements.
 
     Args:
         samples: float32, [places, experts, samples]; weighted, thinned deltas.
         residual: float64, [places, experts]; squares that the samples do not show.
         weights: float32, [experts].
-        normalize: whether values are divided by the weights of those who agree.
+        rule: SUM, ELECT or ELECT_AND_DIVIDE.
         chosen: bool, [places, experts]; who is read.
         lost: float64, [places]; set to the squared error.
         full: float64, [places]; set to the squares of the full merge.
@@ -137,8 +141,8 @@ def elected_loss(
             else:
                 lost[p] += residual[p, e]
         for s in range(count):
-            goal = np.float64(elected(sums[0, s], sums[1, s], sums[2, s], sums[3, s], normalize))
-            value = np.float64(elected(kept[0, s], kept[1, s], kept[2, s], kept[3, s], normalize))
+            goal = np.float64(elected(sums[0, s], sums[1, s], sums[2, s], sums[3, s], rule))
+            value = np.float64(elected(kept[0, s], kept[1, s], kept[2, s], kept[3, s], rule))
             lost[p] += (goal - value) ** 2
             full[p] += goal**2
 
@@ -158,10 +162,12 @@ def join(values: NDArray[np.float32], weight: np.float32, sums: NDArray[np.float
 
 @kernel
 def elected(
-    positive: np.float32, for_positive: np.float32, negative: np.float32, for_negative: np.float32, normalize: bool
+    positive: np.float32, for_positive: np.float32, negative: np.float32, for_negative: np.float32, rule: int
 ) -> np.float32:
     """What comes out where such sums of both signs meet."""
+    if rule == SUM:
+        return positive + negative
     value, weight = (positive, for_positive) if positive + negative >= np.float32(0.0) else (negative, for_negative)
-    if normalize and weight != np.float32(0.0):
+    if rule == ELECT_AND_DIVIDE and weight != np.float32(0.0):
         value = value / weight
     return value

@@ -315,7 +315,7 @@ class ElectedLayers:
 
     def lost(self, depths: NDArray[np.int8]) -> float:
         """See `Layered`."""
-        error = elected_layers_loss(self.told, self.menu.owners(), depths, self.whole.weights, self.whole.normalize)
+        error = elected_layers_loss(self.told, self.menu.owners(), depths, self.whole.weights, self.whole.rule)
         return float(error + (self.whole.residual * self._missing[depths]).sum())
 
 
@@ -349,7 +349,7 @@ def elected_layers_loss(
     owners: NDArray[np.int64],
     depths: NDArray[np.int8],
     weights: NDArray[np.float32],
-    normalize: bool,
+    rule: int,
 ) -> float:
     """Squared error of what the samples show; see `ElectedLayers`, `Menu.owners` and `Choice` for the arguments."""
     parts, experts, _, count = told.shape
@@ -365,7 +365,7 @@ def elected_layers_loss(
                 seen[s] = told[g, e, depths[owners[g, s], e], s]
             join(seen, weights[e], kept)
         for s in range(count):
-            goal = np.float64(elected(sums[0, s], sums[1, s], sums[2, s], sums[3, s], normalize))
-            value = np.float64(elected(kept[0, s], kept[1, s], kept[2, s], kept[3, s], normalize))
+            goal = np.float64(elected(sums[0, s], sums[1, s], sums[2, s], sums[3, s], rule))
+            value = np.float64(elected(kept[0, s], kept[1, s], kept[2, s], kept[3, s], rule))
             total += (goal - value) ** 2
     return total

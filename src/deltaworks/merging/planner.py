@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
-from deltaworks.catalog.histogram import KEEP_ALL, Cut, Interval, kept_elements
+from deltaworks.catalog.histogram import KEEP_ALL, Cut, Interval, kept_elements, ranks_between
 from deltaworks.catalog.models import Model
 from deltaworks.checkpoints.checkpoint import HEAD
 from deltaworks.checkpoints.dtypes import DTYPES, DType, promote
@@ -23,8 +23,14 @@ from deltaworks.merging.recipe import Recipe
 from deltaworks.merging.tensors import TensorRecipe, layer_count, output_tensors
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
-_SPARSIFY = {"ties": Sparsify.MAGNITUDE, "dare_linear": Sparsify.RANDOM, "dare_ties": Sparsify.RANDOM}
-_CONSENSUS = {"ties", "dare_ties"}
+_SPARSIFY = {
+    "ties": Sparsify.MAGNITUDE,
+    "dare_linear": Sparsify.RANDOM,
+    "dare_ties": Sparsify.RANDOM,
+    "breadcrumbs": Sparsify.OUTLIERS,
+    "breadcrumbs_ties": Sparsify.OUTLIERS,
+}
+_CONSENSUS = {"ties", "dare_ties", "breadcrumbs_ties"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +116,12 @@ def make_plan(
 
 def required_trims(recipe: Recipe, models: Mapping[str, Model]) -> list[Trim]:
     """Every cut that `make_plan` will look up."""
-    if _SPARSIFY.get(recipe.method.name) is not Sparsify.MAGNITUDE:
+    if _SPARSIFY.get(recipe.method.name) not in (Sparsify.MAGNITUDE, Sparsify.OUTLIERS):
         return []
     trims = []
     for tensor in output_tensors(recipe, models):
         if _all_float(tensor, models):
-            trims += [t for t in _trims(recipe, tensor, models) if t is not None]
+            trims += [t for both in _trims(recipe, tensor, models) for t in both if t is not None]
     return list(dict.fromkeys(trims))
 
 
@@ -170,27 +176,39 @@ def _numbers(recipe: Recipe, tensor: TensorRecipe, name: str, models: Sequence[i
     return tuple(values)
 
 
-def _trims(recipe: Recipe, tensor: TensorRecipe, models: Mapping[str, Model]) -> list[Trim | None]:
-    """The cut of each expert of a tensor; None where nothing or everything is trimmed."""
+def _trims(recipe: Recipe, tensor: TensorRecipe, models: Mapping[str, Model]) -> list[tuple[Trim | None, Trim | None]]:
+    """The cut of each expert of a tensor, and that of its outliers; None where nothing or everything is trimmed."""
     base, experts = _experts(recipe, tensor)
     sources = _sources(tensor, models)
     size = sources[0].count
-    trims: list[Trim | None] = []
-    for k, density in zip(experts, _numbers(recipe, tensor, "density", experts), strict=True):
-        if 0 < density < 1 and size:
-            if tensor.sources[k] != tensor.sources[base]:
-                raise RecipeError(
-                    f"ties cannot trim {tensor.sources[k]!r} of {tensor.part.inputs[k].model} against"
-                    f" {tensor.sources[base]!r}: give the base model the same layer_range"
-                )
-            names = (tensor.part.inputs[k].model, tensor.part.inputs[base].model)
-            found = {sources[k].name, sources[base].name}
-            # Where both leave a tied head out, its delta is that of the embeddings.
-            name = found.pop() if len(found) == 1 else tensor.sources[k]
-            trims.append(Trim(*names, name, kept_elements(density, size)))
-        else:
-            trims.append(None)
+    trims: list[tuple[Trim | None, Trim | None]] = []
+    for k, (first, end) in zip(experts, _kept_ranks(recipe, tensor, experts, size), strict=True):
+        if first == end or not size:
+            trims.append((None, None))
+            continue
+        if tensor.sources[k] != tensor.sources[base]:
+            raise RecipeError(
+                f"{recipe.method.name} cannot trim {tensor.sources[k]!r} of {tensor.part.inputs[k].model} against"
+                f" {tensor.sources[base]!r}: give the base model the same layer_range"
+            )
+        names = (tensor.part.inputs[k].model, tensor.part.inputs[base].model)
+        found = {sources[k].name, sources[base].name}
+        # Where both leave a tied head out, its delta is that of the embeddings.
+        name = found.pop() if len(found) == 1 else tensor.sources[k]
+        trims.append((Trim(*names, name, end), Trim(*names, name, first) if first else None))
     return trims
+
+
+def _kept_ranks(recipe: Recipe, tensor: TensorRecipe, experts: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """By rank of magnitude, the first element of each expert that stays, and the end; equal where none is trimmed."""
+    densities = _numbers(recipe, tensor, "density", experts)
+    if _SPARSIFY[recipe.method.name] is not Sparsify.OUTLIERS:
+        return [(0, kept_elements(d, size) if 0 < d < 1 else 0) for d in densities]
+    gammas = _numbers(recipe, tensor, "gamma", experts)
+    for gamma in gammas:
+        if not 0 <= gamma <= 1:
+            raise RecipeError(f"gamma: expected the share of each delta that goes as outliers, 0 to 1, not {gamma}")
+    return [ranks_between(d, g, size) if 0 < d < 1 else (0, 0) for d, g in zip(densities, gammas, strict=True)]
 
 
 def _plan_tensor(
@@ -252,11 +270,22 @@ def _delta_sum(
         normalize=bool(_resolve(recipe, tensor, "normalize")),
         scale=_number(recipe, tensor, "lambda"),
     )
-    if operation.sparsify is Sparsify.MAGNITUDE:
+    if operation.trims:
         trims = _trims(recipe, tensor, models)
         size = _sources(tensor, models)[0].count
-        found = tuple((KEEP_ALL if size == 0 else None) if t is None else cuts[t] for t in trims)
+        found = tuple((KEEP_ALL if size == 0 else None) if t is None else cuts[t] for t, _ in trims)
         operation = replace(operation, cuts=found)
+        if operation.sparsify is Sparsify.OUTLIERS:
+            operation = replace(
+                operation,
+                # Of a small tensor, a small share is none at all.
+                densities=tuple(
+                    0.0 if size and t is None and d < 1 else d
+                    for d, (t, _) in zip(operation.densities, trims, strict=True)
+                ),
+                gammas=_numbers(recipe, tensor, "gamma", experts),
+                tops=tuple(None if t is None else cuts[t] for _, t in trims),
+            )
     elif operation.sparsify is Sparsify.RANDOM:
         operation = replace(operation, keys=tuple(random_key(seed, k, tensor.name) for k in range(len(experts))))
     return operation

@@ -62,6 +62,8 @@ def _delta_parameters(*, normalize: bool, rescale: bool) -> tuple[Parameter, ...
     )
 
 
+_GAMMA = Parameter("gamma", Scope.EXPERTS, float, 0.01)
+
 METHODS = {
     m.name: m
     for m in (
@@ -77,6 +79,8 @@ METHODS = {
         Method("ties", _delta_parameters(normalize=True, rescale=False)),
         Method("dare_linear", _delta_parameters(normalize=False, rescale=True)),
         Method("dare_ties", _delta_parameters(normalize=False, rescale=True)),
+        Method("breadcrumbs", (*_delta_parameters(normalize=False, rescale=False), _GAMMA)),
+        Method("breadcrumbs_ties", (*_delta_parameters(normalize=False, rescale=False), _GAMMA)),
         Method("slerp", (Parameter("t", Scope.SHARED, float),), min_inputs=2, max_inputs=2),
         Method(
             "passthrough",

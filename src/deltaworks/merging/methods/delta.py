@@ -1,10 +1,11 @@
-"""Sums of deltas on a base: task arithmetic, TIES and DARE.
+"""Sums of deltas on a base: task arithmetic, TIES, DARE and Model Breadcrumbs.
 
 One operation covers the family, as one formula does: each delta is thinned out (by magnitude, at random, or not),
 weighted, optionally kept only where its sign agrees with the majority, summed, optionally divided by the weights that
 took part, scaled and added to the base.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -14,7 +15,16 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaworks.catalog.histogram import KEEP_ALL, Cut, Interval, kept_elements, pack_cut, place_ties, unpack_cut
+from deltaworks.catalog.histogram import (
+    KEEP_ALL,
+    Cut,
+    Interval,
+    kept_elements,
+    pack_cut,
+    place_ties,
+    ranks_between,
+    unpack_cut,
+)
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.merging.methods.delta_kernels import Thinning, collect_lower_bits, delta_masses, merge_deltas
 from deltaworks.merging.methods.operation import Block, Operation, exact_sums, tile_sum_reference
@@ -30,6 +40,7 @@ class Sparsify(StrEnum):
 
     NONE = "none"
     MAGNITUDE = "magnitude"
+    OUTLIERS = "outliers"
     RANDOM = "random"
 
 
@@ -37,8 +48,9 @@ class Sparsify(StrEnum):
 class DeltaSum(Operation):
     """Thin out, weight, elect, sum and add deltas; the first input is the base.
 
-    Task arithmetic (arXiv 2212.04089), TIES (2306.01708, section 3) and DARE (2311.03099, section 3). All arithmetic
-    is float32 in the order of the experts; `rescale` restores each delta's L1 norm after thinning, as mergekit does.
+    Task arithmetic (arXiv 2212.04089), TIES (2306.01708, section 3), DARE (2311.03099, section 3) and Model Breadcrumbs
+    (2312.06795, section 3), which trims the largest magnitudes as well as the smallest. All arithmetic is float32 in
+    the order of the experts; `rescale` restores each delta's L1 norm after thinning, as mergekit does.
 
     Attributes:
         weights: of each expert.
@@ -48,9 +60,11 @@ class DeltaSum(Operation):
         consensus: keep only values whose sign is that of the weighted sum over all experts (zero counts as positive).
         normalize: divide by the sum of the weights that took part.
         scale: multiplies the merged delta (`lambda`).
-        cuts: for magnitude, which elements of each delta stay; None where the density is 0 or 1.
+        cuts: for magnitude and outliers, which elements of each delta stay; None where the density is 0 or 1.
         keys: for random, what each expert's random mask is derived from.
         scales: the factors of `rescale`, once the tensor's sums are known.
+        gammas: for outliers, the share of each delta's largest elements that goes.
+        tops: for outliers, which elements those are; None where there are none.
     """
 
     kind: ClassVar[str] = "delta"
@@ -66,6 +80,19 @@ class DeltaSum(Operation):
     cuts: tuple[Cut | Interval | None, ...] = ()
     keys: tuple[int, ...] = ()
     scales: tuple[float, ...] | None = None
+    gammas: tuple[float, ...] = ()
+    tops: tuple[Cut | Interval | None, ...] = ()
+
+    @property
+    def trims(self) -> bool:
+        """Whether elements stay by their magnitude among those of their tensor."""
+        return self.sparsify in (Sparsify.MAGNITUDE, Sparsify.OUTLIERS)
+
+    @property
+    def divisor(self) -> float:
+        """What sums are divided by where nothing is elected."""
+        everyone = math.fsum(self.weights)
+        return everyone if self.normalize and abs(everyone) >= 1e-8 else 1.0
 
     @property
     def passes(self) -> int:
@@ -74,16 +101,24 @@ class DeltaSum(Operation):
 
     def without(self, inputs: Collection[int]) -> Self:
         """Deltas that are not read are zero, wherever they are cut."""
-        cuts = [KEEP_ALL if k + 1 in inputs and isinstance(c, Interval) else c for k, c in enumerate(self.cuts)]
-        return replace(self, cuts=tuple(cuts))
+        cuts, tops = (
+            tuple(KEEP_ALL if k + 1 in inputs and isinstance(c, Interval) else c for k, c in enumerate(which))
+            for which in (self.cuts, self.tops)
+        )
+        return replace(self, cuts=cuts, tops=tops)
 
     def sees(self, k: int) -> bool:
         """The pass that places cuts looks at experts whose cuts are open, and at the base."""
-        return not self._has_open_cuts or k == 0 or isinstance(self.cuts[k - 1], Interval)
+        return not self._has_open_cuts or k == 0 or bool(self._open_cuts(k - 1))
+
+    def _open_cuts(self, k: int) -> list[Interval]:
+        """The cuts of an expert that are known as intervals only: its own, and its top's."""
+        both = [c[k] for c in (self.cuts, self.tops) if c]
+        return [c for c in both if isinstance(c, Interval)]
 
     @property
     def _has_open_cuts(self) -> bool:
-        return any(isinstance(c, Interval) for c in self.cuts)
+        return any(isinstance(c, Interval) for c in (*self.cuts, *self.tops))
 
     @property
     def _needs_masses(self) -> bool:
@@ -98,32 +133,26 @@ class DeltaSum(Operation):
     @property
     def alignment(self) -> int:
         """The block in which the statistics counted the ties of a cut must not be torn apart."""
-        return max((c.align for c in self.cuts if isinstance(c, Cut)), default=1)
+        return max((c.align for c in (*self.cuts, *self.tops) if isinstance(c, Cut)), default=1)
 
-    def measure(self, block: Block) -> list[NDArray[np.uint16]] | NDArray[np.float64]:
+    def measure(self, block: Block) -> list[list[NDArray[np.uint16]]] | NDArray[np.float64]:
         """The magnitudes of a block inside each open cut; then its partial sums, [tiles, 2 * experts]."""
         if self._has_open_cuts:
-            return [self._inside(block, k) for k in range(len(self.weights))]
+            return [[_inside(block, k, c) for c in self._open_cuts(k)] for k in range(len(self.weights))]
         sums = np.empty((-(-block.count // TILE), 2 * len(self.weights)), np.float64)
         delta_masses(block.inputs, block.start, block.count, self._thinning(block), block.scratch, sums)
         return sums
 
-    def _inside(self, block: Block, k: int) -> NDArray[np.uint16]:
-        cut = self.cuts[k]
-        if not isinstance(cut, Interval):
-            return np.empty(0, np.uint16)
-        found = np.empty(block.count, np.uint16)
-        count = collect_lower_bits(block.inputs, k + 1, block.count, cut.bin >> 1, block.scratch, found)
-        return found[:count].copy()
-
     def settle(self, parts: Sequence[Any], block_size: int) -> Self:
         """This operation with its open cuts placed; or with the factors that restore each delta's sum of magnitudes."""
         if self._has_open_cuts:
-            cuts = [
-                close_cut(c, [part[k] for part in parts], block_size) if isinstance(c, Interval) else c
-                for k, c in enumerate(self.cuts)
-            ]
-            return replace(self, cuts=tuple(cuts))
+            cuts, tops = list(self.cuts), list(self.tops)
+            for k in range(len(self.weights)):
+                inside = zip(*(part[k] for part in parts), strict=True)
+                for which in (cuts, tops):
+                    if which and isinstance(cut := which[k], Interval):
+                        which[k] = close_cut(cut, next(inside), block_size)
+            return replace(self, cuts=tuple(cuts), tops=tuple(tops))
         sums = exact_sums(parts)
         pairs = zip(sums[::2], sums[1::2], strict=True)
         return replace(self, scales=tuple(b / a if min(a, b) >= SMALLEST_MASS else 1.0 for b, a in pairs))
@@ -150,28 +179,20 @@ class DeltaSum(Operation):
         n = len(self.weights)
         at_random = self.sparsify is Sparsify.RANDOM
         chances = _chances(self.keys if at_random else (0,) * n, self.densities)
-        thresholds, ties = np.zeros(n, np.uint32), np.zeros((n, 3), np.int64)
-        result = Thinning(at_random, thresholds, ties, *chances, block.masks, at_random and block.is_again)
-        result.ties[:, 0] = block.count
-        if self.sparsify is not Sparsify.MAGNITUDE:
-            return result
-        for k, density in enumerate(self.densities):
-            if density >= 1:
-                continue
-            if density <= 0:
-                result.thresholds[k] = _NEVER
-            else:
-                cut = self.cuts[k]
-                assert isinstance(cut, Cut)
-                result.thresholds[k] = cut.threshold
-                if cut.start < block.start:
-                    # The equals that stay all stand in earlier blocks; here the threshold itself is trimmed.
-                    result.thresholds[k] += 1
-                elif cut.start < block.start + block.count:
-                    # Where the block of the last equals was omitted, none of a later block takes their place.
-                    start = cut.start - block.start
-                    result.ties[k] = start, cut.quota, start + cut.align
-        return result
+        (thresholds, ceilings), (ties, tops) = np.zeros((2, n), np.uint32), np.zeros((2, n, 3), np.int64)
+        cuts_tops = self.sparsify is Sparsify.OUTLIERS
+        masks = block.masks, at_random and block.is_again
+        ties[:, 0] = tops[:, 0] = block.count
+        if self.trims:
+            ceilings[:] = _NEVER
+            for k, density in enumerate(self.densities):
+                if density <= 0:
+                    thresholds[k] = _NEVER
+                elif density < 1:
+                    thresholds[k], ties[k] = _place_cut(self.cuts[k], block)
+                    if cuts_tops and self.tops[k] is not None:
+                        ceilings[k], tops[k] = _place_cut(self.tops[k], block)
+        return Thinning(at_random, thresholds, ties, cuts_tops, ceilings, tops, *chances, *masks)
 
     def reference(self, inputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         """The same with NumPy."""
@@ -209,7 +230,10 @@ class DeltaSum(Operation):
         if self.sparsify is Sparsify.RANDOM:
             keep[:] = random_mask_reference(self.keys[k], density, np.arange(size))
         else:
-            keep[np.argsort(-np.abs(delta), kind="stable")[: kept_elements(density, size)]] = True
+            first, end = 0, kept_elements(density, size)
+            if self.sparsify is Sparsify.OUTLIERS:
+                first, end = ranks_between(density, self.gammas[k], size)
+            keep[np.argsort(-np.abs(delta), kind="stable")[first:end]] = True
         thinned = np.where(keep, delta, np.float32(0))
         if self.rescale:
             before, after = (tile_sum_reference(np.abs(x)) for x in (delta, thinned))
@@ -227,8 +251,10 @@ class DeltaSum(Operation):
         }
         if self.sparsify is not Sparsify.NONE:
             content |= {"sparsify": self.sparsify.value, "densities": list(self.densities), "rescale": self.rescale}
-        if self.sparsify is Sparsify.MAGNITUDE:
+        if self.trims:
             content["cuts"] = [c and list(pack_cut(c)) for c in self.cuts]
+        if self.sparsify is Sparsify.OUTLIERS:
+            content |= {"gammas": list(self.gammas), "tops": [c and list(pack_cut(c)) for c in self.tops]}
         if self.sparsify is Sparsify.RANDOM:
             content["keys"] = [f"{k:016x}" for k in self.keys]
         return content
@@ -247,7 +273,29 @@ class DeltaSum(Operation):
             content["lambda"],
             tuple(None if c is None else unpack_cut(c) for c in content.get("cuts", [])),
             tuple(int(k, 16) for k in content.get("keys", [])),
+            gammas=tuple(content.get("gammas", [])),
+            tops=tuple(None if c is None else unpack_cut(c) for c in content.get("tops", [])),
         )
+
+
+def _inside(block: Block, k: int, cut: Interval) -> NDArray[np.uint16]:
+    """The lower bits of the magnitudes of delta `k` in a block that are inside a cut's interval."""
+    found = np.empty(block.count, np.uint16)
+    count = collect_lower_bits(block.inputs, k + 1, block.count, cut.bin >> 1, block.scratch, found)
+    return found[:count].copy()
+
+
+def _place_cut(cut: Cut | Interval | None, block: Block) -> tuple[int, tuple[int, int, int]]:
+    """A cut as kernels take it in a block: the threshold, and which of its equals survive; see `Thinning`."""
+    assert isinstance(cut, Cut)
+    if cut.start < block.start:
+        # The equals that survive all stand in earlier blocks; here the threshold itself is trimmed.
+        return cut.threshold + 1, (block.count, 0, block.count)
+    if cut.start >= block.start + block.count:
+        return cut.threshold, (block.count, 0, block.count)
+    # Where the block of the last equals was omitted, none of a later block takes their place.
+    start = cut.start - block.start
+    return cut.threshold, (start, cut.quota, start + cut.align)
 
 
 @lru_cache

@@ -38,6 +38,9 @@ class Thinning(NamedTuple):
         thresholds: uint32, [experts]; magnitudes (their float32 bits) from here on stay.
         ties: int64, [experts, 3]; from an element of the block on only so many magnitudes that equal the threshold
             stay, the first, and none from a later element on.
+        cuts_tops: whether outliers go.
+        ceilings: uint32, [experts]; magnitudes from here on go as well.
+        tops: int64, [experts, 3]; as `ties`, of the magnitudes that equal the ceiling: which of them go.
         keys: uint64, [experts]; of the random masks.
         densities: uint64, [experts, 2]; see `split_density`.
         masks: uint16, [experts, vectors]; room for a bit for each element of the block that says whether it stays by
@@ -48,6 +51,9 @@ class Thinning(NamedTuple):
     at_random: bool
     thresholds: NDArray[np.uint32]
     ties: NDArray[np.int64]
+    cuts_tops: bool
+    ceilings: NDArray[np.uint32]
+    tops: NDArray[np.int64]
     keys: NDArray[np.uint64]
     densities: NDArray[np.uint64]
     masks: NDArray[np.uint16]
@@ -62,6 +68,7 @@ class Tile(NamedTuple):
         places: int64, [experts + 1]; likewise.
         experts: int64, [experts]; which they are.
         thresholds: uint32, [experts]; see `Thinning`.
+        ceilings: uint32, [experts]; likewise.
         equals: int64, [experts]; how many magnitudes of each that equal its threshold stay.
         densities: uint32, [experts]; see `round_density`.
     """
@@ -70,6 +77,7 @@ class Tile(NamedTuple):
     places: NDArray[np.int64]
     experts: NDArray[np.int64]
     thresholds: NDArray[np.uint32]
+    ceilings: NDArray[np.uint32]
     equals: NDArray[np.int64]
     densities: NDArray[np.uint32]
 
@@ -78,8 +86,8 @@ class Tile(NamedTuple):
 def _make_tile(experts: int) -> Tile:
     """One that is not filled in."""
     places = np.empty((4, experts + 1), np.int64)
-    limits = np.empty((2, experts), np.uint32)
-    return Tile(places[0], places[1], places[2], limits[0], places[3], limits[1])
+    limits = np.empty((3, experts), np.uint32)
+    return Tile(places[0], places[1], places[2], limits[0], limits[1], places[3], limits[2])
 
 
 @kernel
@@ -146,6 +154,49 @@ def _set_thresholds(
 
 
 @kernel
+def _set_ceilings(start: int, n: int, found: int, thinning: Thinning, tile: Tile) -> bool:
+    """Fill in the ceilings of `tile`.
+
+    Returns:
+        Whether some of the magnitudes that equal one may go and others stay; see `_drop_tops`.
+    """
+    torn = False
+    if thinning.cuts_tops:
+        for a in range(found):
+            k = tile.experts[a]
+            tile.ceilings[a] = thinning.ceilings[k]
+            if start + n > thinning.tops[k, 0]:
+                tile.ceilings[a] += np.uint32(1)
+                torn |= start < thinning.tops[k, 2]
+    return torn
+
+
+@kernel
+def _drop_tops(
+    scratch: NDArray[np.float32],
+    start: int,
+    n: int,
+    found: int,
+    thinning: Thinning,
+    quotas: NDArray[np.int64],
+    tile: Tile,
+) -> None:
+    """Set to the base's, in a staged tile, the elements whose magnitudes equal the ceiling and go."""
+    delta = np.empty(1, np.float32)
+    pattern = delta.view(np.uint32)
+    for a in range(found):
+        k = tile.experts[a]
+        x, begin = scratch[a + 1], thinning.tops[k, 0]
+        if start + n <= begin:
+            continue
+        for i in range(min(n, thinning.tops[k, 2] - start)):
+            delta[0] = x[i] - scratch[0, i]
+            if pattern[0] & MAGNITUDE == thinning.ceilings[k] and (start + i < begin or quotas[k] > 0):
+                quotas[k] -= start + i >= begin
+                x[i] = scratch[0, i]
+
+
+@kernel
 def _equals(table: NDArray[Any], n: int, a: int, tile: Tile) -> int:
     """How many magnitudes of a delta in the tile equal its threshold."""
     found = 0
@@ -191,7 +242,7 @@ def delta_masses(
 ) -> None:
     """Per tile and expert: the sum of a delta's magnitudes, before and after thinning."""
     experts = len(thinning.keys)
-    quotas = thinning.ties[:, 1].copy()
+    quotas, top_quotas = thinning.ties[:, 1].copy(), thinning.tops[:, 1].copy()
     rows = np.empty(experts + 1, np.int64)
     tile = _make_tile(experts)
     halves = inputs.rows.view(np.uint16)
@@ -202,15 +253,19 @@ def delta_masses(
         own = sums[start // TILE]
         if thinning.at_random:
             _draw_tile(thinning, first, start, n, found, tile)
-        if half and not _set_thresholds(halves, start, n, found, thinning, quotas, tile):
+        torn_top = _set_ceilings(start, n, found, thinning, tile)
+        if half and not torn_top and not _set_thresholds(halves, start, n, found, thinning, quotas, tile):
             _masses_tile(halves, n, found, thinning, start, tile, own)
             continue
         _stage_tile(inputs, start, n, found, tile, scratch)
         torn = _set_thresholds(scratch, start, n, found, thinning, quotas, tile)
         _masses_tile(scratch, n, found, thinning, start, tile, own)
-        if torn:
+        if torn or torn_top:
             before = own.copy()
-            _drop_equals(scratch, start, n, found, thinning, quotas, tile)
+            if torn:
+                _drop_equals(scratch, start, n, found, thinning, quotas, tile)
+            if torn_top:
+                _drop_tops(scratch, start, n, found, thinning, top_quotas, tile)
             _masses_tile(scratch, n, found, thinning, start, tile, own)
             own[::2] = before[::2]
 
@@ -237,6 +292,8 @@ def _masses_tile(
                 stays = unpacked(np.uint32(thinning.masks[k, (start + i) // LANES]))
             else:
                 stays = size >= splat(tile.thresholds[a])
+                if thinning.cuts_tops:
+                    stays = stays & (size < splat(tile.ceilings[a]))
             before = before + floats(size)
             after = select(stays, after + floats(size), after)
         sums[2 * k], sums[2 * k + 1] = sum_in_order(widen(before)), sum_in_order(widen(after))
@@ -260,7 +317,7 @@ def merge_deltas(
     """Merge one block; see `Block`, `DeltaSum` and `Thinning` for the arguments."""
     wrong = 0
     experts = len(weights)
-    quotas = thinning.ties[:, 1].copy()
+    quotas, top_quotas = thinning.ties[:, 1].copy(), thinning.tops[:, 1].copy()
     rows = np.empty(experts + 1, np.int64)
     tile = _make_tile(experts)
     halves, total = inputs.rows.view(np.uint16), scratch[experts + 1]
@@ -278,12 +335,15 @@ def merge_deltas(
         found, half = _find_tile(inputs, first, start, n, thinning, rows, tile)
         if thinning.at_random and not thinning.masks_known:
             _draw_tile(thinning, first, start, n, found, tile)
-        if half and not _set_thresholds(halves, start, n, found, thinning, quotas, tile):
+        torn_top = _set_ceilings(start, n, found, thinning, tile)
+        if half and not torn_top and not _set_thresholds(halves, start, n, found, thinning, quotas, tile):
             largest_ = _merge_tile(halves, n, found, thinning, start, tile, scaled, scales, weights, how, total)
         else:
             _stage_tile(inputs, start, n, found, tile, scratch)
             if _set_thresholds(scratch, start, n, found, thinning, quotas, tile):
                 _drop_equals(scratch, start, n, found, thinning, quotas, tile)
+            if torn_top:
+                _drop_tops(scratch, start, n, found, thinning, top_quotas, tile)
             largest_ = _merge_tile(scratch, n, found, thinning, start, tile, scaled, scales, weights, how, total)
         # Thinning or the vote could drop a NaN, which would then go unnoticed.
         wrong += 1 if largest_ >= NOT_FINITE else 0
@@ -353,6 +413,9 @@ def _merge_tile(
             else:
                 threshold = splat(tile.thresholds[a])
                 stays_i, stays_j = size_i >= threshold, size_j >= threshold
+                if thinning.cuts_tops:
+                    ceiling = splat(tile.ceilings[a])
+                    stays_i, stays_j = stays_i & (size_i < ceiling), stays_j & (size_j < ceiling)
             if scaled:
                 factor = splat(scales[k])
                 d_i, d_j = d_i * factor, d_j * factor
