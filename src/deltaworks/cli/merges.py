@@ -287,7 +287,7 @@ def _fetch_ahead(recipe: Path, catalog: Path | None, *, all_models: bool) -> Non
         with Catalog(catalog) as opened:
             known = (opened.find(n) or (f and opened.find_path(f.resolve())) for n, f in folders.items())
             base = next((opened.find(m.base) for m in known if m and m.base), None)
-        fetch_ahead(sorted(base.path.glob("*.safetensors")) if base else [])
+        fetch_ahead([base.path / shard.name for shard in base.checkpoint.shards] if base else [])
 
 
 def _budget(text: str | None) -> "Budget | None":
