@@ -259,7 +259,7 @@ def contribution(
         overlaps: cosines between them.
         count: elements in the tensor.
     """
-    if isinstance(operation, DeltaSum) and (operation.consensus or operation.trims):
+    if isinstance(operation, DeltaSum) and (operation.consensus or operation.sparsify.trims):
         return _elected(operation, deltas, count)
     coefficients, thinning = coefficients_of(operation, experts, deltas)
     norms = np.sqrt(np.stack([d.square for d in deltas], axis=1)) * np.abs(coefficients)
@@ -358,9 +358,7 @@ def told_samples(
     """
     places = _places(len(delta.square), delta.table.block_size, count)[owners, np.arange(SAMPLES)]
     sample, threshold, equal_until, _ = _thinning_of_sample(operation, k, seen, places)
-    size = np.abs(sample).view(np.uint32).astype(np.int64)
-    stays = (size > threshold) | ((size == threshold) & (places < equal_until))
-    return np.where(stays, sample, np.float32(0))
+    return np.where(_survive(sample, places, threshold, equal_until), sample, np.float32(0))
 
 
 @lru_cache(maxsize=64)
@@ -390,10 +388,17 @@ def _thinning_of_sample(
     cut = operation.cuts[k]
     assert cut is not None
     if operation.sparsify is Sparsify.OUTLIERS and (top := operation.tops[k]) is not None:
-        threshold, equal_until = _of_sample(top)
-        size = np.abs(sample).view(np.uint32).astype(np.int64)
-        sample = np.where((size > threshold) | ((size == threshold) & (places < equal_until)), np.float32(0), sample)
+        sample = np.where(_survive(sample, places, *_of_sample(top)), np.float32(0), sample)
     return sample, *_of_sample(cut), 1.0
+
+
+def _survive(
+    sample: NDArray[np.float32], places: NDArray[np.int64], threshold: int, equal_until: int
+) -> NDArray[np.bool_]:
+    """Which elements of a sample, at flat indices of the tensor, survive a cut; see `_of_sample`."""
+    size = np.abs(sample).view(np.uint32).astype(np.int64)
+    survive: NDArray[np.bool_] = (size > threshold) | ((size == threshold) & (places < equal_until))
+    return survive
 
 
 def _of_sample(cut: Cut | Interval) -> tuple[int, int]:

@@ -116,7 +116,7 @@ def make_plan(
 
 def required_trims(recipe: Recipe, models: Mapping[str, Model]) -> list[Trim]:
     """Every cut that `make_plan` will look up."""
-    if _SPARSIFY.get(recipe.method.name) not in (Sparsify.MAGNITUDE, Sparsify.OUTLIERS):
+    if not _SPARSIFY.get(recipe.method.name, Sparsify.NONE).trims:
         return []
     trims = []
     for tensor in output_tensors(recipe, models):
@@ -270,7 +270,7 @@ def _delta_sum(
         normalize=bool(_resolve(recipe, tensor, "normalize")),
         scale=_number(recipe, tensor, "lambda"),
     )
-    if operation.trims:
+    if operation.sparsify.trims:
         trims = _trims(recipe, tensor, models)
         size = _sources(tensor, models)[0].count
         found = tuple((KEEP_ALL if size == 0 else None) if t is None else cuts[t] for t, _ in trims)

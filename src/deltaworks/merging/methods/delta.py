@@ -43,6 +43,11 @@ class Sparsify(StrEnum):
     OUTLIERS = "outliers"
     RANDOM = "random"
 
+    @property
+    def trims(self) -> bool:
+        """Whether elements stay by their magnitude among those of their tensor."""
+        return self in (Sparsify.MAGNITUDE, Sparsify.OUTLIERS)
+
 
 @dataclass(frozen=True, slots=True)
 class DeltaSum(Operation):
@@ -82,11 +87,6 @@ class DeltaSum(Operation):
     scales: tuple[float, ...] | None = None
     gammas: tuple[float, ...] = ()
     tops: tuple[Cut | Interval | None, ...] = ()
-
-    @property
-    def trims(self) -> bool:
-        """Whether elements stay by their magnitude among those of their tensor."""
-        return self.sparsify in (Sparsify.MAGNITUDE, Sparsify.OUTLIERS)
 
     @property
     def divisor(self) -> float:
@@ -183,7 +183,7 @@ class DeltaSum(Operation):
         cuts_tops = self.sparsify is Sparsify.OUTLIERS
         masks = block.masks, at_random and block.is_again
         ties[:, 0] = tops[:, 0] = block.count
-        if self.trims:
+        if self.sparsify.trims:
             ceilings[:] = _NEVER
             for k, density in enumerate(self.densities):
                 if density <= 0:
@@ -251,7 +251,7 @@ class DeltaSum(Operation):
         }
         if self.sparsify is not Sparsify.NONE:
             content |= {"sparsify": self.sparsify.value, "densities": list(self.densities), "rescale": self.rescale}
-        if self.trims:
+        if self.sparsify.trims:
             content["cuts"] = [c and list(pack_cut(c)) for c in self.cuts]
         if self.sparsify is Sparsify.OUTLIERS:
             content |= {"gammas": list(self.gammas), "tops": [c and list(pack_cut(c)) for c in self.tops]}

@@ -158,7 +158,7 @@ def _set_ceilings(start: int, n: int, found: int, thinning: Thinning, tile: Tile
     """Fill in the ceilings of `tile`.
 
     Returns:
-        Whether some of the magnitudes that equal one may go and others stay; see `_drop_tops`.
+        Whether some of the magnitudes that equal one may go and others stay; see `_drop_equals`.
     """
     torn = False
     if thinning.cuts_tops:
@@ -169,31 +169,6 @@ def _set_ceilings(start: int, n: int, found: int, thinning: Thinning, tile: Tile
                 tile.ceilings[a] += np.uint32(1)
                 torn |= start < thinning.tops[k, 2]
     return torn
-
-
-@kernel
-def _drop_tops(
-    scratch: NDArray[np.float32],
-    start: int,
-    n: int,
-    found: int,
-    thinning: Thinning,
-    quotas: NDArray[np.int64],
-    tile: Tile,
-) -> None:
-    """Set to the base's, in a staged tile, the elements whose magnitudes equal the ceiling and go."""
-    delta = np.empty(1, np.float32)
-    pattern = delta.view(np.uint32)
-    for a in range(found):
-        k = tile.experts[a]
-        x, begin = scratch[a + 1], thinning.tops[k, 0]
-        if start + n <= begin:
-            continue
-        for i in range(min(n, thinning.tops[k, 2] - start)):
-            delta[0] = x[i] - scratch[0, i]
-            if pattern[0] & MAGNITUDE == thinning.ceilings[k] and (start + i < begin or quotas[k] > 0):
-                quotas[k] -= start + i >= begin
-                x[i] = scratch[0, i]
 
 
 @kernel
@@ -212,22 +187,38 @@ def _drop_equals(
     start: int,
     n: int,
     found: int,
-    thinning: Thinning,
+    limits: NDArray[np.uint32],
+    ties: NDArray[np.int64],
     quotas: NDArray[np.int64],
+    first: bool,
     tile: Tile,
 ) -> None:
-    """Set to the base's, in a staged tile, the elements whose magnitudes equal the threshold and do not stay."""
+    """Set to the base's, in a staged tile, the elements whose magnitudes equal a limit and do not stay.
+
+    Args:
+        scratch: the staged tile.
+        start: its first element in the block.
+        n: its elements.
+        found: how many experts take part.
+        limits: uint32, [experts]; the thresholds, or the ceilings.
+        ties: int64, [experts, 3]; see `Thinning`.
+        quotas: int64, [experts]; what is left of those in `ties`.
+        first: whether it is the first ones that go, or all others.
+        tile: who takes part.
+    """
     delta = np.empty(1, np.float32)
     pattern = delta.view(np.uint32)
     for a in range(found):
         k = tile.experts[a]
-        x = scratch[a + 1]
-        for i in range(max(0, thinning.ties[k, 0] - start), n):
+        x, begin, end = scratch[a + 1], ties[k, 0], ties[k, 2]
+        for i in range(n):
             delta[0] = x[i] - scratch[0, i]
-            if pattern[0] & MAGNITUDE == thinning.thresholds[k]:
-                if quotas[k] > 0 and start + i < thinning.ties[k, 2]:
+            if pattern[0] & MAGNITUDE == limits[k]:
+                is_first = start + i < begin
+                if not is_first and quotas[k] > 0 and start + i < end:
                     quotas[k] -= 1
-                else:
+                    is_first = True
+                if is_first == first:
                     x[i] = scratch[0, i]
 
 
@@ -263,9 +254,9 @@ def delta_masses(
         if torn or torn_top:
             before = own.copy()
             if torn:
-                _drop_equals(scratch, start, n, found, thinning, quotas, tile)
+                _drop_equals(scratch, start, n, found, thinning.thresholds, thinning.ties, quotas, False, tile)
             if torn_top:
-                _drop_tops(scratch, start, n, found, thinning, top_quotas, tile)
+                _drop_equals(scratch, start, n, found, thinning.ceilings, thinning.tops, top_quotas, True, tile)
             _masses_tile(scratch, n, found, thinning, start, tile, own)
             own[::2] = before[::2]
 
@@ -341,9 +332,9 @@ def merge_deltas(
         else:
             _stage_tile(inputs, start, n, found, tile, scratch)
             if _set_thresholds(scratch, start, n, found, thinning, quotas, tile):
-                _drop_equals(scratch, start, n, found, thinning, quotas, tile)
+                _drop_equals(scratch, start, n, found, thinning.thresholds, thinning.ties, quotas, False, tile)
             if torn_top:
-                _drop_tops(scratch, start, n, found, thinning, top_quotas, tile)
+                _drop_equals(scratch, start, n, found, thinning.ceilings, thinning.tops, top_quotas, True, tile)
             largest_ = _merge_tile(scratch, n, found, thinning, start, tile, scaled, scales, weights, how, total)
         # Thinning or the vote could drop a NaN, which would then go unnoticed.
         wrong += 1 if largest_ >= NOT_FINITE else 0
