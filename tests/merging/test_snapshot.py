@@ -20,8 +20,8 @@ from merges import merge
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.writer import ShardWriter
 from deltaworks.errors import ChangedError, DeltaworksError, OutputError, PlanError, VerificationError
-from deltaworks.merging import execute
-from deltaworks.merging.manifest import MANIFEST
+from deltaworks.merging import execute, snapshot
+from deltaworks.merging.manifest import MANIFEST, read_manifest
 from deltaworks.merging.plan import load_plan, save_plan
 from deltaworks.merging.prepare import MergeOptions, plan_inputs, prepare_plan
 from deltaworks.merging.recipe import parse_recipe
@@ -282,6 +282,22 @@ def test_a_disk_that_fills_up_late(catalog: Catalog, tmp_path: Path, family: Pat
             merge(catalog, recipe("ties", family, parameters=TIES), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     merge(catalog, recipe("ties", family, parameters=TIES), tmp_path / "out")
+
+
+def test_stopped_between_manifest_and_rename(catalog: Catalog, tmp_path: Path, family: Path, monkeypatch: Any) -> None:
+    """The manifest that is left behind is no file of the snapshot that the next run completes."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(snapshot._Staging, "publish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            merge(catalog, recipe("ties", family, parameters=TIES), tmp_path / "out")
+    assert (tmp_path / ".out.deltaworks" / MANIFEST).exists()
+    merge(catalog, recipe("ties", family, parameters=TIES), tmp_path / "out")
+    assert verify(tmp_path / "out")["verified"]
+    assert MANIFEST not in read_manifest(tmp_path / "out")["files"]
 
 
 def test_killed_at_any_instant(tmp_path: Path) -> None:

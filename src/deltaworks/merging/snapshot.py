@@ -343,8 +343,9 @@ def _write_companions(
     (folder / "README.md").write_text(model_card(plan, staging.out.name), encoding="utf-8")
     (folder / RECIPE).write_text(plan.recipe, encoding="utf-8")
     save_plan(plan, folder / PLAN)
-    expected = {s.name for s in shards}
-    others = sorted(p.name for p in folder.iterdir() if p.name not in expected and not p.name.startswith(_JOURNAL))
+    # A run that was killed at its very end may have left a manifest.
+    apart = {MANIFEST, *(s.name for s in shards)}
+    others = sorted(p.name for p in folder.iterdir() if p.name not in apart and not p.name.startswith(_JOURNAL))
     manifest = {
         "deltaworks_manifest": MANIFEST_VERSION,
         "plan_digest": plan.digest,
