@@ -13,6 +13,8 @@ F32        float32; ``+ - * /``, ``> < >= !=`` (false where one is NaN, but ``!=
 F64        float64; ``+ - *``
 U32        uint32; ``+ - * & | ^ << >>``, comparisons
 U64        only eight uint64, thirty-two numbers of sixteen bits to `bits_below`; ``* >>`` with a scalar, ``^``
+U8         sixty-four uint8; ``| +``
+U16        sixty-four uint16
 MASK       the results of comparisons; ``& | ^``
 =========  ==========================================================================
 """
@@ -54,9 +56,13 @@ F32 = _Vector("float32", ir.FloatType())
 F64 = _Vector("float64", ir.DoubleType())
 U32 = _Vector("uint32", ir.IntType(32))
 U64 = _Vector("uint64", ir.IntType(64), 8)
+U8 = _Vector("uint8", ir.IntType(8), 4 * LANES)
+U16 = _Vector("uint16", ir.IntType(16), 4 * LANES)
 MASK = _Vector("bool", ir.IntType(1))
 _HALVES = ir.VectorType(ir.IntType(16), LANES)
 _CHANCES = ir.VectorType(ir.IntType(16), 32)
+_QUARTERS = types.UniTuple(U32, 4)  # type: ignore[no-untyped-call]
+_PAIR, _EIGHTHS = (types.UniTuple(types.uint64, n) for n in (2, 8))  # type: ignore[no-untyped-call]
 _OF = {types.float32: F32, types.float64: F64, types.uint32: U32}
 
 
@@ -141,6 +147,8 @@ for _function, _name in (
     _define(_function, (U32, U32), U32, _builder(_name))
 for _function, _name in ((operator.mul, "mul"), (operator.rshift, "lshr")):
     _define(_function, (U64, types.uint64), U64, _with_scalar(_name))
+_define(operator.or_, (U8, U8), U8, _builder("or_"))
+_define(operator.add, (U8, U8), U8, _builder("add"))
 for _kind in (U32, U64, MASK):
     for _function, _name in ((operator.and_, "and_"), (operator.or_, "or_"), (operator.xor, "xor")):
         _define(_function, (_kind, _kind), _kind, _builder(_name))
@@ -237,6 +245,51 @@ def lookup(table: Any, index: Any) -> Any:
     raise NotImplementedError
 
 
+def bytes_where(mask: Any, x: Any) -> Any:
+    """U8 that is `x` (U8 or uint8) where `mask` (uint64, the first lane in the lowest bit) is set, else zero."""
+    raise NotImplementedError
+
+
+def bytes_above(x: Any, limit: Any) -> Any:
+    """Which lanes of U8 are more than a uint8, as uint64."""
+    raise NotImplementedError
+
+
+def less_one(x: Any) -> Any:
+    """U8 less one, zero where it is zero."""
+    raise NotImplementedError
+
+
+def lookup_bytes(table: Any, index: Any) -> Any:
+    """The bytes of `table` (sixteen uint8 as two uint64) that the lanes of U8 `index`, all below sixteen, name."""
+    raise NotImplementedError
+
+
+def widened(x: Any) -> Any:
+    """The lanes of U8 or U16, in order, as four U32."""
+    raise NotImplementedError
+
+
+def narrowed(x: Any) -> Any:
+    """U8 of the lowest bytes of four U32: the inverse of `widened`."""
+    raise NotImplementedError
+
+
+def shifted_sum(x: Any, shift: Any, y: Any) -> Any:
+    """``(x << shift) + y`` as U16, of U8 or U16 and two U8; shifts are below sixteen."""
+    raise NotImplementedError
+
+
+def words_of(x: Any) -> Any:
+    """U8 as eight uint64, the first lane in the lowest byte of the first."""
+    raise NotImplementedError
+
+
+def from_words(x: Any) -> Any:
+    """The inverse of `words_of`."""
+    raise NotImplementedError
+
+
 def lanes_set(mask: Any) -> Any:
     """How many lanes are set, as int64."""
     raise NotImplementedError
@@ -308,6 +361,79 @@ def _lookup(builder: ir.IRBuilder, table: Any, index: Any) -> Any:
     return found
 
 
+def _less_one(builder: ir.IRBuilder, value: Any) -> Any:
+    one = ir.Constant(U8.ir, [1] * U8.ir.count)
+    return _call(f"llvm.usub.sat.v{U8.ir.count}i8", U8.ir)(builder, value, one)
+
+
+def _slice(builder: ir.IRBuilder, value: Any, first: int, lanes: int) -> Any:
+    places = ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(range(first, first + lanes)))
+    return builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), places)
+
+
+def _joined(builder: ir.IRBuilder, first: Any, second: Any) -> Any:
+    lanes = 2 * first.type.count
+    return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(range(lanes))))
+
+
+def _as_quarters(builder: ir.IRBuilder, value: Any) -> Any:
+    quarters = [builder.zext(_slice(builder, value, i, LANES), U32.ir) for i in range(0, U8.ir.count, LANES)]
+    return cgutils.pack_array(builder, quarters)  # type: ignore[no-untyped-call]
+
+
+def _narrowed(builder: ir.IRBuilder, value: Any) -> Any:
+    parts = [builder.trunc(builder.extract_value(value, i), _BYTES) for i in range(4)]
+    return _joined(builder, _joined(builder, *parts[:2]), _joined(builder, *parts[2:]))
+
+
+def _bytes_where(builder: ir.IRBuilder, mask: Any, value: Any) -> Any:
+    chosen = builder.bitcast(mask, ir.VectorType(ir.IntType(1), U8.ir.count))
+    kept = value if value.type == U8.ir else _splat(builder, value, U8.ir.count)
+    return builder.select(chosen, kept, ir.Constant(U8.ir, None))
+
+
+def _bytes_above(builder: ir.IRBuilder, value: Any, limit: Any) -> Any:
+    above = builder.icmp_unsigned(">", value, _splat(builder, limit, U8.ir.count))
+    return builder.bitcast(above, ir.IntType(64))
+
+
+def _lookup_bytes(builder: ir.IRBuilder, table: Any, index: Any) -> Any:
+    row = ir.Constant(_WORDS, ir.Undefined)
+    for half in (0, 1):
+        row = builder.insert_element(row, builder.extract_value(table, half), ir.Constant(ir.IntType(32), half))
+    row = builder.bitcast(row, _BYTES)
+    if machine_has("avx512bw"):
+        rows = _joined(builder, _joined(builder, row, row), _joined(builder, row, row))
+        return _call("llvm.x86.avx512.pshuf.b.512", U8.ir)(builder, rows, index)
+    if machine_has("ssse3"):
+        find = _call("llvm.x86.ssse3.pshuf.b.128", _BYTES)
+        parts = [find(builder, row, _slice(builder, index, i, LANES)) for i in range(0, U8.ir.count, LANES)]
+        return _joined(builder, _joined(builder, *parts[:2]), _joined(builder, *parts[2:]))
+    found = ir.Constant(U8.ir, ir.Undefined)
+    for lane in range(U8.ir.count):
+        at = ir.Constant(ir.IntType(32), lane)
+        found = builder.insert_element(found, builder.extract_element(row, builder.extract_element(index, at)), at)
+    return found
+
+
+def _shifted_sum(builder: ir.IRBuilder, value: Any, shift: Any, addend: Any) -> Any:
+    wide = value if value.type == U16.ir else builder.zext(value, U16.ir)
+    return builder.add(builder.shl(wide, builder.zext(shift, U16.ir)), builder.zext(addend, U16.ir))
+
+
+def _words_of(builder: ir.IRBuilder, value: Any) -> Any:
+    words = builder.bitcast(value, U64.ir)
+    places = [ir.Constant(ir.IntType(32), i) for i in range(U64.ir.count)]
+    return cgutils.pack_array(builder, [builder.extract_element(words, i) for i in places])  # type: ignore[no-untyped-call]
+
+
+def _from_words(builder: ir.IRBuilder, value: Any) -> Any:
+    words = ir.Constant(U64.ir, ir.Undefined)
+    for i in range(U64.ir.count):
+        words = builder.insert_element(words, builder.extract_value(value, i), ir.Constant(ir.IntType(32), i))
+    return builder.bitcast(words, U8.ir)
+
+
 for _scalar, _kind in _OF.items():
     _define(splat, (_scalar,), _kind, _splat)
     _define(select, (MASK, _kind, _kind), _kind, _builder("select"))
@@ -317,6 +443,18 @@ _define(lanes, (), U32, lambda _: ir.Constant(U32.ir, list(range(LANES))))
 _define(lower_bytes, (U32,), types.uint64, lambda b, x: _bytes(b, x, 0))
 _define(upper_bytes, (U32,), types.uint64, lambda b, x: _bytes(b, x, 1))
 _define(from_bytes, (types.uint64, types.uint64), U32, _from_bytes)
+_define(bytes_where, (types.uint64, types.uint8), U8, _bytes_where)
+_define(bytes_where, (types.uint64, U8), U8, _bytes_where)
+_define(bytes_above, (U8, types.uint8), types.uint64, _bytes_above)
+_define(lookup_bytes, (_PAIR, U8), U8, _lookup_bytes)
+_define(less_one, (U8,), U8, _less_one)
+_define(widened, (U8,), _QUARTERS, _as_quarters)
+_define(widened, (U16,), _QUARTERS, _as_quarters)
+_define(narrowed, (_QUARTERS,), U8, _narrowed)
+_define(shifted_sum, (U8, U8, U8), U16, _shifted_sum)
+_define(shifted_sum, (U16, U8, U8), U16, _shifted_sum)
+_define(words_of, (U8,), _EIGHTHS, _words_of)
+_define(from_words, (_EIGHTHS,), U8, _from_words)
 _define(floats, (U32,), F32, lambda b, x: b.bitcast(x, F32.ir))
 _define(
     leading_zeros,

@@ -1,6 +1,7 @@
 """The `deltaworks` command."""
 
 import gc
+import os
 import sqlite3
 import sys
 
@@ -30,6 +31,8 @@ def main() -> None:
     """Run the command; exit with 2 for a user's mistake, 1 for a failure, 130 on interrupt."""
     # Imports make a hundred thousand objects that live as long as the process; looking through them is a tenth of it.
     gc.set_threshold(100_000, 20, 20)
+    # Planning has threads of its own; those of a BLAS, which NumPy has yet to load, would only get in their way.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         app()
     except DeltaworksError as error:

@@ -112,7 +112,7 @@ def merge(
     that `verify` checks. A stopped merge leaves nothing at OUT; the same command again takes up what was finished.
     """
     if budget or not layers:  # all layers take the processor longer than the disk
-        _fetch_ahead(recipe, catalog, all_models=budget is None)
+        _fetch_ahead(recipe, catalog, all_models=budget is None, layers=layers)
     from deltaworks.catalog.store import Catalog
     from deltaworks.cli.progress import make_progress
     from deltaworks.merging.prepare import MergeOptions, plan_inputs, prepare_plan
@@ -264,11 +264,11 @@ def verify(
         )
 
 
-def _fetch_ahead(recipe: Path, catalog: Path | None, *, all_models: bool) -> None:
+def _fetch_ahead(recipe: Path, catalog: Path | None, *, all_models: bool, layers: bool | None) -> None:
     """Have what a merge is sure to read brought to memory while the program itself loads, and plans.
 
-    That is the start of every model that the recipe names; or the base of the first that the catalog knows, where not
-    all of them are read whole.
+    That is the start of every model that the recipe names. Where not all of them are read whole, it is what planning
+    reads of their layers, and the base of the first that the catalog knows.
     """
     try:
         text = recipe.read_text(encoding="utf-8")
@@ -277,17 +277,20 @@ def _fetch_ahead(recipe: Path, catalog: Path | None, *, all_models: bool) -> Non
     names = dict.fromkeys(_MODEL.findall(text))
     folders = {n: next((f for f in (recipe.parent / n, Path(n)) if f.is_dir()), None) for n in names}
     if all_models and not _BUDGET.search(text):
-        fetch_ahead(
-            [f for folder in folders.values() if folder for f in sorted(folder.glob("*.safetensors"))[:1]], _FETCHED
-        )
+        starts = (f for folder in folders.values() if folder for f in sorted(folder.glob("*.safetensors"))[:1])
+        fetch_ahead(dict.fromkeys(starts, 0), _FETCHED)
         return
     from deltaworks.catalog.store import Catalog, default_path, is_catalog
+    from deltaworks.layers.records import index_place
 
     if is_catalog(catalog or default_path()):
         with Catalog(catalog) as opened:
-            known = (opened.find(n) or (f and opened.find_path(f.resolve())) for n, f in folders.items())
-            base = next((opened.find(m.base) for m in known if m and m.base), None)
-        fetch_ahead([base.path / shard.name for shard in base.checkpoint.shards] if base else [])
+            found = [opened.find(n) or (f and opened.find_path(f.resolve())) for n, f in folders.items()]
+            known = [(m, base) for m in found if m and m.base and (base := opened.find(m.base))]
+            files = [opened.layers_file(m.fingerprint, b.fingerprint) for m, b in known] if layers is not False else []
+        places = {file: index_place(file) for file in files if file.is_file()}
+        shards = [base.path / shard.name for _, base in known[:1] for shard in base.checkpoint.shards]
+        fetch_ahead({file: place for file, place in places.items() if place} | dict.fromkeys(shards, 0))
 
 
 def _budget(text: str | None) -> "Budget | None":

@@ -117,29 +117,19 @@ count_ones: Any = _count_ones
 
 
 @inlined
-def next_bits(buffer: NDArray[np.uint8], bit: int) -> np.uint64:
-    """The 57 bits or more of `buffer` (uint8, little-endian, with SLACK) from place `bit` on."""
-    return _word(buffer, bit >> 3) >> np.uint64(bit & 7)  # type: ignore[no-any-return]
-
-
-@inlined
 def whole_bits(buffer: NDArray[np.uint8], bit: int) -> np.uint64:
     """The 64 bits of `buffer` from place `bit`, the first of a byte, on."""
     return _word(buffer, bit >> 3)  # type: ignore[no-any-return]
 
 
 @inlined
-def take(buffer: NDArray[np.uint8], bit: int, where: np.uint32) -> np.uint32:
-    """The next bits from place `bit`, one to each set bit of `where`, of which there are no more than 57."""
-    return np.uint32(scatter(next_bits(buffer, bit), np.uint64(where)))
-
-
-@inlined
 def take_word(buffer: NDArray[np.uint8], bit: int, where: np.uint64) -> np.uint64:
     """The next bits from place `bit`, one to each set bit of `where`."""
-    above = np.uint64(bit & 7)
-    rest = _word(buffer, (bit >> 3) + 8) << np.uint64(1) << (np.uint64(63) - above)
-    return scatter(_word(buffer, bit >> 3) >> above | rest, where)  # type: ignore[no-any-return]
+    # In halves: shifts across two words take AMD's processors ten times as long.
+    at, above = bit >> 3, np.uint64(bit & 7)
+    lower = _word(buffer, at) >> above & np.uint64(0xFFFFFFFF)
+    upper = _word(buffer, at + 4) >> above << np.uint64(32)
+    return scatter(lower | upper, where)  # type: ignore[no-any-return]
 
 
 @inlined
@@ -154,6 +144,6 @@ def put(buffer: NDArray[np.uint8], bit: int, source: np.uint64, where: np.uint64
 
 
 @inlined
-def lanes_below(count: int) -> np.uint32:
-    """A set bit for each of the first `count` of sixteen lanes."""
-    return np.uint32(0xFFFF) if count >= 16 else np.uint32((1 << count) - 1)
+def lanes_below(count: int) -> np.uint64:
+    """A set bit for each of the first `count` of sixty-four lanes."""
+    return np.uint64(0xFFFFFFFFFFFFFFFF) if count >= 64 else np.uint64((1 << count) - 1)

@@ -252,7 +252,7 @@ def _write_group(
     zeros, nothing, shifts = splat(_ZERO), splat(np.float32(0.0)), splat(np.uint32(shift))
     for i in range(start, min(start + GROUP, n), LANES):
         vb, vx = load(b, 0, i), load(x, 0, i)
-        where = lanes_below(n - i)
+        where = np.uint32(np.uint32(lanes_below(n - i)) & _ALL16)
         if sparse:
             where = np.uint32(packed(bits(vb) != bits(vx)) & where)
             put(out, mask_bit + i, np.uint64(where), np.uint64(_ALL16))
@@ -366,10 +366,10 @@ def _write_rest(
     """Write a number's place in its cell: its first two bits, up to eight more and all others to a layer each."""
     zero, one, two = splat(_ZERO), splat(_ONE), splat(np.uint32(2))
     width = select(changed, width, zero)
-    pairs = interleaved(packed(width > zero), packed(width > one))
+    pairs = interleaved(np.uint64(packed(width > zero)), np.uint64(packed(width > one)))
     left = select(width > two, width - two, zero)
     first = found >> left
-    put(out, bit[0], _pairs_of(first), np.uint64(pairs))
+    put(out, bit[0], _pairs_of(first), pairs)
     bit[0] += count_ones(pairs)
     more = smaller(left, splat(np.uint32(8)))
     left = left - more
@@ -394,4 +394,4 @@ def _pairs_of(x: Any) -> np.uint64:
     """The two lowest bits of each lane, side by side."""
     one = splat(_ONE)
     low, high = packed((x & one) == one), packed(((x >> one) & one) == one)
-    return np.uint64(interleaved(low, high))
+    return interleaved(np.uint64(low), np.uint64(high))

@@ -1,17 +1,4 @@
-"""The file that holds the layers of one expert: blocks one after the other, an index of them, and what they are of.
-
-::
-
-    magic, 8 bytes, and zeros to the end of a page where blocks take whole pages
-    the layers of each block, the first to the last, block after block in any order
-    the index: one INDEX record a block, in the order of the tensors
-    the residuals: one RESIDUAL record for every so many blocks of a delta, in the same order
-    the contents: JSON
-    the end: END, which says where those three stand and what their checksums are
-
-Whoever reads the first so many layers of a block reads one range of the file. Numbers are little-endian; checksums are
-those of `deltaworks.layers.checksum`. See ``docs/layers.md`` for what is inside a block.
-"""
+"""Reads and writes the file that holds the layers of one expert; see `deltaworks.layers.records` for what is in it."""
 
 import json
 import math
@@ -37,13 +24,8 @@ from deltaworks.errors import CatalogError, CheckpointError
 from deltaworks.layers.cells import DEPTH, FORMAT_VERSION
 from deltaworks.layers.checksum import checksum_of, prefix_checksums
 from deltaworks.layers.decode import decode_block, layers_start, open_block, opened_bytes
+from deltaworks.layers.records import END, INDEX, MAGIC
 
-MAGIC: Final = b"DWLAYERS"
-INDEX: Final = np.dtype(
-    [("offset", "<u8"), ("ends", "<u4", DEPTH), ("checksums", "<u8", DEPTH), ("left", "<f4", DEPTH + 1)]
-)
-"""Of each block: its place in the file, where in it each layer ends, the checksum of all up to there, and the squares
-that remain of the delta where so many layers are read, none first."""
 RESIDUAL: Final = np.dtype([("sketch", "<f2", (DEPTH - 1, BUCKETS)), ("sample", "<f4", (DEPTH - 1, SAMPLES))])
 """What so many layers, one first, leave of the delta in RESIDUAL_ELEMENTS elements, or in one block where that has
 more: sketches, scaled to a norm of one, and samples. Of m blocks that share a record, the first gives its samples 0, m,
@@ -51,19 +33,6 @@ more: sketches, scaled to a norm of one, and samples. Of m blocks that share a r
 RESIDUAL_ELEMENTS: Final = 1 << 18
 ALIGNED_FROM: Final = 1 << 16
 """Elements a block from which on every block takes whole pages."""
-END: Final = np.dtype(
-    [
-        ("index", "<u8"),
-        ("blocks", "<u8"),
-        ("residuals", "<u8"),
-        ("contents", "<u8"),
-        ("contents_bytes", "<u8"),
-        ("index_checksum", "<u8"),
-        ("residuals_checksum", "<u8"),
-        ("contents_checksum", "<u8"),
-        ("magic", "S8"),
-    ]
-)
 SHIFTS: Final = {BF16: 16, F16: 13, F32: 0, F8_E4M3: 20, F8_E5M2: 21}
 """Element types that have layers, and how many bits of a float32 they leave at zero. Others are kept as they are."""
 

@@ -1,5 +1,6 @@
 """What each layer of each block of each expert adds to a merge, from indices of layers and statistics alone."""
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ class Menu:
         """Inner products of what so many layers, none first, leave of the tensor's deltas, by sketches of the tensor.
 
         Returns:
-            float64, [experts, DEPTH + 1, experts, DEPTH + 1].
+            float64, a row and a column for each depth of each expert.
         """
         parts, experts = self.parts(), len(self.deltas)
         starts = np.arange(parts) * self._sharing
@@ -99,7 +100,7 @@ class Menu:
                 scale_sketches(index.raw_residuals[tensor.residual :][:parts], norms, flat[e, 1:DEPTH])
         rows = flat.reshape(experts * (DEPTH + 1), -1)
         products: NDArray[np.float64] = (rows @ rows.T).astype(np.float64)
-        return products.reshape(experts, DEPTH + 1, experts, DEPTH + 1)
+        return products
 
 
 def make_menu(
@@ -194,14 +195,12 @@ def _rank(menu: Menu, part: NDArray[np.float64], cosine: NDArray[np.float64]) ->
 
 
 def _cosines(gram: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of inner products, [experts, depths, experts, depths]; with ones on the diagonal."""
-    size = gram.shape[0] * gram.shape[1]
-    flat = gram.reshape(size, size)
-    lengths = np.sqrt(flat.diagonal())
-    scale = np.divide(1.0, lengths, out=np.zeros(size), where=lengths > 0)
-    cosines: NDArray[np.float64] = flat * scale[:, None] * scale
+    """Of inner products, a matrix; with ones on the diagonal."""
+    lengths = np.sqrt(gram.diagonal())
+    scale = np.divide(1.0, lengths, out=np.zeros(len(gram)), where=lengths > 0)
+    cosines: NDArray[np.float64] = gram * scale[:, None] * scale
     np.fill_diagonal(cosines, 1.0)
-    return cosines.reshape(gram.shape)
+    return cosines
 
 
 def pool_cosines(tensors: Sequence[tuple[Menu, Sequence[int]]]) -> list[NDArray[np.float64]]:
@@ -214,21 +213,22 @@ def pool_cosines(tensors: Sequence[tuple[Menu, Sequence[int]]]) -> list[NDArray[
     Args:
         tensors: what can be read of each, and the places in the plan of its experts.
     """
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         grams = list(pool.map(lambda own: own[0].gram(), tensors))
     models = 1 + max((place for _, places in tensors for place in places), default=0)
-    total = np.zeros((models, DEPTH + 1, models, DEPTH + 1))
-    for (_, places), gram in zip(tensors, grams, strict=True):
-        total[np.ix_(places, range(DEPTH + 1), places, range(DEPTH + 1))] += gram
-    pooled = _cosines(total)
-    mixed = []
-    for (menu, places), gram in zip(tensors, grams, strict=True):
-        own, others = _cosines(gram), pooled[np.ix_(places, range(DEPTH + 1), places, range(DEPTH + 1))]
-        apart = np.moveaxis(own - others, 2, 1)[~np.eye(len(places), dtype=bool)]
-        known = apart[apart != 0]
-        spread = float(np.square(known).mean()) if known.size else 0.0
+    rows = [(np.array(places)[:, None] * (DEPTH + 1) + np.arange(DEPTH + 1)).ravel() for _, places in tensors]
+    total = np.zeros((models * (DEPTH + 1),) * 2)
+    for own, gram in zip(rows, grams, strict=True):
+        total[own[:, None], own] += gram
+    pooled, mixed = _cosines(total), []
+    for (menu, places), own, gram in zip(tensors, rows, grams, strict=True):
+        cosines, others = _cosines(gram), pooled[own[:, None], own]
+        shape = (len(places), DEPTH + 1) * 2
+        apart = (cosines - others).reshape(shape)
+        apart[range(len(places)), :, range(len(places))] = 0.0
+        spread = float(np.vdot(apart, apart)) / max(1, int(np.count_nonzero(apart)))
         trust = trust_in(spread, 1.0 / (BUCKETS * menu.parts()))
-        mixed.append(trust * own + (1 - trust) * others)
+        mixed.append((trust * cosines + (1 - trust) * others).reshape(shape))
     return mixed
 
 
