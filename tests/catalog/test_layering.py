@@ -21,8 +21,9 @@ from deltaworks.checkpoints.reader import ByteCounter, RangeReader
 from deltaworks.checkpoints.sketch import SAMPLES, sample_places, sketch_reference
 from deltaworks.errors import DeltaworksError
 from deltaworks.layers.cells import DEPTH
-from deltaworks.layers.decode import decode_block, opened_bytes
+from deltaworks.layers.decode import decode_block
 from deltaworks.layers.file import LayerFile
+from deltaworks.layers.opened import opened_bytes
 
 
 def raw(model: Model, name: str) -> NDArray[np.uint8]:

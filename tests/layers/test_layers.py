@@ -19,9 +19,10 @@ from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES, sample_places, signs
 from deltaworks.errors import CatalogError
 from deltaworks.layers.bitstream import gather, gather_reference, scatter, scatter_reference
 from deltaworks.layers.cells import CENTRES, DEPTH, EDGES, GROUP, RANGES, SHARES, WAYS
-from deltaworks.layers.decode import decode_block, layers_start, open_block, opened_bytes
+from deltaworks.layers.decode import decode_block
 from deltaworks.layers.encode import Residuals, encode_block, most_bytes
 from deltaworks.layers.file import SHIFTS, LayeredTensor, LayerFile, LayerWriter, exact_elements, is_layered
+from deltaworks.layers.opened import layers_start, open_block, opened_bytes
 from deltaworks.layers.reading import BlockReader, LayerInput
 
 Bytes = NDArray[np.uint8]

@@ -200,6 +200,11 @@ def maximum(x: Any, y: Any) -> Any:
     raise NotImplementedError
 
 
+def minimum(x: Any, y: Any) -> Any:
+    """The smaller of U32, lane by lane."""
+    raise NotImplementedError
+
+
 def largest(x: Any) -> Any:
     """The largest lane of U32, as uint32."""
     raise NotImplementedError
@@ -469,6 +474,7 @@ _define(widen, (F32,), F64, lambda b, x: b.fpext(x, F64.ir))
 _define(narrow, (F64,), F32, lambda b, x: b.fptrunc(x, F32.ir))
 _define(fma, (F32, F32, F32), F32, _call(f"llvm.fma.v{LANES}f32", F32.ir))
 _define(maximum, (U32, U32), U32, lambda b, x, y: b.select(b.icmp_unsigned(">", x, y), x, y))
+_define(minimum, (U32, U32), U32, lambda b, x, y: b.select(b.icmp_unsigned("<", x, y), x, y))
 _define(largest, (U32,), types.uint32, _call(f"llvm.vector.reduce.umax.v{LANES}i32", ir.IntType(32)))
 _define(
     lanes_set,

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from deltaworks.checkpoints.jit import inlined, kernel
 from deltaworks.checkpoints.vector import machine_has
 
+EVEN, ODD = np.uint64(0x5555555555555555), np.uint64(0xAAAAAAAAAAAAAAAA)
+"""Every other bit, from the lowest on and from the next."""
 SLACK = 16
 """Bytes that a buffer must have beyond its last bit."""
 
@@ -147,3 +149,9 @@ def put(buffer: NDArray[np.uint8], bit: int, source: np.uint64, where: np.uint64
 def lanes_below(count: int) -> np.uint64:
     """A set bit for each of the first `count` of sixty-four lanes."""
     return np.uint64(0xFFFFFFFFFFFFFFFF) if count >= 64 else np.uint64((1 << count) - 1)
+
+
+@inlined
+def interleaved(even: np.uint64, odd: np.uint64) -> np.uint64:
+    """The lower thirty-two bits of two numbers, in turn."""
+    return scatter(even, EVEN) | scatter(odd, ODD)  # type: ignore[no-any-return]

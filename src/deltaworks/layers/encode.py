@@ -16,6 +16,7 @@ from deltaworks.checkpoints.vector import (
     load,
     lookup,
     lower_bytes,
+    minimum,
     packed,
     power_of_two,
     select,
@@ -26,23 +27,20 @@ from deltaworks.checkpoints.vector import (
     upper_bytes,
     widen,
 )
-from deltaworks.layers.bitstream import SLACK, count_ones, lanes_below, put, put_half
-from deltaworks.layers.cells import DEPTH, EDGES, GROUP, MEANS, RAW, SPAN, TOLD
-from deltaworks.layers.decode import (
-    HEAD,
-    IS_SPARSE,
+from deltaworks.layers.arithmetic import (
     cells_of,
     centres_above,
     estimate,
     indices,
-    interleaved,
     mean_above,
     number_at,
     places_of,
     scaled,
     signed,
-    smaller,
 )
+from deltaworks.layers.bitstream import SLACK, count_ones, interleaved, lanes_below, put, put_half
+from deltaworks.layers.cells import DEPTH, EDGES, GROUP, MEANS, RAW, SPAN, TOLD
+from deltaworks.layers.opened import HEAD, IS_SPARSE
 from deltaworks.layers.survey import INFINITE, choose_range, survey, top_of, write_means
 
 _ZERO, _ONE, _ALL16 = np.uint32(0), np.uint32(1), np.uint32(0xFFFF)
@@ -342,7 +340,7 @@ def _middle(found: Any, many: Any, width: Any, known: Any) -> Any:
     """What a reader who knows the first bits of a number's place in its cell takes it for."""
     rest = select(width > known, width - known, splat(_ZERO))
     middle = ((found >> rest) << rest) + ((splat(_ONE) << rest) >> splat(_ONE))
-    return smaller(middle, many - splat(_ONE))
+    return minimum(middle, many - splat(_ONE))
 
 
 @inlined
@@ -371,7 +369,7 @@ def _write_rest(
     first = found >> left
     put(out, bit[0], _pairs_of(first), pairs)
     bit[0] += count_ones(pairs)
-    more = smaller(left, splat(np.uint32(8)))
+    more = minimum(left, splat(np.uint32(8)))
     left = left - more
     fields = (one << more) - one
     second = (found >> left) & fields

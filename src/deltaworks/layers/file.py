@@ -23,7 +23,8 @@ from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES
 from deltaworks.errors import CatalogError, CheckpointError
 from deltaworks.layers.cells import DEPTH, FORMAT_VERSION
 from deltaworks.layers.checksum import checksum_of, prefix_checksums
-from deltaworks.layers.decode import decode_block, layers_start, open_block, opened_bytes
+from deltaworks.layers.decode import decode_block
+from deltaworks.layers.opened import layers_start, open_block, opened_bytes
 from deltaworks.layers.records import END, INDEX, MAGIC
 
 RESIDUAL: Final = np.dtype([("sketch", "<f2", (DEPTH - 1, BUCKETS)), ("sample", "<f4", (DEPTH - 1, SAMPLES))])

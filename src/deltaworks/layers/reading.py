@@ -14,8 +14,8 @@ from deltaworks.checkpoints.dtypes import DTYPES
 from deltaworks.checkpoints.jit import kernel
 from deltaworks.layers.cells import DEPTH
 from deltaworks.layers.checksum import checksum_of
-from deltaworks.layers.decode import layers_start, open_block, opened_bytes
 from deltaworks.layers.file import SHIFTS, LayeredTensor, LayerFile
+from deltaworks.layers.opened import layers_start, open_block, opened_bytes
 
 _pread: Any = types.ExternalFunction("pread", types.intp(types.intc, types.intp, types.intp, types.intp))
 

@@ -21,8 +21,8 @@ from deltaworks.checkpoints.vector import (
     sum_in_order,
     widen,
 )
+from deltaworks.layers.arithmetic import cells_of, places_of, scaled
 from deltaworks.layers.cells import EDGES, GROUP, MEANS, OCTAVES, RANGES, RAW, SPAN, WAYS
-from deltaworks.layers.decode import cells_of, places_of, scaled
 
 INFINITE = np.uint32(0x7F800000)
 """Bits of the least float32 magnitude that is not finite."""
