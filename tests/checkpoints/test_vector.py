@@ -5,9 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaworks.checkpoints.jit import inlined, kernel
-from deltaworks.checkpoints.vector import (
-    LANES,
+from deltaworks.checkpoints.byte_vector import (
     bytes_above,
     bytes_where,
     from_words,
@@ -15,10 +13,11 @@ from deltaworks.checkpoints.vector import (
     lookup_bytes,
     narrowed,
     shifted_sum,
-    store,
     widened,
     words_of,
 )
+from deltaworks.checkpoints.jit import inlined, kernel
+from deltaworks.checkpoints.vector import LANES, store
 
 LOWER, UPPER = np.uint64(0x8877665544332211), np.uint64(0xFF0FEEDDCCBBAA99)
 TABLE = np.array([LOWER, UPPER]).view(np.uint8)

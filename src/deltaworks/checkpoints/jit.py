@@ -38,7 +38,7 @@ def forget_stale_kernels(package: Path) -> None:
     try:
         compiled = {path: path.stat().st_mtime for path in package.rglob("__pycache__/*.nb[ic]")}
         sources = {path.parent.parent / f"{path.name.partition('.')[0]}.py" for path in compiled}
-        sources.add(package / "checkpoints" / "vector.py")
+        sources.update((package / "checkpoints").glob("*vector.py"))
         newest = max((path.stat().st_mtime for path in sources if path.exists()), default=0.0)
         for path, written in compiled.items():
             if written < newest:

@@ -7,18 +7,20 @@ the same tile of the base.
 import numpy as np
 from numpy.typing import NDArray
 
+from deltaworks.checkpoints.byte_vector import (
+    bytes_where,
+    widened,
+)
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.jit import kernel
 from deltaworks.checkpoints.vector import (
     LANES,
-    bytes_where,
     lanes,
     load,
     lookup,
     power_of_two,
     splat,
     unpacked,
-    widened,
 )
 from deltaworks.layers.arithmetic import mean_above, scaled, signed
 from deltaworks.layers.bitstream import count_ones

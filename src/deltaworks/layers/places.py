@@ -6,31 +6,33 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deltaworks.checkpoints.byte_vector import (
+    bytes_above,
+    bytes_where,
+    from_words,
+    less_one,
+    lookup_bytes,
+    narrowed,
+    shifted_sum,
+    widened,
+    words_of,
+)
 from deltaworks.checkpoints.jit import inlined, kernel
 from deltaworks.checkpoints.vector import (
     LANES,
-    bytes_above,
-    bytes_where,
     from_bytes,
-    from_words,
     lanes,
     leading_zeros,
-    less_one,
     load,
     lookup,
-    lookup_bytes,
     lower_bytes,
     maximum,
     minimum,
-    narrowed,
     packed,
     select,
-    shifted_sum,
     splat,
     unpacked,
     upper_bytes,
-    widened,
-    words_of,
 )
 from deltaworks.layers.arithmetic import cells_of, indices, number_at, places_of, scaled, signed
 from deltaworks.layers.bitstream import EVEN, ODD, count_ones, gather, interleaved, take_word
@@ -39,8 +41,10 @@ from deltaworks.layers.opened import STRIDE, Parts, changed_of, next_bits, write
 
 _ZERO, _ONE = np.uint32(0), np.uint32(1)
 _HALF = np.uint64(0xFFFFFFFF)
-_WIDEST = np.uint8(16)
+_WIDEST = 16
 """Bits of the widest place in a cell that is found together with STRIDE - 1 others."""
+_NARROW_FROM = 32 - _WIDEST
+"""Types that leave so many bits of a float32 at zero have no wider ones."""
 _TOLD_BITS = 10
 """Bits of a place that layers 5 and 6 tell."""
 
@@ -75,6 +79,7 @@ def decode_places(
         code = int(row[parts.ranges + g // GROUP])
         raw = code == RAW
         known = code != 0 and (not raw or depth == DEPTH)
+        wide = raw or parts.shift < _NARROW_FROM
         edges = scaled(EDGES, max(1, code), top)
         # The two ends of every cell, those of positive deltas in the first eight lanes.
         inner, outer = lookup(edges, own), lookup(edges, own + one)
@@ -87,22 +92,22 @@ def decode_places(
                 i2 = next_bits(row, at + bit2, where, sparse)
                 i3 = next_bits(row, at + bit3, where, sparse)
                 i4 = next_bits(row, at + bit4, where, sparse)
-                cell = bytes_where(negative, np.uint8(8)) | bytes_where(i2, np.uint8(4))
-                cell = cell | bytes_where(i3, np.uint8(2)) | bytes_where(i4, np.uint8(1))
-                a, b, c, d = widened(cell)
-                first_a, last_a = _ends_of(base, i, a, low, high, shift)
-                first_b, last_b = _ends_of(base, i + LANES, b, low, high, shift)
-                first_c, last_c = _ends_of(base, i + 2 * LANES, c, low, high, shift)
-                first_d, last_d = _ends_of(base, i + 3 * LANES, d, low, high, shift)
-                widths = bytes_where(
-                    where, narrowed((_width_of(last_a), _width_of(last_b), _width_of(last_c), _width_of(last_d)))
-                )
-                if raw or bytes_above(widths, _WIDEST) != np.uint64(0):
+                if wide:
                     cells = (negative, i2, i3, i4)
                     first, second, third = _decode_wide(
                         row, (first, second, third), depth, code, top, where, cells, parts.shift, base, i, out
                     )
                 else:
+                    cell = bytes_where(negative, np.uint8(8)) | bytes_where(i2, np.uint8(4))
+                    cell = cell | bytes_where(i3, np.uint8(2)) | bytes_where(i4, np.uint8(1))
+                    a, b, c, d = widened(cell)
+                    first_a, last_a = _ends_of(base, i, a, low, high, shift)
+                    first_b, last_b = _ends_of(base, i + LANES, b, low, high, shift)
+                    first_c, last_c = _ends_of(base, i + 2 * LANES, c, low, high, shift)
+                    first_d, last_d = _ends_of(base, i + 3 * LANES, d, low, high, shift)
+                    widths = bytes_where(
+                        where, narrowed((_width_of(last_a), _width_of(last_b), _width_of(last_c), _width_of(last_d)))
+                    )
                     index = less_one(widths)
                     found, first = _take_pairs(row, first, widths)
                     rest = lookup_bytes(_SECOND_MIDDLES, index)

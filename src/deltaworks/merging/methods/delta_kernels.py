@@ -457,11 +457,9 @@ def _add_tile(
         for i in range(0, n, LANES):
             d = load(scratch, 1, i) - load(scratch, 0, i)
             top = maximum(top, bits(d) & magnitude)
-            before = load(scratch, total, i)
-            after = before + d * factor * weight
-            if thinning.at_random:
-                after = select(unpacked(np.uint32(thinning.masks[k, (start + i) // LANES])), after, before)
-            store(out, i, after)
+            mask = thinning.masks[k, (start + i) // LANES] if thinning.at_random else np.uint16(0xFFFF)
+            sums = (load(scratch, total, i), zero, zero, zero, zero)
+            store(out, i, _count_in(sums, d * factor * weight, unpacked(np.uint32(mask)), weight, False)[0])
     for i in range(0, n, LANES):
         sums = (load(scratch, total, i), zero, zero, zero, zero)
         store(out, i, load(scratch, 0, i) + _outcome(sums, how))
