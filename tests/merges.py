@@ -26,6 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dare_ties": {"parameters": "weight: 0.7, density: 0.3, normalize: true"},
     "breadcrumbs": {"parameters": "weight: 0.7, density: [0.2, 0.6], gamma: 0.05"},
     "breadcrumbs_ties": {"parameters": "weight: 0.7, density: 0.3, gamma: [0.0, 0.2], normalize: true"},
+    "sce": {"parameters": "select_topk: [0.3, 1.0]"},
     "slerp": {"listed": ("expert1",), "parameters": "t: [0, 0.7]"},
     "passthrough": {"base": False, "listed": ("expert1",), "parameters": "scale: [{filter: o_proj, value: 0.0}]"},
 }

@@ -29,6 +29,7 @@ from deltaworks.merging.methods.random_mask import (
     round_density,
     split_density,
 )
+from deltaworks.merging.methods.sce import SelectedSum
 from deltaworks.merging.methods.spherical import Slerp
 from deltaworks.merging.methods.weighted import WeightedSum
 
@@ -222,6 +223,50 @@ def test_elected_signs_and_weights_by_hand() -> None:
     operation = DeltaSum((1.0, 1.0), (1.0, 1.0), Sparsify.NONE, False, True, True, 1.0)
     got, _ = stream(operation, [base, a, b], [F32] * 3, F32, 1)
     np.testing.assert_array_equal(decode_reference(got, F32)[:5], [2, -2, 1, 0, 2])
+
+
+@given(
+    st.integers(0, 99),
+    sizes,
+    dtype_lists,
+    st.sampled_from([0.0, 0.01, 0.37, 0.5, 0.99, 1.0]),
+    st.sampled_from([1e-4, 0.003, 0.3]),
+    st.integers(1, 3),
+)
+def test_sce(seed: int, size: int, dtypes: list[DType], topk: float, spread: float, blocks: int) -> None:
+    raws = inputs(seed, size, dtypes, spread)
+    operation = SelectedSum(len(dtypes) - 1, topk)
+    got, _ = stream(operation, raws, dtypes, BF16, blocks)
+    np.testing.assert_array_equal(got, expected(operation, raws, dtypes, BF16))
+    again = OPERATIONS[operation.kind].from_json(operation.to_json())
+    np.testing.assert_array_equal(stream(again, raws, dtypes, BF16, 1)[0], got)
+
+
+@pytest.mark.parametrize("topk", [0.25, 0.6, 0.999])
+def test_sce_selects_the_lowest_indices_of_equals(topk: float) -> None:
+    """All variances equal, and one place in nine has none: of what is left, the first share is selected."""
+    base, ones = np.zeros(9000, np.float32), np.where(np.arange(9000) % 9, np.float32(1), np.float32(0))
+    raws = [encode_reference(x, BF16) for x in (base, ones, base)]
+    selected = np.flatnonzero(ones)[: int(topk * 8000)]
+    for blocks in (1, 2, 3):
+        got, _ = stream(SelectedSum(2, topk), raws, [BF16] * 3, F32, blocks)
+        np.testing.assert_array_equal(np.flatnonzero(decode_reference(got, F32)), selected)
+
+
+def test_sce_by_hand() -> None:
+    """Select: both agree on the second element. Calculate: by 8 and 4 of 12. Erase: the signs of the sums stay."""
+    base = encode_reference(np.zeros(4, np.float32), F32)
+    a = encode_reference(np.array([2, 5, -2, 2], np.float32), F32)
+    b = encode_reference(np.array([0, 5, 2, 0], np.float32), F32)
+    got, _ = stream(SelectedSum(2, 0.99999), [base, a, b], [F32] * 3, F32, 1)
+    np.testing.assert_array_equal(decode_reference(got, F32), [2, 0, 2, 0])
+    got, _ = stream(SelectedSum(2, 1.0), [base, a, b], [F32] * 3, F32, 1)
+    np.testing.assert_allclose(decode_reference(got, F32), [2, 5, 2, 2], rtol=1e-6)
+    c = encode_reference(np.array([4, 3, 4, 0], np.float32), F32)
+    got, _ = stream(SelectedSum(3, 1.0), [base, a, b, c], [F32] * 4, F32, 1)
+    a_, b_, c_ = 37 / 107, 29 / 107, 41 / 107
+    wanted = [(2 * a_ + 4 * c_) / (a_ + c_), 5 * a_ + 5 * b_ + 3 * c_, (2 * b_ + 4 * c_) / (b_ + c_), 2]
+    np.testing.assert_allclose(decode_reference(got, F32), wanted, rtol=1e-6)
 
 
 def test_random_streams_look_random() -> None:

@@ -35,6 +35,9 @@ CASES: dict[str, dict[str, Any]] = {
     "breadcrumbs-gamma": {"parameters": "weight: 0.4, density: [0.2, 0.9], gamma: 0.2, lambda: 1.3, normalize: true"},
     "breadcrumbs-rescale": {"parameters": "weight: 1, density: 0.4, rescale: true"},
     "breadcrumbs_ties": {"experts": MIXED, "parameters": "gamma: [{filter: mlp, value: 0.1}, {value: 0.03}]"},
+    "sce": {},
+    "sce-select": {"parameters": "select_topk: 0.25"},
+    "sce-gradient": {"parameters": "select_topk: [{filter: mlp, value: [0.1, 1.0]}, {value: 0.5}], int8_mask: true"},
     "slerp": {"listed": ("expert0",), "parameters": "t: 0.3"},
     "slerp-gradient": {"listed": ("expert2",), "parameters": "t: [{filter: mlp, value: [0, 0.5, 1]}, {value: 0.7}]"},
     "passthrough": {"base": False, "listed": ("expert1",)},
@@ -98,6 +101,15 @@ def at_threshold(case: str, name: str, inputs: dict[str, dict[str, Array]]) -> A
     """Elements where a delta has exactly a magnitude at which it is trimmed; a sort may keep any of them."""
     base = inputs["base"][name].astype(np.float32)
     tied = np.zeros(base.shape, bool)
+    if case.startswith("sce"):
+        deltas = np.stack([inputs[f"expert{i}"][name].astype(np.float64) - base for i in range(3)])
+        spread = deltas.var(axis=0)
+        keep = int(np.count_nonzero(spread) * setting(CASES[case].get("parameters", ""), "select_topk", name, 1.0))
+        if keep < np.count_nonzero(spread):
+            # Variances that nearly equal the last selected one may stand in another order there.
+            cut = np.sort(spread, axis=None)[::-1][max(keep - 1, 0)]
+            tied |= np.abs(spread / cut - 1) < 1e-5
+        return tied
     if not case.startswith(("ties", "breadcrumbs")):
         return tied
     for expert in ("expert0", "expert1", "expert2"):
@@ -128,7 +140,14 @@ def test_float32_agrees(both: Callable[..., Any], case: str) -> None:
         assert mine.dtype == other.dtype == BF16
         largest = np.max([np.abs(m[name].astype(np.float32)) for m in inputs.values()], axis=0)
         excused = at_threshold(case, name, inputs)
-        near = np.abs(mine.astype(np.float32) - other.astype(np.float32)) <= 1e-6 * largest
+        apart = np.abs(mine.astype(np.float32) - other.astype(np.float32))
+        near = apart <= 1e-6 * largest
+        if case.startswith("sce-"):
+            # Of variances that are nearly equal others are selected, whose squares differ, and so do the shares.
+            base = inputs["base"][name].astype(np.float32)
+            excused |= apart <= 1e-3 * np.max(
+                [np.abs(m[name].astype(np.float32) - base) for m in inputs.values()], axis=0
+            )
         assert ((ulps(mine, other) <= 1) | near | excused).all(), name
         different += int(((ulps(mine, other) > 0) & ~excused).sum())
         total += mine.size
@@ -190,6 +209,10 @@ def in_float64(case: str, name: str, tensors: dict[str, Array]) -> Any:
         total: Any = sum(w * tensors[e] for w, e in zip(weights, listed, strict=True))
         return total / sum(weights) if setting(shared, "normalize", name, True) else total
     base = tensors["base"]
+    if method == "sce":
+        return base + merged_by_sce(
+            np.stack([tensors[e] - base for e in listed]), setting(shared, "select_topk", name, 1.0)
+        )
     deltas = []
     for expert, w in zip(listed, weights, strict=True):
         d = tensors[expert] - base
@@ -291,3 +314,17 @@ def test_dare_has_the_same_mask_statistics(
             for who in figures:
                 left = read_model(tmp_path / f"{who}0")[name].astype(np.float32) - b
                 assert np.abs(left).sum() == pytest.approx(np.abs(d).sum(), rel=0.01)
+
+
+def merged_by_sce(deltas: Array, topk: float) -> Any:
+    """The merged delta in float64; of equal variances the lowest flat indices."""
+    if topk < 1:
+        spread = deltas.var(axis=0).ravel()
+        selected = np.zeros(spread.size, bool)
+        selected[np.argsort(-spread, kind="stable")[: int(np.count_nonzero(spread) * topk)]] = True
+        deltas = np.where(selected.reshape(deltas.shape[1:]), deltas, 0)
+    squares = np.square(deltas).reshape(len(deltas), -1).mean(axis=1)
+    shares = squares / squares.sum() if squares.sum() >= 1e-6 else np.full(len(deltas), 1 / len(deltas))
+    agree = np.sign(deltas) == np.where(deltas.sum(axis=0) >= 0, 1, -1)
+    weights = agree * shares.reshape(-1, *[1] * (deltas.ndim - 1))
+    return (weights * deltas).sum(axis=0) / np.maximum(weights.sum(axis=0), 1e-6)

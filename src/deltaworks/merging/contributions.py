@@ -1,61 +1,22 @@
 """What each block of each expert adds to a merge, from statistics alone."""
 
 import math
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Protocol, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaworks.catalog.histogram import Cut, Interval, ranks_between
-from deltaworks.catalog.statistics import DENSITIES, DeltaTable
-from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES, sample_places
-from deltaworks.merging.election import ELECT, ELECT_AND_DIVIDE, SUM, elected_loss, elected_path, stretch_samples
+from deltaworks.checkpoints.sketch import BUCKETS
+from deltaworks.merging.deltas import Delta
 from deltaworks.merging.methods.delta import DeltaSum, Sparsify
 from deltaworks.merging.methods.operation import Operation
-from deltaworks.merging.methods.random_mask import random_mask_reference
+from deltaworks.merging.methods.sce import SelectedSum
 from deltaworks.merging.methods.spherical import Slerp, slerp_coefficients
 from deltaworks.merging.methods.weighted import WeightedSum
-from deltaworks.merging.selection import Ranking, overlapping_loss, rank_in_order, rank_overlapping
-
-_STRETCH = 3.0
-Number = TypeVar("Number", np.int64, np.float64)
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """Statistics of one expert's tensor: a row a block."""
-
-    table: DeltaTable
-    rows: slice
-
-    @property
-    def square(self) -> NDArray[np.float64]:
-        """Squared norm of each block's delta."""
-        return self.table.delta_square[self.rows]
-
-    @property
-    def changed(self) -> NDArray[np.float64]:
-        """Elements of each block that differ from the base's."""
-        return self.table.changed[self.rows]
-
-    def survives(self, density: float) -> NDArray[np.float64]:
-        """Squared norm of what a trim to `density` leaves of each block, interpolated between those measured."""
-        if density >= 1:
-            return self.square
-        if density <= 0:
-            return np.zeros_like(self.square)
-        known = (0.0, *DENSITIES, 1.0)
-        i = bisect_right(known, density)
-        measured = self.table.survives[self.rows]
-        below = measured[:, i - 2].astype(np.float64) if i > 1 else 0.0
-        above = measured[:, i - 1].astype(np.float64) if i <= len(DENSITIES) else self.square
-        share = (density - known[i - 1]) / (known[i] - known[i - 1])
-        between: NDArray[np.float64] = (1 - share) * below + share * above
-        return between
+from deltaworks.merging.sampled import sample_experts
+from deltaworks.merging.selection import Ranking, overlapping_loss, pool, rank_overlapping
 
 
 class Contribution(Protocol):
@@ -121,83 +82,6 @@ class Overlapping:
         return own
 
 
-@dataclass(frozen=True, slots=True)
-class Elected:
-    """Parts of which every element hangs on all of them, or on its place in its tensor, seen through samples.
-
-    Attributes:
-        samples: float32, [blocks, experts, SAMPLES]; weighted, thinned deltas, each scaled so that squares add up to
-            those of its block.
-        residual: float64, [blocks, experts]; squares that no sampled element stands for.
-        factors: float32, [blocks, experts]; what samples were multiplied by, to be weighed and scaled.
-        weights: float32, [experts].
-        rule: how values combine: `SUM`, `ELECT` or `ELECT_AND_DIVIDE`.
-    """
-
-    samples: NDArray[np.float32]
-    residual: NDArray[np.float64]
-    factors: NDArray[np.float32]
-    weights: NDArray[np.float32]
-    rule: int
-
-    @property
-    def full(self) -> float:
-        """See `Contribution`."""
-        return float(self._loss(np.zeros(self.residual.shape, bool))[1].sum())
-
-    def rank(self, cost: NDArray[np.int64], run: int) -> Ranking:
-        """See `Contribution`.
-
-        Experts are ranked by their own squares for each byte. What they add then is far from that: who joins others
-        changes what those count. The samples of one place are too few to tell, and whoever picks the best of noisy
-        numbers is disappointed; so the samples of the whole tensor tell by what factor squares of each rank count.
-        """
-        energies = self.energies()
-        pooled_cost, pooled = pool(cost, run), pool(energies, run)
-        worth = np.divide(pooled, pooled_cost, out=np.zeros_like(pooled), where=pooled_cost > 0)
-        order = np.argsort(-worth, axis=1, kind="stable")
-        squares = np.take_along_axis(pooled, order, 1)
-        left = np.empty(energies.shape[1] + 1)
-        elected_path(self.samples, self.residual, self.weights, self.rule, order, run, left)
-        left[-1] = 0.0
-        taken, total = -np.diff(np.minimum.accumulate(left)), squares.sum(axis=0)
-        gain = squares * np.divide(taken, total, out=np.zeros_like(total), where=total > 0)
-        ranking = Ranking.empty(len(pooled_cost), pooled_cost.shape[1])
-        rank_in_order(pooled_cost, order, gain, ranking.order, ranking.end, ranking.cost, ranking.gain)
-        return ranking
-
-    def lost(self, chosen: NDArray[np.bool_]) -> float:
-        """See `Contribution`."""
-        return float(self._loss(chosen)[0].sum())
-
-    def without(self, chosen: NDArray[np.bool_], expert: int) -> float:
-        """See `Contribution`."""
-        left = chosen.copy()
-        left[:, expert] = False
-        read = replace(
-            self,
-            samples=np.where(chosen[:, :, None], self.samples, np.float32(0)),
-            residual=np.where(chosen, self.residual, 0.0),
-        )
-        return read.lost(left)
-
-    def _loss(self, chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
-        result = np.empty((2, len(chosen)))
-        elected_loss(self.samples, self.residual, self.weights, self.rule, chosen, *result)
-        return result
-
-    def energies(self) -> NDArray[np.float64]:
-        """See `Contribution`."""
-        own: NDArray[np.float64] = np.square(self.samples.astype(np.float64)).sum(axis=2) + self.residual
-        return own
-
-
-def pool(rows: NDArray[Number], run: int) -> NDArray[Number]:
-    """Sums of every `run` rows; the last may be of fewer."""
-    sums: NDArray[Number] = np.add.reduceat(rows, np.arange(0, len(rows), run), axis=0)
-    return sums
-
-
 class Overlaps:
     """How alike the deltas of different experts are, from their sketches; computed once for many plans."""
 
@@ -259,8 +143,10 @@ def contribution(
         overlaps: cosines between them.
         count: elements in the tensor.
     """
-    if isinstance(operation, DeltaSum) and (operation.consensus or operation.sparsify.trims):
-        return _elected(operation, deltas, count)
+    if isinstance(operation, SelectedSum) or (
+        isinstance(operation, DeltaSum) and (operation.consensus or operation.sparsify.trims)
+    ):
+        return sample_experts(operation, deltas, count)
     coefficients, thinning = coefficients_of(operation, experts, deltas)
     norms = np.sqrt(np.stack([d.square for d in deltas], axis=1)) * np.abs(coefficients)
     signed = norms * np.sign(coefficients)
@@ -309,104 +195,3 @@ def _slerp(operation: Slerp, experts: Sequence[int], deltas: Sequence[Delta]) ->
         sketches = [d.table.sketch[d.rows].astype(np.float64) for d in deltas]
         product += float(np.sum(sketches[0] * sketches[1]))
     return slerp_coefficients(operation.t, max(norms[0], 0.0), max(norms[1], 0.0), product)
-
-
-def _elected(operation: DeltaSum, deltas: Sequence[Delta], count: int) -> Elected:
-    """Samples of what each expert brings to a merge that elects or trims, and the squares they leave out."""
-    blocks, size = len(deltas[0].square), deltas[0].table.block_size
-    rule = (ELECT_AND_DIVIDE if operation.normalize else ELECT) if operation.consensus else SUM
-    places = _places(blocks, size, count)
-    each = np.full(blocks, size / SAMPLES)
-    each[-1] = (count - (blocks - 1) * size) / SAMPLES
-    samples = np.zeros((blocks, len(deltas), SAMPLES), np.float32)
-    residual = np.zeros((blocks, len(deltas)))
-    factors = np.zeros((blocks, len(deltas)), np.float32)
-    for k, delta in enumerate(deltas):
-        density = operation.densities[k]
-        sample, threshold, equal_until, factor = _thinning_of_sample(
-            operation, k, delta.table.sample[delta.rows], places
-        )
-        if operation.sparsify is Sparsify.RANDOM:
-            exact = delta.square * (factor**2 * min(1.0, density))
-        elif operation.sparsify is Sparsify.OUTLIERS and 0 < density < 1:
-            first, end = (rank / count for rank in ranks_between(density, operation.gammas[k], count))
-            exact = np.maximum(delta.survives(end) - delta.survives(first), 0.0)
-        else:
-            exact = delta.survives(density)
-        weight = operation.weights[k] * operation.scale / (1.0 if rule != SUM else operation.divisor)
-        # What the samples miss is taken to survive alone, where normalizing gives it back its full size.
-        alone = operation.scale if rule == ELECT_AND_DIVIDE else weight
-        stretch_samples(
-            sample, threshold, equal_until, places, exact, each, _STRETCH, weight, alone, samples[:, k],
-            residual[:, k], factors[:, k],
-        )  # fmt: skip
-    return Elected(samples, residual, factors, np.array(operation.weights, np.float32), rule)
-
-
-def told_samples(
-    operation: DeltaSum, k: int, delta: Delta, count: int, owners: NDArray[np.int64], seen: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """Samples of an expert's delta as something tells them, thinned as those of the delta itself are.
-
-    Args:
-        operation: how the tensor is made.
-        k: which expert.
-        delta: its statistics.
-        count: elements in the tensor.
-        owners: int64, [rows, SAMPLES]; the block that each sample is of.
-        seen: float32, [rows, SAMPLES]; the samples.
-    """
-    places = _places(len(delta.square), delta.table.block_size, count)[owners, np.arange(SAMPLES)]
-    sample, threshold, equal_until, _ = _thinning_of_sample(operation, k, seen, places)
-    return np.where(_survive(sample, places, threshold, equal_until), sample, np.float32(0))
-
-
-@lru_cache(maxsize=64)
-def _places(blocks: int, size: int, count: int) -> NDArray[np.int64]:
-    """Flat indices of the sampled elements of a tensor of `count`: [blocks, SAMPLES]; many tensors are of one size."""
-    return np.stack([sample_places(b, min(size, count - b * size)) + b * size for b in range(blocks)])
-
-
-def _thinning_of_sample(
-    operation: DeltaSum, k: int, sample: NDArray[np.float32], places: NDArray[np.int64]
-) -> tuple[NDArray[np.float32], int, int, float]:
-    """How a sample of an expert's delta, at flat indices of the tensor, is thinned.
-
-    Returns:
-        The sample, thinned already where that is random; the bits of the least magnitude that stays; the flat index
-        before which magnitudes equal to it do; and what a kept element is multiplied by.
-    """
-    density = operation.densities[k]
-    if density <= 0:
-        return np.zeros_like(sample), 0, 0, 0.0
-    if density >= 1 or operation.sparsify is Sparsify.NONE:
-        return sample, 0, 0, 1.0
-    if operation.sparsify is Sparsify.RANDOM:
-        factor = 1.0 / density if operation.rescale else 1.0
-        kept = random_mask_reference(operation.keys[k], density, places)
-        return np.where(kept, sample * np.float32(factor), np.float32(0)), 0, 0, factor
-    cut = operation.cuts[k]
-    assert cut is not None
-    if operation.sparsify is Sparsify.OUTLIERS and (top := operation.tops[k]) is not None:
-        sample = np.where(_survive(sample, places, *_of_sample(top)), np.float32(0), sample)
-    return sample, *_of_sample(cut), 1.0
-
-
-def _survive(
-    sample: NDArray[np.float32], places: NDArray[np.int64], threshold: int, equal_until: int
-) -> NDArray[np.bool_]:
-    """Which elements of a sample, at flat indices of the tensor, survive a cut; see `_of_sample`."""
-    size = np.abs(sample).view(np.uint32).astype(np.int64)
-    survive: NDArray[np.bool_] = (size > threshold) | ((size == threshold) & (places < equal_until))
-    return survive
-
-
-def _of_sample(cut: Cut | Interval) -> tuple[int, int]:
-    """The bits of a cut's magnitude, and the flat index before which magnitudes equal to it survive."""
-    if isinstance(cut, Interval):
-        return (cut.bin >> 1 << 16) + int((1 - cut.rank / cut.total) * 0xFFFF), 1 << 62
-    return cut.threshold, cut.start
-
-
-Deltas = Mapping[tuple[int, int], DeltaTable]
-"""Statistics by the places in a plan of an expert and of the base it is taken against."""

@@ -112,9 +112,7 @@ def elected_loss(
     weights: NDArray[np.float32],
     rule: int,
     chosen: NDArray[np.bool_],
-    lost: NDArray[np.float64],
-    full: NDArray[np.float64],
-) -> None:
+) -> float:
     """What is lost where some experts are not read, by merging a sample of elements.
 
     Args:
@@ -123,28 +121,56 @@ def elected_loss(
         weights: float32, [experts].
         rule: SUM, ELECT or ELECT_AND_DIVIDE.
         chosen: bool, [places, experts]; who is read.
-        lost: float64, [places]; set to the squared error.
-        full: float64, [places]; set to the squares of the full merge.
+
+    Returns:
+        The squared error over all places.
     """
     places, experts, count = samples.shape
     sums = np.empty((4, count), np.float32)
     kept = np.empty((4, count), np.float32)
+    total = 0.0
     for p in range(places):
         sums[:] = np.float32(0.0)
         kept[:] = np.float32(0.0)
-        lost[p] = full[p] = 0.0
         for e in range(experts):
             join(samples[p, e], weights[e], sums)
-            full[p] += residual[p, e]
             if chosen[p, e]:
                 join(samples[p, e], weights[e], kept)
             else:
-                lost[p] += residual[p, e]
+                total += residual[p, e]
         for s in range(count):
             goal = np.float64(elected(sums[0, s], sums[1, s], sums[2, s], sums[3, s], rule))
             value = np.float64(elected(kept[0, s], kept[1, s], kept[2, s], kept[3, s], rule))
-            lost[p] += (goal - value) ** 2
-            full[p] += goal**2
+            total += (goal - value) ** 2
+    return total
+
+
+@kernel
+def elected_layers_loss(
+    told: NDArray[np.float32],
+    owners: NDArray[np.int64],
+    depths: NDArray[np.int8],
+    weights: NDArray[np.float32],
+    rule: int,
+) -> float:
+    """Squared error of what the samples show; see `Sampled.told_loss` for the arguments."""
+    parts, experts, _, count = told.shape
+    sums, kept = np.empty((4, count), np.float32), np.empty((4, count), np.float32)
+    seen = np.empty(count, np.float32)
+    total = 0.0
+    for g in range(parts):
+        sums[:] = np.float32(0.0)
+        kept[:] = np.float32(0.0)
+        for e in range(experts):
+            join(told[g, e, told.shape[2] - 1], weights[e], sums)
+            for s in range(count):
+                seen[s] = told[g, e, depths[owners[g, s], e], s]
+            join(seen, weights[e], kept)
+        for s in range(count):
+            goal = np.float64(elected(sums[0, s], sums[1, s], sums[2, s], sums[3, s], rule))
+            value = np.float64(elected(kept[0, s], kept[1, s], kept[2, s], kept[3, s], rule))
+            total += (goal - value) ** 2
+    return total
 
 
 @kernel

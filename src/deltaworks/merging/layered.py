@@ -14,10 +14,12 @@ from deltaworks.checkpoints.jit import kernel
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES
 from deltaworks.layers.cells import DEPTH
 from deltaworks.layers.file import LayeredTensor, LayerIndex, blocks_sharing, scale_sketches
-from deltaworks.merging.contributions import Delta, Elected, Number, told_samples, trust_in
-from deltaworks.merging.election import elected, join
+from deltaworks.merging.contributions import trust_in
+from deltaworks.merging.deltas import Delta
 from deltaworks.merging.methods.delta import DeltaSum
-from deltaworks.merging.selection import Ranking, rank_layers
+from deltaworks.merging.methods.sce import SelectedSum
+from deltaworks.merging.sampled import Sampled, told_samples
+from deltaworks.merging.selection import Number, Ranking, rank_layers
 
 UNKNOWN = -1
 """The cost of a depth to which an expert cannot be read, or at which another gives more for the same bytes."""
@@ -65,6 +67,10 @@ class Menu:
     def shared(self) -> NDArray[np.int64]:
         """How many blocks share each record of residuals: int64, [parts]."""
         return np.minimum(self._sharing, len(self.cost) - np.arange(self.parts()) * self._sharing)
+
+    def stands_for(self) -> NDArray[np.int64]:
+        """For how many blocks each sample of a record stands: int64, [parts]."""
+        return np.minimum(self.shared(), SAMPLES)
 
     def owners(self) -> NDArray[np.int64]:
         """The block that each sample of a record is of: int64, [parts, SAMPLES]."""
@@ -284,8 +290,8 @@ def layers_loss(part: NDArray[np.float64], cosine: NDArray[np.float64], depths: 
 
 
 @dataclass(frozen=True)
-class ElectedLayers:
-    """Parts that elect the sign of every element, seen through samples; see `Elected`.
+class SampledLayers:
+    """Parts of which every element hangs on all of them, seen through samples; see `Sampled`.
 
     Attributes:
         menu: what can be read.
@@ -294,7 +300,7 @@ class ElectedLayers:
     """
 
     menu: Menu
-    whole: Elected
+    whole: Sampled
     told: NDArray[np.float32]
 
     @cached_property
@@ -315,12 +321,12 @@ class ElectedLayers:
 
     def lost(self, depths: NDArray[np.int8]) -> float:
         """See `Layered`."""
-        error = elected_layers_loss(self.told, self.menu.owners(), depths, self.whole.weights, self.whole.rule)
+        error = self.whole.told_loss(self.told, self.menu.owners(), self.menu.stands_for(), depths)
         return float(error + (self.whole.residual * self._missing[depths]).sum())
 
 
-def elected_layers(menu: Menu, operation: DeltaSum, whole: Elected, count: int) -> ElectedLayers:
-    """What layers tell a merge with sign election.
+def sampled_layers(menu: Menu, operation: DeltaSum | SelectedSum, whole: Sampled, count: int) -> SampledLayers:
+    """What layers tell a merge of which every element hangs on all experts.
 
     Args:
         menu: what can be read.
@@ -330,7 +336,7 @@ def elected_layers(menu: Menu, operation: DeltaSum, whole: Elected, count: int) 
     """
     owners = menu.owners()
     slots = np.arange(SAMPLES)
-    stands_for = np.sqrt(np.minimum(menu.shared(), SAMPLES).astype(np.float32))[:, None]
+    stands_for = np.sqrt(menu.stands_for().astype(np.float32))[:, None]
     told = np.zeros((menu.parts(), len(menu.deltas), DEPTH + 1, SAMPLES), np.float32)
     for e, delta in enumerate(menu.deltas):
         told[:, e, DEPTH] = whole.samples[owners, e, slots] * stands_for
@@ -340,32 +346,4 @@ def elected_layers(menu: Menu, operation: DeltaSum, whole: Elected, count: int) 
                 seen = exact - menu.residual_samples(e)[:, x - 1]
                 factor = whole.factors[owners, e] * stands_for
                 told[:, e, x] = told_samples(operation, e, delta, count, owners, seen) * factor
-    return ElectedLayers(menu, whole, told)
-
-
-@kernel
-def elected_layers_loss(
-    told: NDArray[np.float32],
-    owners: NDArray[np.int64],
-    depths: NDArray[np.int8],
-    weights: NDArray[np.float32],
-    rule: int,
-) -> float:
-    """Squared error of what the samples show; see `ElectedLayers`, `Menu.owners` and `Choice` for the arguments."""
-    parts, experts, _, count = told.shape
-    sums, kept = np.empty((4, count), np.float32), np.empty((4, count), np.float32)
-    seen = np.empty(count, np.float32)
-    total = 0.0
-    for g in range(parts):
-        sums[:] = np.float32(0.0)
-        kept[:] = np.float32(0.0)
-        for e in range(experts):
-            join(told[g, e, told.shape[2] - 1], weights[e], sums)
-            for s in range(count):
-                seen[s] = told[g, e, depths[owners[g, s], e], s]
-            join(seen, weights[e], kept)
-        for s in range(count):
-            goal = np.float64(elected(sums[0, s], sums[1, s], sums[2, s], sums[3, s], rule))
-            value = np.float64(elected(kept[0, s], kept[1, s], kept[2, s], kept[3, s], rule))
-            total += (goal - value) ** 2
-    return total
+    return SampledLayers(menu, whole, told)

@@ -15,6 +15,7 @@ from deltaworks.merging.methods.copying import Copy
 from deltaworks.merging.methods.delta import DeltaSum, Sparsify
 from deltaworks.merging.methods.operation import Operation
 from deltaworks.merging.methods.random_mask import random_key
+from deltaworks.merging.methods.sce import SelectedSum
 from deltaworks.merging.methods.spherical import Slerp
 from deltaworks.merging.methods.weighted import WeightedSum
 from deltaworks.merging.parameters import Setting, resolve
@@ -248,7 +249,10 @@ def _plan_tensor(
     else:
         base, experts = _experts(recipe, tensor)
         inputs = [inputs[base], *(inputs[k] for k in experts)]
-        operation = _delta_sum(recipe, tensor, models, experts, cuts, seed)
+        if recipe.method.name == "sce":
+            operation = SelectedSum(len(experts), _number(recipe, tensor, "select_topk"))
+        else:
+            operation = _delta_sum(recipe, tensor, models, experts, cuts, seed)
     return PlannedTensor(tensor.name, dtype, sources[0].shape, tuple(inputs), operation)
 
 

@@ -297,8 +297,9 @@ class _Reader:
     @staticmethod
     def _check_range(parameter: Parameter, setting: Setting, where: str) -> None:
         values = [v for _, choice in setting.choices for v in choice]
-        if parameter.name == "density" and any(not 0 <= v <= 1 for v in values):
-            raise RecipeError(f"{where}: a density is a share from 0 to 1")
+        what = {"density": "a density", "select_topk": "select_topk"}.get(parameter.name)
+        if what is not None and any(not 0 <= v <= 1 for v in values):
+            raise RecipeError(f"{where}: {what} is a share from 0 to 1")
 
     def _reference(self, raw: Any, where: str) -> str:
         if isinstance(raw, dict) and isinstance(raw.get("model"), dict) and "path" in raw["model"]:

@@ -9,12 +9,15 @@ less a byte than those before it, more budget never leaves more error.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.jit import kernel
 from deltaworks.layers.cells import DEPTH
+
+Number = TypeVar("Number", np.int64, np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,12 @@ def choose(rankings: Sequence[Ranking], budget: int, *, nested: bool = False) ->
         depths[place, ranking.order[place, position]] = ranking.depth[place, position]
         choices.append(Choice(depths, float(ranking.gain[~steps & (ranking.cost > 0)].sum())))
     return choices
+
+
+def pool(rows: NDArray[Number], run: int) -> NDArray[Number]:
+    """Sums of every `run` rows; the last may be of fewer."""
+    sums: NDArray[Number] = np.add.reduceat(rows, np.arange(0, len(rows), run), axis=0)
+    return sums
 
 
 @kernel

@@ -19,28 +19,28 @@ from deltaworks.layers.cells import DEPTH
 from deltaworks.layers.file import LayerIndex
 from deltaworks.merging.contributions import (
     Contribution,
-    Delta,
-    Deltas,
-    Elected,
     Overlapping,
     Overlaps,
     coefficients_of,
     contribution,
 )
+from deltaworks.merging.deltas import Delta, Deltas
 from deltaworks.merging.layered import (
     Layered,
     Menu,
     OverlappingLayers,
-    elected_layers,
     make_menu,
     pool_cosines,
     rank_alone,
+    sampled_layers,
 )
 from deltaworks.merging.methods.copying import Copy
 from deltaworks.merging.methods.delta import DeltaSum
+from deltaworks.merging.methods.sce import SelectedSum
 from deltaworks.merging.methods.spherical import Slerp
 from deltaworks.merging.methods.weighted import WeightedSum
 from deltaworks.merging.plan import Depths, InputTensor, Plan, PlannedTensor, Ranges
+from deltaworks.merging.sampled import Sampled
 from deltaworks.merging.selection import Choice, Ranking, choose
 
 LARGE_REQUEST = 1 << 20
@@ -95,7 +95,7 @@ class Weighed:
         self._request = int(cost.request_bytes) if cost.request_bytes >= LARGE_REQUEST else 0
         for candidate in self._weighed:
             candidate.weigh(knowledge.overlaps)
-        adding = [(c, c.menu) for c in self._weighed if c.menu is not None and not isinstance(c.contribution, Elected)]
+        adding = [(c, c.menu) for c in self._weighed if c.menu is not None and not isinstance(c.contribution, Sampled)]
         cosines = pool_cosines([(menu, c.places) for c, menu in adding])
         for (candidate, menu), own in zip(adding, cosines, strict=True):
             candidate.weigh_layers(menu, own)
@@ -227,9 +227,9 @@ class _Candidate:
         names = {self.tensor.inputs[k].tensor for k in self.experts}
         if any(self._indices) and len(names) == 1:
             self.menu = make_menu(names.pop(), self.deltas, self._indices, self.cost, self._gone)
-        if self.menu is not None and isinstance(found, Elected):
-            assert isinstance(self.tensor.operation, DeltaSum)
-            self._layered = elected_layers(self.menu, self.tensor.operation, found, self.tensor.count)
+        if self.menu is not None and isinstance(found, Sampled):
+            assert isinstance(self.tensor.operation, DeltaSum | SelectedSum)
+            self._layered = sampled_layers(self.menu, self.tensor.operation, found, self.tensor.count)
 
     @property
     def places(self) -> list[int]:
@@ -276,7 +276,7 @@ class _Candidate:
                     gram[:, e, e] = weighed.energies()[:, e] / own if own > 0 else 0.0
             weighed = Overlapping(gram, 0.0, self.norms, is_fixed=False)
         ranking = weighed.rank(self.cost, self._run(request))
-        if isinstance(weighed, Elected):
+        if isinstance(weighed, Sampled):
             self._full = float(ranking.gain.sum())  # all that reading everything takes off; to sample it again is dear
         return ranking
 
@@ -380,7 +380,7 @@ class _Candidate:
 
 def _stand_in(plan: Plan, tensor: PlannedTensor, experts: Sequence[int]) -> InputTensor:
     """What omitted blocks of a tensor read as: the tensor of the base."""
-    if isinstance(tensor.operation, DeltaSum | Slerp) and 0 not in experts:
+    if isinstance(tensor.operation, DeltaSum | SelectedSum | Slerp) and 0 not in experts:
         stand_in = tensor.inputs[0]
     else:
         bases = {plan.models[tensor.inputs[k].model].base for k in experts}

@@ -7,6 +7,7 @@ from typing import Any
 from deltaworks.merging.methods.copying import Copy
 from deltaworks.merging.methods.delta import DeltaSum
 from deltaworks.merging.methods.operation import Operation
+from deltaworks.merging.methods.sce import SelectedSum
 from deltaworks.merging.methods.spherical import Slerp
 from deltaworks.merging.methods.weighted import WeightedSum
 
@@ -50,6 +51,10 @@ class Method:
     max_inputs: int | None = None
 
 
+# Asks mergekit to keep its masks in 8 bits; ours never exist as tensors, so it changes nothing here.
+_INT8_MASK = Parameter("int8_mask", Scope.SHARED, bool, default=False)
+
+
 def _delta_parameters(*, normalize: bool, rescale: bool) -> tuple[Parameter, ...]:
     return (
         Parameter("weight", Scope.EXPERTS, float),
@@ -57,8 +62,7 @@ def _delta_parameters(*, normalize: bool, rescale: bool) -> tuple[Parameter, ...
         Parameter("normalize", Scope.SHARED, bool, normalize),
         Parameter("rescale", Scope.SHARED, bool, rescale),
         Parameter("lambda", Scope.SHARED, float, 1.0),
-        # Asks mergekit to keep its masks in 8 bits; ours never exist as tensors, so it changes nothing here.
-        Parameter("int8_mask", Scope.SHARED, bool, default=False),
+        _INT8_MASK,
     )
 
 
@@ -81,6 +85,13 @@ METHODS = {
         Method("dare_ties", _delta_parameters(normalize=False, rescale=True)),
         Method("breadcrumbs", (*_delta_parameters(normalize=False, rescale=False), _GAMMA)),
         Method("breadcrumbs_ties", (*_delta_parameters(normalize=False, rescale=False), _GAMMA)),
+        Method(
+            "sce",
+            (
+                Parameter("select_topk", Scope.SHARED, float, 1.0),
+                _INT8_MASK,
+            ),
+        ),
         Method("slerp", (Parameter("t", Scope.SHARED, float),), min_inputs=2, max_inputs=2),
         Method(
             "passthrough",
@@ -91,5 +102,5 @@ METHODS = {
     )
 }
 
-OPERATIONS: dict[str, type[Operation]] = {o.kind: o for o in (Copy, WeightedSum, Slerp, DeltaSum)}
+OPERATIONS: dict[str, type[Operation]] = {o.kind: o for o in (Copy, WeightedSum, Slerp, DeltaSum, SelectedSum)}
 """Operations by the name under which plans store them."""

@@ -189,9 +189,9 @@ class DeltaSum(Operation):
                 if density <= 0:
                     thresholds[k] = _NEVER
                 elif density < 1:
-                    thresholds[k], ties[k] = _place_cut(self.cuts[k], block)
+                    thresholds[k], ties[k] = place_cut(self.cuts[k], block)
                     if cuts_tops and self.tops[k] is not None:
-                        ceilings[k], tops[k] = _place_cut(self.tops[k], block)
+                        ceilings[k], tops[k] = place_cut(self.tops[k], block)
         return Thinning(at_random, thresholds, ties, cuts_tops, ceilings, tops, *chances, *masks)
 
     def reference(self, inputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
@@ -285,7 +285,7 @@ def _inside(block: Block, k: int, cut: Interval) -> NDArray[np.uint16]:
     return found[:count].copy()
 
 
-def _place_cut(cut: Cut | Interval | None, block: Block) -> tuple[int, tuple[int, int, int]]:
+def place_cut(cut: Cut | Interval | None, block: Block) -> tuple[int, tuple[int, int, int]]:
     """A cut as kernels take it in a block: the threshold, and which of its equals survive; see `Thinning`."""
     assert isinstance(cut, Cut)
     if cut.start < block.start:

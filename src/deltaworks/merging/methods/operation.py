@@ -204,9 +204,15 @@ def exact_sums(parts: Sequence[NDArray[np.float64]]) -> list[float]:
     return [math.fsum(column.tolist()) for column in np.concatenate(parts).T]
 
 
-def tile_sum_reference(values: NDArray[Any]) -> float:
-    """The sum over a whole tensor as kernels take it: lanes of every tile in the values' type, then all exactly."""
-    return math.fsum(_lane_sum_reference(values[i : i + TILE]) for i in range(0, len(values), TILE))
+def tile_sum_reference(values: NDArray[Any], apart: NDArray[np.bool_] | None = None) -> float:
+    """The sum over a whole tensor as kernels take it: lanes of every tile in the values' type, then all exactly.
+
+    Values that are `apart` join only then, one by one.
+    """
+    others: list[float] = []
+    if apart is not None:
+        values, others = np.where(apart, values.dtype.type(0), values), values[apart].tolist()
+    return math.fsum([*(_lane_sum_reference(values[i : i + TILE]) for i in range(0, len(values), TILE)), *others])
 
 
 def _lane_sum_reference(values: NDArray[Any]) -> float:

@@ -1,0 +1,377 @@
+"""What experts add to merges of which every element hangs on all of them, seen through samples of their deltas."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltaworks.catalog.histogram import Cut, Interval, ranks_between
+from deltaworks.checkpoints.sketch import SAMPLES, sample_places
+from deltaworks.layers.cells import DEPTH
+from deltaworks.merging.deltas import Delta
+from deltaworks.merging.election import (
+    ELECT,
+    ELECT_AND_DIVIDE,
+    SUM,
+    elected_layers_loss,
+    elected_loss,
+    elected_path,
+    stretch_samples,
+)
+from deltaworks.merging.methods.delta import DeltaSum, Sparsify
+from deltaworks.merging.methods.random_mask import random_mask_reference
+from deltaworks.merging.methods.sce import SelectedSum, expert_shares
+from deltaworks.merging.methods.sce_kernels import SMALLEST_SHARE
+from deltaworks.merging.selection import Ranking, pool, rank_in_order
+
+_STRETCH = 3.0
+
+
+@dataclass(frozen=True)
+class Sampled(ABC):
+    """Parts that hang on each other, or on their place in their tensor; a `Contribution`.
+
+    Attributes:
+        samples: float32, [blocks, experts, SAMPLES]; weighted, thinned deltas, each scaled so that squares add up to
+            those of its block.
+        residual: float64, [blocks, experts]; squares that no sampled element stands for.
+        factors: float32, [blocks, experts]; what samples were multiplied by, to be weighed and scaled.
+    """
+
+    samples: NDArray[np.float32]
+    residual: NDArray[np.float64]
+    factors: NDArray[np.float32]
+
+    @property
+    def full(self) -> float:
+        """See `Contribution`."""
+        return self.lost(np.zeros(self.residual.shape, bool))
+
+    def rank(self, cost: NDArray[np.int64], run: int) -> Ranking:
+        """See `Contribution`.
+
+        Experts are ranked by their own squares for each byte. What they add then is far from that: who joins others
+        changes what those count. The samples of one place are too few to tell, and whoever picks the best of noisy
+        numbers is disappointed; so the samples of the whole tensor tell by what factor squares of each rank count.
+        """
+        energies = self.energies()
+        pooled_cost, pooled = pool(cost, run), pool(energies, run)
+        worth = np.divide(pooled, pooled_cost, out=np.zeros_like(pooled), where=pooled_cost > 0)
+        order = np.argsort(-worth, axis=1, kind="stable")
+        squares = np.take_along_axis(pooled, order, 1)
+        left = self._path(order, run)
+        left[-1] = 0.0
+        taken, total = -np.diff(np.minimum.accumulate(left)), squares.sum(axis=0)
+        gain = squares * np.divide(taken, total, out=np.zeros_like(total), where=total > 0)
+        ranking = Ranking.empty(len(pooled_cost), pooled_cost.shape[1])
+        rank_in_order(pooled_cost, order, gain, ranking.order, ranking.end, ranking.cost, ranking.gain)
+        return ranking
+
+    def without(self, chosen: NDArray[np.bool_], expert: int) -> float:
+        """See `Contribution`."""
+        left = chosen.copy()
+        left[:, expert] = False
+        read = replace(
+            self,
+            samples=np.where(chosen[:, :, None], self.samples, np.float32(0)),
+            residual=np.where(chosen, self.residual, 0.0),
+        )
+        return read.lost(left)
+
+    def energies(self) -> NDArray[np.float64]:
+        """See `Contribution`."""
+        own: NDArray[np.float64] = np.square(self.samples.astype(np.float64)).sum(axis=2) + self.residual
+        return own
+
+    @abstractmethod
+    def lost(self, chosen: NDArray[np.bool_]) -> float:
+        """See `Contribution`."""
+
+    @abstractmethod
+    def _path(self, order: NDArray[np.int64], run: int) -> NDArray[np.float64]:
+        """What is left of the squared error as experts join; see `elected_path`."""
+
+    @abstractmethod
+    def told_loss(
+        self,
+        told: NDArray[np.float32],
+        owners: NDArray[np.int64],
+        stands_for: NDArray[np.int64],
+        depths: NDArray[np.int8],
+    ) -> float:
+        """Squared error where only some layers are read, as far as samples show it.
+
+        Args:
+            told: float32, [parts, experts, DEPTH + 1, SAMPLES]; samples as so many layers tell them.
+            owners: see `Menu`.
+            stands_for: int64, [parts]; for how many blocks each sample stands.
+            depths: see `Choice`.
+        """
+
+
+@dataclass(frozen=True)
+class Elected(Sampled):
+    """Parts that elect the sign of every element, or that are trimmed and summed.
+
+    Attributes:
+        weights: float32, [experts].
+        rule: how values combine: `SUM`, `ELECT` or `ELECT_AND_DIVIDE`.
+    """
+
+    weights: NDArray[np.float32]
+    rule: int
+
+    def lost(self, chosen: NDArray[np.bool_]) -> float:
+        """See `Contribution`."""
+        return float(elected_loss(self.samples, self.residual, self.weights, self.rule, chosen))
+
+    def _path(self, order: NDArray[np.int64], run: int) -> NDArray[np.float64]:
+        left = np.empty(order.shape[1] + 1)
+        elected_path(self.samples, self.residual, self.weights, self.rule, order, run, left)
+        return left
+
+    def told_loss(
+        self,
+        told: NDArray[np.float32],
+        owners: NDArray[np.int64],
+        stands_for: NDArray[np.int64],
+        depths: NDArray[np.int8],
+    ) -> float:
+        """See `Sampled`."""
+        del stands_for  # no sample is compared with another
+        return float(elected_layers_loss(told, owners, depths, self.weights, self.rule))
+
+
+class _Merged(NamedTuple):
+    """What SCE makes of samples.
+
+    Attributes:
+        values: float32, [rows, SAMPLES]; the merged delta, scaled as the samples are.
+        selected: bool, [rows, SAMPLES].
+        shares: of each expert.
+    """
+
+    values: NDArray[np.float32]
+    selected: NDArray[np.bool_]
+    shares: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Selected(Sampled):
+    """Parts from which SCE selects elements, over a whole tensor, and shares, by what it selected.
+
+    Attributes:
+        each: float64, [blocks]; elements that one sample stands for.
+        topk: see `SelectedSum`.
+    """
+
+    each: NDArray[np.float64]
+    topk: float
+
+    @cached_property
+    def _full(self) -> _Merged:
+        return self._merge(self.samples, self.each[:, None], self.residual.sum(axis=0))
+
+    @cached_property
+    def _selected_share(self) -> float:
+        """The share of squares that is selected."""
+        squares = np.square(self.samples).sum(axis=1, dtype=np.float64)
+        total = float(squares.sum())
+        return float(squares[self._full.selected].sum()) / total if total > 0 else 1.0
+
+    def _merge(self, samples: NDArray[np.float32], each: NDArray[np.float64], rest: NDArray[np.float64]) -> _Merged:
+        """Merge samples, each of which stands for so many elements; `rest` are each expert's squares beyond them."""
+        selected = np.ones((len(samples), SAMPLES), bool)
+        if self.topk < 1:
+            each = np.broadcast_to(each, selected.shape)
+            spread = np.square(samples - samples.mean(axis=1, keepdims=True)).sum(axis=1) / each
+            descending = np.argsort(-spread, axis=None, kind="stable")[: np.count_nonzero(spread)]
+            until = np.cumsum(each.ravel()[descending])
+            selected = np.zeros(spread.shape, bool)
+            if len(until):
+                last = np.searchsorted(until, self.topk * until[-1], "right")
+                selected.ravel()[descending[:last]] = True
+            samples = np.where(selected[:, None], samples, np.float32(0))
+        squares = np.square(samples).sum(axis=(0, 2), dtype=np.float64) + rest * (self.topk >= 1)
+        shares = expert_shares(squares.tolist(), float(np.broadcast_to(each, selected.shape).sum()))
+        weights = np.array(shares, np.float32)[:, None]
+        agree = np.where(samples.sum(axis=1, keepdims=True) >= 0, samples > 0, samples < 0)
+        sums, divisors = (np.where(agree, x, np.float32(0)).sum(axis=1) for x in (samples * weights, weights))
+        return _Merged(sums / np.maximum(divisors, SMALLEST_SHARE), selected, shares)
+
+    def lost(self, chosen: NDArray[np.bool_]) -> float:
+        """See `Contribution`."""
+        rest = np.where(chosen, self.residual, 0.0)
+        read = self._merge(
+            np.where(chosen[:, :, None], self.samples, np.float32(0)), self.each[:, None], rest.sum(axis=0)
+        )
+        error = np.square(self._full.values - read.values).sum(dtype=np.float64)
+        return float(error) + self._selected_share * float((self.residual - rest).sum())
+
+    def energies(self) -> NDArray[np.float64]:
+        """See `Contribution`; each as if it were merged with its share and nobody else."""
+        kept = np.where(self._full.selected[:, None], self.samples, np.float32(0))
+        own = np.square(kept).sum(axis=2, dtype=np.float64) + self._selected_share * self.residual
+        energies: NDArray[np.float64] = own * np.square(self._full.shares)
+        return energies
+
+    def _path(self, order: NDArray[np.int64], run: int) -> NDArray[np.float64]:
+        rank = np.repeat(np.argsort(order, axis=1), run, axis=0)[: len(self.samples)]
+        return np.array([self.lost(rank < joined) for joined in range(order.shape[1] + 1)])
+
+    def told_loss(
+        self,
+        told: NDArray[np.float32],
+        owners: NDArray[np.int64],
+        stands_for: NDArray[np.int64],
+        depths: NDArray[np.int8],
+    ) -> float:
+        """See `Sampled`."""
+        each = self.each[owners] * stands_for[:, None]
+        depth = depths[owners].transpose(0, 2, 1).astype(np.int64)
+        seen = np.take_along_axis(told, depth[:, :, None], axis=2)[:, :, 0]
+        rest = self.residual.sum(axis=0)
+        goal, value = (self._merge(x, each, rest).values for x in (told[:, :, DEPTH], seen))
+        return float(np.square(goal - value).sum(dtype=np.float64))
+
+
+def sample_experts(operation: DeltaSum | SelectedSum, deltas: Sequence[Delta], count: int) -> Sampled:
+    """Samples of what each expert brings to a merge, and the squares they leave out.
+
+    Args:
+        operation: how the tensor is made.
+        deltas: of the experts.
+        count: elements in the tensor.
+    """
+    blocks, size = len(deltas[0].square), deltas[0].table.block_size
+    places = _places(blocks, size, count)
+    each = np.full(blocks, size / SAMPLES)
+    each[-1] = (count - (blocks - 1) * size) / SAMPLES
+    samples = np.zeros((blocks, len(deltas), SAMPLES), np.float32)
+    residual = np.zeros((blocks, len(deltas)))
+    factors = np.zeros((blocks, len(deltas)), np.float32)
+    for k, delta in enumerate(deltas):
+        thinned = _thinning_of_sample(operation, k, delta.table.sample[delta.rows], places)
+        exact, weight, alone = _weight_of(operation, k, delta, thinned.factor, count)
+        stretch_samples(
+            thinned.sample, thinned.threshold, thinned.equal_until, places, exact, each, _STRETCH, weight, alone,
+            samples[:, k], residual[:, k], factors[:, k],
+        )  # fmt: skip
+    if isinstance(operation, SelectedSum):
+        return Selected(samples, residual, factors, each, operation.topk)
+    return Elected(samples, residual, factors, np.array(operation.weights, np.float32), _rule(operation))
+
+
+def _rule(operation: DeltaSum) -> int:
+    return (ELECT_AND_DIVIDE if operation.normalize else ELECT) if operation.consensus else SUM
+
+
+def _weight_of(
+    operation: DeltaSum | SelectedSum, k: int, delta: Delta, factor: float, count: int
+) -> tuple[NDArray[np.float64], float, float]:
+    """How much an expert's thinned delta counts.
+
+    Returns:
+        Its squares, [blocks]; what it is multiplied by; and what elements are multiplied by where nobody else has one.
+    """
+    if isinstance(operation, SelectedSum):
+        return delta.square, 1.0, 1.0
+    density = operation.densities[k]
+    if operation.sparsify is Sparsify.RANDOM:
+        exact = delta.square * (factor**2 * min(1.0, density))
+    elif operation.sparsify is Sparsify.OUTLIERS and 0 < density < 1:
+        first, end = (rank / count for rank in ranks_between(density, operation.gammas[k], count))
+        exact = np.maximum(delta.survives(end) - delta.survives(first), 0.0)
+    else:
+        exact = delta.survives(density)
+    rule = _rule(operation)
+    weight = operation.weights[k] * operation.scale / (1.0 if rule != SUM else operation.divisor)
+    # What the samples miss is taken to survive alone, where normalizing gives it back its full size.
+    return exact, weight, operation.scale if rule == ELECT_AND_DIVIDE else weight
+
+
+def told_samples(
+    operation: DeltaSum | SelectedSum,
+    k: int,
+    delta: Delta,
+    count: int,
+    owners: NDArray[np.int64],
+    seen: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """Samples of an expert's delta as something tells them, thinned as those of the delta itself are.
+
+    Args:
+        operation: how the tensor is made.
+        k: which expert.
+        delta: its statistics.
+        count: elements in the tensor.
+        owners: int64, [rows, SAMPLES]; the block that each sample is of.
+        seen: float32, [rows, SAMPLES]; the samples.
+    """
+    places = _places(len(delta.square), delta.table.block_size, count)[owners, np.arange(SAMPLES)]
+    sample, threshold, equal_until, _ = _thinning_of_sample(operation, k, seen, places)
+    return np.where(_survive(sample, places, threshold, equal_until), sample, np.float32(0))
+
+
+class _Thinned(NamedTuple):
+    """A sample, and how it is thinned.
+
+    Attributes:
+        sample: float32, [rows, SAMPLES]; thinned already where that is random.
+        threshold: the bits of the least magnitude that stays.
+        equal_until: the flat index before which magnitudes equal to it do.
+        factor: what a kept element is multiplied by.
+    """
+
+    sample: NDArray[np.float32]
+    threshold: int
+    equal_until: int
+    factor: float
+
+
+@lru_cache(maxsize=64)
+def _places(blocks: int, size: int, count: int) -> NDArray[np.int64]:
+    """Flat indices of the sampled elements of a tensor of `count`: [blocks, SAMPLES]; many tensors are of one size."""
+    return np.stack([sample_places(b, min(size, count - b * size)) + b * size for b in range(blocks)])
+
+
+def _thinning_of_sample(
+    operation: DeltaSum | SelectedSum, k: int, sample: NDArray[np.float32], places: NDArray[np.int64]
+) -> _Thinned:
+    """How a sample of an expert's delta, at flat indices of the tensor, is thinned."""
+    if isinstance(operation, SelectedSum):
+        return _Thinned(sample, 0, 0, 1.0)
+    density = operation.densities[k]
+    if density <= 0:
+        return _Thinned(np.zeros_like(sample), 0, 0, 0.0)
+    if density >= 1 or operation.sparsify is Sparsify.NONE:
+        return _Thinned(sample, 0, 0, 1.0)
+    if operation.sparsify is Sparsify.RANDOM:
+        factor = 1.0 / density if operation.rescale else 1.0
+        kept = random_mask_reference(operation.keys[k], density, places)
+        return _Thinned(np.where(kept, sample * np.float32(factor), np.float32(0)), 0, 0, factor)
+    cut = operation.cuts[k]
+    assert cut is not None
+    if operation.sparsify is Sparsify.OUTLIERS and (top := operation.tops[k]) is not None:
+        sample = np.where(_survive(sample, places, *_of_sample(top)), np.float32(0), sample)
+    return _Thinned(sample, *_of_sample(cut), 1.0)
+
+
+def _survive(
+    sample: NDArray[np.float32], places: NDArray[np.int64], threshold: int, equal_until: int
+) -> NDArray[np.bool_]:
+    """Which elements of a sample, at flat indices of the tensor, survive a cut; see `_of_sample`."""
+    size = np.abs(sample).view(np.uint32).astype(np.int64)
+    survive: NDArray[np.bool_] = (size > threshold) | ((size == threshold) & (places < equal_until))
+    return survive
+
+
+def _of_sample(cut: Cut | Interval) -> tuple[int, int]:
+    """The bits of a cut's magnitude, and the flat index before which magnitudes equal to it survive."""
+    if isinstance(cut, Interval):
+        return (cut.bin >> 1 << 16) + int((1 - cut.rank / cut.total) * 0xFFFF), 1 << 62
+    return cut.threshold, cut.start
