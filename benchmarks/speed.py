@@ -55,6 +55,7 @@ PARAMETERS = {
     "ties": "weight: 1.0, density: 0.2",
     "dare_ties": "weight: 0.5, density: 0.5",
     "breadcrumbs_ties": "weight: 0.5, density: 0.3",
+    "sce": "select_topk: 0.2",
 }
 
 
@@ -94,6 +95,7 @@ CASES = (
     Case("linear", 16, cold=True),
     Case("dare_ties", 4, times=25),
     Case("breadcrumbs_ties", 4, times=25),
+    Case("sce", 4, times=25),
     Case("task_arithmetic", 4),
     Case("ties", 8, times=40),
     Case("ties", 8, cold=True, times=25),

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaworks.catalog.histogram import BINS, Cut, Histogram, Interval, place_cuts
+from deltaworks.catalog.histogram import Cut, Histogram, Interval, place_cuts
 from deltaworks.catalog.statistics import add_up
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.merging.methods.delta import close_cut, place_cut
@@ -16,9 +16,9 @@ from deltaworks.merging.methods.operation import Block, Operation, exact_sums, t
 from deltaworks.merging.methods.sce_kernels import (
     SMALLEST_SHARE,
     Selection,
-    count_spreads,
     merge_selected,
     selected_squares,
+    spread_histogram,
 )
 
 SMALLEST_SQUARE = 1e-6
@@ -81,10 +81,7 @@ class SelectedSum(Operation):
     def measure(self, block: Block) -> "Histogram | _Squares":
         """The histogram of a block's variances; then its squares."""
         if self._selects and self.cut is None:
-            counts = np.zeros(BINS, np.uint32)
-            count_spreads(block.inputs, block.count, block.scratch, counts)
-            bins = np.flatnonzero(counts)
-            return Histogram(bins.astype(np.uint16), counts[bins].astype(np.int64))
+            return Histogram(*spread_histogram(block.inputs, block.count, block.scratch))
         sums = np.zeros((max(1, -(-block.count // TILE)), self.experts + 1), np.float64)
         lower, squares = selected_squares(block.inputs, block.count, self._selection(block), block.scratch, sums)
         sums[0, -1] = block.count

@@ -5,15 +5,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaworks.catalog.histogram import count_magnitudes
+from deltaworks.catalog.histogram import BINS, count_magnitudes, drain
 from deltaworks.checkpoints.codec import TILE, encode
-from deltaworks.checkpoints.jit import kernel
+from deltaworks.checkpoints.jit import inlined, kernel
 from deltaworks.checkpoints.vector import (
     LANES,
     MAGNITUDE,
     NOT_FINITE,
     ZERO,
     bits,
+    lanes_set,
     largest,
     load,
     maximum,
@@ -82,15 +83,23 @@ def _find_tile(inputs: Inputs, start: int, n: int, scratch: NDArray[np.float32],
 def _spread(table: NDArray[Any], n: int, tile: _Tile, out: NDArray[np.float32]) -> None:
     """Sums of squares of how far each delta is from the mean of all: float32, [n]."""
     zero, experts = splat(ZERO), splat(np.float32(len(tile.rows) - 1))
-    for i in range(0, n, LANES):
-        base, total = load(table, tile.rows[0], tile.places[0] + i), zero
+    # Each addition waits for the one before it, so two go side by side; an odd last vector is its own neighbour.
+    for i in range(0, n, 2 * LANES):
+        j = i + LANES if i + LANES < n else i
+        base_i, base_j = load(table, tile.rows[0], tile.places[0] + i), load(table, tile.rows[0], tile.places[0] + j)
+        mean_i = mean_j = spread_i = spread_j = zero
         for k in range(1, len(tile.rows)):
-            total = total + (load(table, tile.rows[k], tile.places[k] + i) - base)
-        mean, spread = total / experts, zero
+            row, place = tile.rows[k], tile.places[k]
+            mean_i = mean_i + (load(table, row, place + i) - base_i)
+            mean_j = mean_j + (load(table, row, place + j) - base_j)
+        mean_i, mean_j = mean_i / experts, mean_j / experts
         for k in range(1, len(tile.rows)):
-            apart = load(table, tile.rows[k], tile.places[k] + i) - base - mean
-            spread = spread + apart * apart
-        store(out, i, spread)
+            row, place = tile.rows[k], tile.places[k]
+            apart_i = load(table, row, place + i) - base_i - mean_i
+            apart_j = load(table, row, place + j) - base_j - mean_j
+            spread_i, spread_j = spread_i + apart_i * apart_i, spread_j + apart_j * apart_j
+        store(out, i, spread_i)
+        store(out, j, spread_j)
 
 
 @kernel
@@ -115,13 +124,21 @@ def _make_tile(inputs: Inputs) -> _Tile:
 
 
 @kernel
-def count_spreads(inputs: Inputs, count: int, scratch: NDArray[np.float32], histogram: NDArray[np.uint32]) -> None:
-    """Add the spreads of a block to `histogram` (uint32, [BINS])."""
-    tile = _make_tile(inputs)
+def spread_histogram(
+    inputs: Inputs, count: int, scratch: NDArray[np.float32]
+) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+    """The bins, and counts, of the histogram of a block's spreads; see `Histogram`."""
+    tile, dense = _make_tile(inputs), np.zeros(BINS, np.uint32)
     for start in range(0, count, TILE):
         n = min(TILE, count - start)
         _spread_of_tile(inputs, start, n, scratch, tile)
-        count_magnitudes(scratch[len(tile.rows)], n, histogram)
+        count_magnitudes(scratch[len(tile.rows)], n, dense)
+    used = 0
+    for cell in dense:
+        used += cell != np.uint32(0)
+    bins, counts = np.empty(used, np.uint16), np.empty(used, np.int64)
+    drain(dense, bins, counts)
+    return bins, counts
 
 
 @kernel
@@ -240,8 +257,12 @@ def _collect_tile(
 ) -> int:
     """Add what is not known of a tile to the first `found` of `lower` and `squares`; returns how many that makes."""
     patterns, experts = spread.view(np.uint32), len(tile.rows) - 1
-    own = np.empty(experts * LANES, np.float32)
+    own, row = np.empty(experts * LANES, np.float32), spread.reshape(1, -1)
+    low, sixteen, wanted = splat(np.uint32(0xFFFF)), splat(np.uint32(16)), splat(np.uint32(upper))
     for i in range(0, n, LANES):
+        size = bits(load(row, 0, i)) & splat(MAGNITUDE)
+        if not lanes_set(((size >> sixteen) == wanted) & ((size & low) != splat(np.uint32(0)))):
+            continue
         first = found
         for j in range(i, min(n, i + LANES)):
             part = patterns[j] & np.uint32(0xFFFF)
@@ -249,8 +270,6 @@ def _collect_tile(
                 lower[found, 0] = np.uint16(part)
                 squares[found, 0] = np.float32(j - i)
                 found += 1
-        if found == first:
-            continue
         for k in range(experts):
             place, base = tile.places[k + 1] + i, load(table, tile.rows[0], tile.places[0] + i)
             d = load(table, tile.rows[k + 1], place) - base
@@ -295,6 +314,26 @@ def merge_selected(
     return wrong
 
 
+@inlined
+def _count_in(sums: Any, d: Any, share: Any) -> Any:
+    """Add a delta to the total, and to the sum, and the shares, of those of its sign."""
+    total, up, down, for_up, for_down = sums
+    zero, part = splat(ZERO), d * share
+    ups, downs = d > zero, d < zero
+    up, down = select(ups, up + part, up), select(downs, down + part, down)
+    for_up, for_down = select(ups, for_up + share, for_up), select(downs, for_down + share, for_down)
+    return total + d, up, down, for_up, for_down
+
+
+@inlined
+def _outcome(sums: Any) -> Any:
+    """The merged delta, once every expert is counted in."""
+    total, up, down, for_up, for_down = sums
+    elected, least = total >= splat(ZERO), splat(SMALLEST_SHARE)
+    divisor = select(elected, for_up, for_down)
+    return select(elected, up, down) / select(divisor > least, divisor, least)
+
+
 @kernel
 def _merge_tile(
     table: NDArray[Any],
@@ -305,20 +344,18 @@ def _merge_tile(
     out: NDArray[np.float32],
 ) -> Any:
     """Merge a tile; returns the largest magnitude met, as bits."""
-    zero, magnitude, least = splat(ZERO), splat(MAGNITUDE), splat(SMALLEST_SHARE)
+    zero, magnitude = splat(ZERO), splat(MAGNITUDE)
     top = splat(np.uint32(0))
-    for i in range(0, n, LANES):
-        base = load(table, tile.rows[0], tile.places[0] + i)
-        total = up = down = for_up = for_down = zero
+    # Two vectors at a time, as in `_spread`.
+    for i in range(0, n, 2 * LANES):
+        j = i + LANES if i + LANES < n else i
+        base_i, base_j = load(table, tile.rows[0], tile.places[0] + i), load(table, tile.rows[0], tile.places[0] + j)
+        sums_i = sums_j = (zero, zero, zero, zero, zero)
         for k in range(1, len(tile.rows)):
-            d, share = load(table, tile.rows[k], tile.places[k] + i) - base, splat(shares[k - 1])
-            top = maximum(top, bits(d) & magnitude)
-            total = total + d
-            ups, downs, part = d > zero, d < zero, d * share
-            up, down = select(ups, up + part, up), select(downs, down + part, down)
-            for_up, for_down = select(ups, for_up + share, for_up), select(downs, for_down + share, for_down)
-        elected = total >= zero
-        divisor = select(elected, for_up, for_down)
-        merged = select(elected, up, down) / select(divisor > least, divisor, least)
-        store(out, i, base + select(unpacked(np.uint32(masks[i // LANES])), merged, zero))
+            row, place, share = tile.rows[k], tile.places[k], splat(shares[k - 1])
+            d_i, d_j = load(table, row, place + i) - base_i, load(table, row, place + j) - base_j
+            top = maximum(top, maximum(bits(d_i) & magnitude, bits(d_j) & magnitude))
+            sums_i, sums_j = _count_in(sums_i, d_i, share), _count_in(sums_j, d_j, share)
+        store(out, i, base_i + select(unpacked(np.uint32(masks[i // LANES])), _outcome(sums_i), zero))
+        store(out, j, base_j + select(unpacked(np.uint32(masks[j // LANES])), _outcome(sums_j), zero))
     return largest(top)
