@@ -31,8 +31,8 @@ from deltaworks.progress import Progress
 Slot = TypeVar("Slot")
 
 _BUFFER_BYTES = 256 << 20
-_HELD_BYTES = 64 << 20
-"""Of blocks that stay in memory between passes."""
+_HELD_BYTES = 80 << 20
+"""Of blocks that stay in memory between passes, for each pass before the last: who looks more often gains more."""
 
 
 @dataclass(slots=True)
@@ -151,7 +151,7 @@ def execute(
         out_bytes = max((s.tensor.dtype.nbytes(min(s.block_size, s.elements)) for s in streams), default=8)
         rows_bytes = Rows(streams).nbytes
         slots = make_slots(lambda: _Slot(out_bytes), rows_bytes + out_bytes, threads)
-        stages.most_held = _HELD_BYTES // rows_bytes
+        stages.most_held = _HELD_BYTES * max((s.passes for s in streams), default=0) // rows_bytes
         pipeline = Pipeline(
             slots, stages.read, stages.compute, stages.write, stages.commit, threads, reads_on_core=stages.are_cached
         )
