@@ -166,10 +166,12 @@ class Selected(Sampled):
 
     Attributes:
         each: float64, [blocks]; elements that one sample stands for.
+        largest: float64, [blocks, experts]; squares of as many of the largest elements of each delta as are selected.
         topk: see `SelectedSum`.
     """
 
     each: NDArray[np.float64]
+    largest: NDArray[np.float64]
     topk: float
 
     @cached_property
@@ -213,10 +215,12 @@ class Selected(Sampled):
         return float(error) + self._selected_share * float((self.residual - rest).sum())
 
     def energies(self) -> NDArray[np.float64]:
-        """See `Contribution`; each as if it were merged with its share and nobody else."""
-        kept = np.where(self._full.selected[:, None], self.samples, np.float32(0))
-        own = np.square(kept).sum(axis=2, dtype=np.float64) + self._selected_share * self.residual
-        energies: NDArray[np.float64] = own * np.square(self._full.shares)
+        """See `Contribution`; each as if it were merged with its share and nobody else.
+
+        What is selected of a block is told by too few samples to choose by; the largest elements of its delta, which
+        are most of that, are known exactly.
+        """
+        energies: NDArray[np.float64] = self.largest * np.square(self._full.shares)
         return energies
 
     def _path(self, order: NDArray[np.int64], run: int) -> NDArray[np.float64]:
@@ -262,7 +266,8 @@ def sample_experts(operation: DeltaSum | SelectedSum, deltas: Sequence[Delta], c
             samples[:, k], residual[:, k], factors[:, k],
         )  # fmt: skip
     if isinstance(operation, SelectedSum):
-        return Selected(samples, residual, factors, each, operation.topk)
+        largest = np.stack([d.survives(operation.topk) for d in deltas], axis=1)
+        return Selected(samples, residual, factors, each, largest, operation.topk)
     return Elected(samples, residual, factors, np.array(operation.weights, np.float32), _rule(operation))
 
 
