@@ -4,6 +4,8 @@
 U8         sixty-four uint8; ``| +``
 U16        sixty-four uint16
 =========  ==============================
+
+As there, LLVM's instructions take the place of these functions: called from Python they raise NotImplementedError.
 """
 
 import operator

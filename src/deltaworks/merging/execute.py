@@ -32,7 +32,7 @@ Slot = TypeVar("Slot")
 
 _BUFFER_BYTES = 256 << 20
 _HELD_BYTES = 80 << 20
-"""Of blocks that stay in memory between passes, for each pass before the last: who looks more often gains more."""
+"""Of blocks that stay in memory between passes, for each pass before the merge: who looks more often gains more."""
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ from deltaworks.merging.contributions import trust_in
 from deltaworks.merging.deltas import Delta
 from deltaworks.merging.methods.delta import DeltaSum
 from deltaworks.merging.methods.sce import SelectedSum
-from deltaworks.merging.sampled import Sampled, told_samples
+from deltaworks.merging.sampled import Sampled, Told, told_samples
 from deltaworks.merging.selection import Number, Ranking, rank_layers
 
 UNKNOWN = -1
@@ -296,19 +296,19 @@ class SampledLayers:
     Attributes:
         menu: what can be read.
         whole: the same where experts are read whole or not at all.
-        told: float32, [parts, experts, DEPTH + 1, SAMPLES]; weighted, thinned deltas as so many layers tell them.
+        told: what samples are where only some layers are read.
     """
 
     menu: Menu
     whole: Sampled
-    told: NDArray[np.float32]
+    told: Told
 
     @cached_property
     def _missing(self) -> NDArray[np.float64]:
         """The share of squares that so many layers miss, over the whole tensor: float64, [DEPTH + 1]."""
         has_layers = self.menu.layered
-        exact = self.told[:, has_layers, DEPTH:]
-        missed = np.square((self.told[:, has_layers] - exact).astype(np.float64)).sum(axis=(0, 1, 3))
+        told = self.told.samples[:, has_layers]
+        missed = np.square((told - told[:, :, DEPTH:]).astype(np.float64)).sum(axis=(0, 1, 3))
         if missed[0] > 0:
             share: NDArray[np.float64] = missed / missed[0]
             return share
@@ -321,7 +321,7 @@ class SampledLayers:
 
     def lost(self, depths: NDArray[np.int8]) -> float:
         """See `Layered`."""
-        error = self.whole.told_loss(self.told, self.menu.owners(), self.menu.stands_for(), depths)
+        error = self.whole.told_loss(self.told, depths)
         return float(error + (self.whole.residual * self._missing[depths]).sum())
 
 
@@ -334,16 +334,16 @@ def sampled_layers(menu: Menu, operation: DeltaSum | SelectedSum, whole: Sampled
         whole: what is known of the experts as a whole.
         count: elements in the tensor.
     """
-    owners = menu.owners()
+    owners, stands_for = menu.owners(), menu.stands_for()
     slots = np.arange(SAMPLES)
-    stands_for = np.sqrt(menu.stands_for().astype(np.float32))[:, None]
+    scale = np.sqrt(stands_for.astype(np.float32))[:, None]
     told = np.zeros((menu.parts(), len(menu.deltas), DEPTH + 1, SAMPLES), np.float32)
     for e, delta in enumerate(menu.deltas):
-        told[:, e, DEPTH] = whole.samples[owners, e, slots] * stands_for
+        told[:, e, DEPTH] = whole.samples[owners, e, slots] * scale
         if menu.tensors[e] is not None:
             exact = delta.table.sample[delta.rows][owners, slots]
             for x in range(1, DEPTH):
                 seen = exact - menu.residual_samples(e)[:, x - 1]
-                factor = whole.factors[owners, e] * stands_for
+                factor = whole.factors[owners, e] * scale
                 told[:, e, x] = told_samples(operation, e, delta, count, owners, seen) * factor
-    return SampledLayers(menu, whole, told)
+    return SampledLayers(menu, whole, Told(told, owners, stands_for))

@@ -31,6 +31,20 @@ from deltaworks.merging.selection import Ranking, pool, rank_in_order
 _STRETCH = 3.0
 
 
+class Told(NamedTuple):
+    """Samples as layers tell them.
+
+    Attributes:
+        samples: float32, [parts, experts, DEPTH + 1, SAMPLES]; weighted, thinned deltas by how many layers are read.
+        owners: int64, [parts, SAMPLES]; see `Menu`.
+        stands_for: int64, [parts]; for how many blocks each sample stands.
+    """
+
+    samples: NDArray[np.float32]
+    owners: NDArray[np.int64]
+    stands_for: NDArray[np.int64]
+
+
 @dataclass(frozen=True)
 class Sampled(ABC):
     """Parts that hang on each other, or on their place in their tensor; a `Contribution`.
@@ -82,10 +96,9 @@ class Sampled(ABC):
         )
         return read.lost(left)
 
+    @abstractmethod
     def energies(self) -> NDArray[np.float64]:
         """See `Contribution`."""
-        own: NDArray[np.float64] = np.square(self.samples.astype(np.float64)).sum(axis=2) + self.residual
-        return own
 
     @abstractmethod
     def lost(self, chosen: NDArray[np.bool_]) -> float:
@@ -96,21 +109,8 @@ class Sampled(ABC):
         """What is left of the squared error as experts join; see `elected_path`."""
 
     @abstractmethod
-    def told_loss(
-        self,
-        told: NDArray[np.float32],
-        owners: NDArray[np.int64],
-        stands_for: NDArray[np.int64],
-        depths: NDArray[np.int8],
-    ) -> float:
-        """Squared error where only some layers are read, as far as samples show it.
-
-        Args:
-            told: float32, [parts, experts, DEPTH + 1, SAMPLES]; samples as so many layers tell them.
-            owners: see `Menu`.
-            stands_for: int64, [parts]; for how many blocks each sample stands.
-            depths: see `Choice`.
-        """
+    def told_loss(self, told: Told, depths: NDArray[np.int8]) -> float:
+        """Squared error where blocks are read to such depths (see `Choice`), as far as samples show it."""
 
 
 @dataclass(frozen=True)
@@ -134,16 +134,14 @@ class Elected(Sampled):
         elected_path(self.samples, self.residual, self.weights, self.rule, order, run, left)
         return left
 
-    def told_loss(
-        self,
-        told: NDArray[np.float32],
-        owners: NDArray[np.int64],
-        stands_for: NDArray[np.int64],
-        depths: NDArray[np.int8],
-    ) -> float:
+    def told_loss(self, told: Told, depths: NDArray[np.int8]) -> float:
         """See `Sampled`."""
-        del stands_for  # no sample is compared with another
-        return float(elected_layers_loss(told, owners, depths, self.weights, self.rule))
+        return float(elected_layers_loss(told.samples, told.owners, depths, self.weights, self.rule))
+
+    def energies(self) -> NDArray[np.float64]:
+        """See `Contribution`."""
+        own: NDArray[np.float64] = np.square(self.samples.astype(np.float64)).sum(axis=2) + self.residual
+        return own
 
 
 class _Merged(NamedTuple):
@@ -198,7 +196,8 @@ class Selected(Sampled):
                 last = np.searchsorted(until, self.topk * until[-1], "right")
                 selected.ravel()[descending[:last]] = True
             samples = np.where(selected[:, None], samples, np.float32(0))
-        squares = np.square(samples).sum(axis=(0, 2), dtype=np.float64) + rest * (self.topk >= 1)
+            rest = np.zeros_like(rest)  # how much of it is selected, nobody knows
+        squares = np.square(samples).sum(axis=(0, 2), dtype=np.float64) + rest
         shares = expert_shares(squares.tolist(), float(np.broadcast_to(each, selected.shape).sum()))
         weights = np.array(shares, np.float32)[:, None]
         agree = np.where(samples.sum(axis=1, keepdims=True) >= 0, samples > 0, samples < 0)
@@ -227,19 +226,13 @@ class Selected(Sampled):
         rank = np.repeat(np.argsort(order, axis=1), run, axis=0)[: len(self.samples)]
         return np.array([self.lost(rank < joined) for joined in range(order.shape[1] + 1)])
 
-    def told_loss(
-        self,
-        told: NDArray[np.float32],
-        owners: NDArray[np.int64],
-        stands_for: NDArray[np.int64],
-        depths: NDArray[np.int8],
-    ) -> float:
+    def told_loss(self, told: Told, depths: NDArray[np.int8]) -> float:
         """See `Sampled`."""
-        each = self.each[owners] * stands_for[:, None]
-        depth = depths[owners].transpose(0, 2, 1).astype(np.int64)
-        seen = np.take_along_axis(told, depth[:, :, None], axis=2)[:, :, 0]
+        each = self.each[told.owners] * told.stands_for[:, None]
+        depth = depths[told.owners].transpose(0, 2, 1).astype(np.int64)
+        seen = np.take_along_axis(told.samples, depth[:, :, None], axis=2)[:, :, 0]
         rest = self.residual.sum(axis=0)
-        goal, value = (self._merge(x, each, rest).values for x in (told[:, :, DEPTH], seen))
+        goal, value = (self._merge(x, each, rest).values for x in (told.samples[:, :, DEPTH], seen))
         return float(np.square(goal - value).sum(dtype=np.float64))
 
 

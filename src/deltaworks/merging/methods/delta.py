@@ -31,7 +31,7 @@ from deltaworks.merging.methods.operation import Block, Operation, exact_sums, t
 from deltaworks.merging.methods.random_mask import random_mask_reference, split_density
 
 SMALLEST_MASS = 1e-7
-_NEVER = np.uint32(0xFFFFFFFE)
+NEVER = np.uint32(0xFFFFFFFE)
 """A threshold above every magnitude, and so is the next."""
 
 
@@ -184,10 +184,10 @@ class DeltaSum(Operation):
         masks = block.masks, at_random and block.is_again
         ties[:, 0] = tops[:, 0] = block.count
         if self.sparsify.trims:
-            ceilings[:] = _NEVER
+            ceilings[:] = NEVER
             for k, density in enumerate(self.densities):
                 if density <= 0:
-                    thresholds[k] = _NEVER
+                    thresholds[k] = NEVER
                 elif density < 1:
                     thresholds[k], ties[k] = place_cut(self.cuts[k], block)
                     if cuts_tops and self.tops[k] is not None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from deltaworks.catalog.histogram import Cut, Histogram, Interval, place_cuts
 from deltaworks.catalog.statistics import add_up
 from deltaworks.checkpoints.codec import TILE
-from deltaworks.merging.methods.delta import close_cut, place_cut
+from deltaworks.merging.methods.delta import NEVER, close_cut, place_cut
 from deltaworks.merging.methods.operation import Block, Operation, exact_sums, tile_sum_reference
 from deltaworks.merging.methods.sce_kernels import (
     SMALLEST_SHARE,
@@ -23,7 +23,7 @@ from deltaworks.merging.methods.sce_kernels import (
 
 SMALLEST_SQUARE = 1e-6
 """Experts whose mean squares come to less than this together count alike."""
-_NONE = Cut(0xFFFFFFFE, 0, 0, 1)
+_NONE = Cut(int(NEVER), 0, 0, 1)
 
 
 class _Squares(NamedTuple):

@@ -133,9 +133,7 @@ def spread_histogram(
         n = min(TILE, count - start)
         _spread_of_tile(inputs, start, n, scratch, tile)
         count_magnitudes(scratch[len(tile.rows)], n, dense)
-    used = 0
-    for cell in dense:
-        used += cell != np.uint32(0)
+    used = np.count_nonzero(dense)
     bins, counts = np.empty(used, np.uint16), np.empty(used, np.int64)
     drain(dense, bins, counts)
     return bins, counts
