@@ -24,6 +24,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "ties": {"parameters": "weight: 0.7, density: [0.2, 0.6]"},
     "dare_linear": {"parameters": "weight: 0.7, density: 0.3"},
     "dare_ties": {"parameters": "weight: 0.7, density: 0.3, normalize: true"},
+    "della": {"parameters": "weight: 0.7, density: [0.3, 0.6], epsilon: 0.2"},
+    "della_linear": {"parameters": "weight: 0.7, density: 0.4, epsilon: [0.0, 0.3]"},
     "breadcrumbs": {"parameters": "weight: 0.7, density: [0.2, 0.6], gamma: 0.05"},
     "breadcrumbs_ties": {"parameters": "weight: 0.7, density: 0.3, gamma: [0.0, 0.2], normalize: true"},
     "sce": {"parameters": "select_topk: [0.3, 1.0]"},

@@ -29,6 +29,7 @@ from deltaworks.merging.methods.random_mask import (
     round_density,
     split_density,
 )
+from deltaworks.merging.methods.ranked_mask import chances, draw_ranked_masks, ranked_mask_reference
 from deltaworks.merging.methods.sce import SelectedSum
 from deltaworks.merging.methods.spherical import Slerp
 from deltaworks.merging.methods.weighted import WeightedSum
@@ -39,7 +40,7 @@ CUT_BLOCK = 4096
 def stream(
     operation: Operation, raws: Sequence[NDArray[np.uint8]], dtypes: Sequence[DType], out: DType, size: int
 ) -> Any:
-    """Run an operation as the executor does, in blocks of `CUT_BLOCK * k` elements, last block first."""
+    """Run an operation as the executor does, in blocks of `CUT_BLOCK * size` elements or more, last block first."""
 
     def run(block_size: int) -> tuple[NDArray[np.uint8], int]:
         blocks = []
@@ -59,7 +60,7 @@ def stream(
         wrong = sum(settled.merge(b) for b in blocks)
         return np.concatenate([b.out[: out.nbytes(b.count)] for b in reversed(blocks)]), wrong
 
-    return run(CUT_BLOCK * size)
+    return run(-(-CUT_BLOCK * size // operation.alignment) * operation.alignment)
 
 
 def inputs(seed: int, size: int, dtypes: Sequence[DType], spread: float) -> list[NDArray[np.uint8]]:
@@ -155,6 +156,7 @@ def test_delta_sums(
     experts = len(dtypes) - 1
     densities = tuple(data.draw(st.sampled_from([0.0, 0.1, 0.37, 0.5, 0.99, 1.0])) for _ in range(experts))
     gammas = tuple(data.draw(st.sampled_from([0.0, 0.01, 0.3])) for _ in range(experts))
+    epsilons = tuple(data.draw(st.sampled_from([0.0, 0.3, 0.999])) * min(d, 1 - d) for d in densities)
     ranks = [(0, kept_elements(d, size)) for d in densities]
     if sparsify is Sparsify.OUTLIERS:
         ranks = [ranks_between(d, g, size) for d, g in zip(densities, gammas, strict=True)]
@@ -177,6 +179,8 @@ def test_delta_sums(
             cut_for(values[0], x, first) if 0 < d < 1 and first else None
             for x, d, (first, _) in zip(values[1:], densities, ranks, strict=True)
         ),
+        epsilons=epsilons,
+        row=data.draw(st.sampled_from([1, 2, 40, 640, 4096, 5000])),
     )
     got, _ = stream(operation, raws, dtypes, BF16, blocks)
     np.testing.assert_array_equal(got, expected(operation, raws, dtypes, BF16))
@@ -309,6 +313,69 @@ def test_kernels_draw_the_same_masks(key: int, density: float, start: int, count
     assert not drawn[untouched:].any()
     assert not masks[[0, 2]].any()
     assert not masks[1, :2].any()
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    key=st.integers(0, 2**64 - 1),
+    row=st.sampled_from([1, 2, 31, 100, 129, 1000, 2048, 3000, 9000]),
+    rows=st.integers(1, 9),
+    kind=st.sampled_from(["spread", "few", "equal", "far", "wrong"]),
+    density=st.floats(0.01, 0.99),
+    share=st.floats(0, 0.9999),
+    dtype=st.sampled_from([BF16, F16, F32]),
+)
+def test_kernels_draw_the_same_ranked_masks(
+    key: int, row: int, rows: int, kind: str, density: float, share: float, dtype: DType
+) -> None:
+    rng = np.random.default_rng(key % 97)
+    count = max(1, row * rows - 1)
+    delta = rng.standard_normal(count)
+    if kind == "few":
+        delta = np.round(delta)
+    elif kind == "equal":
+        delta = np.where(rng.random(count) < 0.9, 0.25, delta)
+    elif kind == "far":
+        delta = np.exp(4 * delta)
+    elif kind == "wrong":
+        delta[rng.random(count) < 0.1] = np.inf
+        delta[rng.random(count) < 0.1] = np.nan
+    raws = [encode_reference(x.astype(np.float32), dtype) for x in (np.zeros(count), delta)]
+    buffers = np.zeros((2, len(raws[0]) + 8), np.uint8)
+    buffers[:, : len(raws[0])] = raws
+    scratch, masks = np.full((5, TILE), np.nan, np.float32), np.zeros((1, 2 * -(-count // 32)), np.uint16)
+    block = block_of(buffers, np.array([dtype.code] * 2), 0, count, scratch, np.zeros(8, np.uint8), dtype.code)
+    chance = chances(density, share * min(density, 1 - density))
+    lines, limits = np.array([chance[:2]], np.float32), np.array([chance[2:]], np.int64)
+    keys = np.array([key], np.uint64)
+    draw_ranked_masks(block.inputs, 0, count, row, keys, lines, limits, scratch, masks)
+    drawn = np.unpackbits(masks[0].view(np.uint8), bitorder="little")[:count]
+    moved = decode_reference(raws[1], dtype) - decode_reference(raws[0], dtype)
+    wanted = ranked_mask_reference(key, chance, row, moved)
+    np.testing.assert_array_equal(drawn[moved != 0], wanted[moved != 0])
+
+
+@pytest.mark.parametrize(("density", "epsilon"), [(0.5, 0.15), (0.3, 0.0), (0.1, 0.0999), (0.9, 0.05)])
+def test_chances_rise_with_ranks(density: float, epsilon: float) -> None:
+    """A hundred elements of different size in a row: each stays as often as its rank says."""
+    row, rows = 100, 20_000
+    delta = np.random.default_rng(0).permuted(np.tile(np.arange(1, row + 1, dtype=np.float32), (rows, 1)), axis=1)
+    kept = ranked_mask_reference(random_key(0, 0, "t"), chances(density, epsilon), row, delta.ravel())
+    share = np.bincount(delta.ravel()[kept].astype(np.int64) - 1, minlength=row) / rows
+    wanted = density - epsilon + 2 * epsilon * np.arange(row) / (row - 1)
+    assert np.abs(share - wanted).max() < 4.5 * np.sqrt(0.25 / rows)
+    assert abs(share.mean() - density) < 4 * np.sqrt(0.25 / rows / row)
+
+
+def test_equals_share_their_ranks_and_chances_end_at_nothing_and_everything() -> None:
+    """However many are equal, each stays with the chance of the middle; so does an only one."""
+    key, size = random_key(0, 0, "t"), 1 << 18
+    for row in (1, 2, 1000):
+        for delta in (np.ones(size, np.float32), np.where(np.arange(size) % 2, 1, -1).astype(np.float32)):
+            kept = ranked_mask_reference(key, chances(0.3, 0.25), row, delta)
+            assert abs(kept.mean() - 0.3) < 4 * np.sqrt(0.21 / size)
+    assert ranked_mask_reference(key, chances(1.0, 0.15), 100, delta).all()
+    assert not ranked_mask_reference(key, chances(0.0, 0.15), 100, delta).any()
 
 
 def test_what_is_not_finite_is_counted() -> None:

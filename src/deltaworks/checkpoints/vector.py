@@ -266,6 +266,11 @@ def bits_below(x: Any, limit: Any) -> Any:
     raise NotImplementedError
 
 
+def trailing_zeros(x: Any) -> Any:
+    """The place of the lowest bit that is set of an int64 other than zero."""
+    raise NotImplementedError
+
+
 def power_of_two(exponent: Any) -> Any:
     """Two to the power of an int64 from -1022 to 1023, as float64."""
     raise NotImplementedError
@@ -332,6 +337,7 @@ define(
 )
 define(packed, (MASK,), types.uint32, lambda b, x: b.zext(b.bitcast(x, ir.IntType(LANES)), ir.IntType(32)))
 define(unpacked, (types.uint32,), MASK, lambda b, x: b.bitcast(b.trunc(x, ir.IntType(LANES)), MASK.ir))
+define(trailing_zeros, (types.int64,), types.int64, lambda b, x: b.cttz(x, ir.Constant(ir.IntType(1), 1)))
 define(power_of_two, (types.int64,), types.float64, _power_of_two)
 define(widen, (F32,), F64, lambda b, x: b.fpext(x, F64.ir))
 define(narrow, (F64,), F32, lambda b, x: b.fptrunc(x, F32.ir))
@@ -379,7 +385,7 @@ def _store(context: Any, array: Any, place: Any, value: Any) -> Any:
     del context, place
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Any]) -> Any:
-        data, to = values[2], F32.ir
+        data, to = values[2], value.ir
         if value is U32:
             data, to = builder.trunc(data, _HALVES), _HALVES
         builder.store(data, _address(context, builder, signature.args[0], values[:2], to), align=2)
@@ -391,7 +397,7 @@ def _store(context: Any, array: Any, place: Any, value: Any) -> Any:
 load: Any = _load
 """``load(table, row, place)``: F32 from a contiguous table ([rows, elements]) of float32, or of BF16 as uint16."""
 store: Any = _store
-"""``store(array, place, x)``: F32 to a float32 array, or the lower halves of U32 to a uint16 array (one dimension)."""
+"""``store(array, place, x)``, in one dimension: F32 to float32, the lower halves of U32 or all of U64 to uint16."""
 
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 MAGNITUDE = np.uint32(0x7FFFFFFF)

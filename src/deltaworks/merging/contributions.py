@@ -144,7 +144,7 @@ def contribution(
         count: elements in the tensor.
     """
     if isinstance(operation, SelectedSum) or (
-        isinstance(operation, DeltaSum) and (operation.consensus or operation.sparsify.trims)
+        isinstance(operation, DeltaSum) and (operation.consensus or operation.sparsify.looks_at_sizes)
     ):
         return sample_experts(operation, deltas, count)
     coefficients, thinning = coefficients_of(operation, experts, deltas)

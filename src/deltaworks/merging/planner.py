@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from math import prod
 
 from deltaworks.catalog.histogram import KEEP_ALL, Cut, Interval, kept_elements, ranks_between
 from deltaworks.catalog.models import Model
@@ -15,6 +16,7 @@ from deltaworks.merging.methods.copying import Copy
 from deltaworks.merging.methods.delta import DeltaSum, Sparsify
 from deltaworks.merging.methods.operation import Operation
 from deltaworks.merging.methods.random_mask import random_key
+from deltaworks.merging.methods.ranked_mask import LARGEST_ROWS_BLOCK, LONGEST_ROW, rows_block
 from deltaworks.merging.methods.sce import SelectedSum
 from deltaworks.merging.methods.spherical import Slerp
 from deltaworks.merging.methods.weighted import WeightedSum
@@ -28,10 +30,12 @@ _SPARSIFY = {
     "ties": Sparsify.MAGNITUDE,
     "dare_linear": Sparsify.RANDOM,
     "dare_ties": Sparsify.RANDOM,
+    "della": Sparsify.RANKS,
+    "della_linear": Sparsify.RANKS,
     "breadcrumbs": Sparsify.OUTLIERS,
     "breadcrumbs_ties": Sparsify.OUTLIERS,
 }
-_CONSENSUS = {"ties", "dare_ties", "breadcrumbs_ties"}
+_CONSENSUS = {"ties", "dare_ties", "della", "breadcrumbs_ties"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,9 +294,43 @@ def _delta_sum(
                 gammas=_numbers(recipe, tensor, "gamma", experts),
                 tops=tuple(None if t is None else cuts[t] for _, t in trims),
             )
-    elif operation.sparsify is Sparsify.RANDOM:
+    if operation.sparsify.draws:
         operation = replace(operation, keys=tuple(random_key(seed, k, tensor.name) for k in range(len(experts))))
+    if operation.sparsify is Sparsify.RANKS:
+        operation = replace(
+            operation,
+            epsilons=_epsilons(recipe, tensor, experts, operation.densities),
+            row=_ranked_together(tensor.name, _sources(tensor, models)[0].shape) if operation.thins else 1,
+        )
     return operation
+
+
+def _epsilons(
+    recipe: Recipe, tensor: TensorRecipe, experts: Sequence[int], densities: Sequence[float]
+) -> tuple[float, ...]:
+    epsilons = _numbers(recipe, tensor, "epsilon", experts)
+    for density, epsilon in zip(densities, epsilons, strict=True):
+        if 0 < density < 1 and not (0 <= epsilon < density and density + epsilon < 1):
+            raise RecipeError(
+                f"epsilon: chances run from density - epsilon to density + epsilon, {density:g} - {epsilon:g} to"
+                f" {density:g} + {epsilon:g} at tensor {tensor.name!r}; both must be between 0 and 1"
+            )
+    return epsilons
+
+
+def _ranked_together(name: str, shape: tuple[int, ...]) -> int:
+    """Elements of a tensor that are ranked together: those of its last dimension, or all where it has no other."""
+    row, count = shape[-1] if shape else 1, prod(shape)
+    if count <= row:
+        # All the same for what is ranked, and blocks of layers hold it whole.
+        return min(1 << (count - 1).bit_length() if count else 1, LONGEST_ROW)
+    row = min(row, LONGEST_ROW)
+    if rows_block(row) > LARGEST_ROWS_BLOCK:
+        raise RecipeError(
+            f"the rows of tensor {name!r} cannot be ranked: {row:,} is so odd a number of elements that blocks of whole"
+            " rows would be too large; set the density of this tensor to 1, or use another method"
+        )
+    return row
 
 
 def _written_dtype(recipe: Recipe, tensors: tuple[PlannedTensor, ...]) -> str:

@@ -23,7 +23,7 @@ from deltaworks.merging.election import (
     stretch_samples,
 )
 from deltaworks.merging.methods.delta import DeltaSum, Sparsify
-from deltaworks.merging.methods.random_mask import random_mask_reference
+from deltaworks.merging.methods.random_mask import random_mask_reference, random_numbers_reference
 from deltaworks.merging.methods.sce import SelectedSum, expert_shares
 from deltaworks.merging.methods.sce_kernels import SMALLEST_SHARE
 from deltaworks.merging.selection import Ranking, pool, rank_in_order
@@ -253,7 +253,7 @@ def sample_experts(operation: DeltaSum | SelectedSum, deltas: Sequence[Delta], c
     factors = np.zeros((blocks, len(deltas)), np.float32)
     for k, delta in enumerate(deltas):
         thinned = _thinning_of_sample(operation, k, delta.table.sample[delta.rows], places)
-        exact, weight, alone = _weight_of(operation, k, delta, thinned.factor, count)
+        exact, weight, alone = _weight_of(operation, k, delta, thinned, count)
         stretch_samples(
             thinned.sample, thinned.threshold, thinned.equal_until, places, exact, each, _STRETCH, weight, alone,
             samples[:, k], residual[:, k], factors[:, k],
@@ -269,7 +269,7 @@ def _rule(operation: DeltaSum) -> int:
 
 
 def _weight_of(
-    operation: DeltaSum | SelectedSum, k: int, delta: Delta, factor: float, count: int
+    operation: DeltaSum | SelectedSum, k: int, delta: Delta, thinned: "_Thinned", count: int
 ) -> tuple[NDArray[np.float64], float, float]:
     """How much an expert's thinned delta counts.
 
@@ -279,8 +279,8 @@ def _weight_of(
     if isinstance(operation, SelectedSum):
         return delta.square, 1.0, 1.0
     density = operation.densities[k]
-    if operation.sparsify is Sparsify.RANDOM:
-        exact = delta.square * (factor**2 * min(1.0, density))
+    if operation.sparsify.draws:
+        exact = delta.square * (thinned.factor**2 * thinned.share)
     elif operation.sparsify is Sparsify.OUTLIERS and 0 < density < 1:
         first, end = (rank / count for rank in ranks_between(density, operation.gammas[k], count))
         exact = np.maximum(delta.survives(end) - delta.survives(first), 0.0)
@@ -311,8 +311,9 @@ def told_samples(
         seen: float32, [rows, SAMPLES]; the samples.
     """
     places = _places(len(delta.square), delta.table.block_size, count)[owners, np.arange(SAMPLES)]
-    sample, threshold, equal_until, _ = _thinning_of_sample(operation, k, seen, places)
-    return np.where(_survive(sample, places, threshold, equal_until), sample, np.float32(0))
+    thinned = _thinning_of_sample(operation, k, seen, places)
+    survives = _survive(thinned.sample, places, thinned.threshold, thinned.equal_until)
+    return np.where(survives, thinned.sample, np.float32(0))
 
 
 class _Thinned(NamedTuple):
@@ -323,12 +324,14 @@ class _Thinned(NamedTuple):
         threshold: the bits of the least magnitude that stays.
         equal_until: the flat index before which magnitudes equal to it do.
         factor: what a kept element is multiplied by.
+        share: where thinning is random, of the delta's squares, how much stays on average.
     """
 
     sample: NDArray[np.float32]
-    threshold: int
-    equal_until: int
-    factor: float
+    threshold: int = 0
+    equal_until: int = 0
+    factor: float = 1.0
+    share: float = 1.0
 
 
 @lru_cache(maxsize=64)
@@ -342,21 +345,37 @@ def _thinning_of_sample(
 ) -> _Thinned:
     """How a sample of an expert's delta, at flat indices of the tensor, is thinned."""
     if isinstance(operation, SelectedSum):
-        return _Thinned(sample, 0, 0, 1.0)
+        return _Thinned(sample)
     density = operation.densities[k]
     if density <= 0:
-        return _Thinned(np.zeros_like(sample), 0, 0, 0.0)
+        return _Thinned(np.zeros_like(sample), factor=0.0)
     if density >= 1 or operation.sparsify is Sparsify.NONE:
-        return _Thinned(sample, 0, 0, 1.0)
+        return _Thinned(sample)
     if operation.sparsify is Sparsify.RANDOM:
         factor = 1.0 / density if operation.rescale else 1.0
         kept = random_mask_reference(operation.keys[k], density, places)
-        return _Thinned(np.where(kept, sample * np.float32(factor), np.float32(0)), 0, 0, factor)
+        return _Thinned(np.where(kept, sample * np.float32(factor), np.float32(0)), factor=factor, share=density)
+    if operation.sparsify is Sparsify.RANKS:
+        return _thinned_by_ranks(operation, k, sample, places)
     cut = operation.cuts[k]
     assert cut is not None
     if operation.sparsify is Sparsify.OUTLIERS and (top := operation.tops[k]) is not None:
         sample = np.where(_survive(sample, places, *_of_sample(top)), np.float32(0), sample)
-    return _Thinned(sample, *_of_sample(cut), 1.0)
+    return _Thinned(sample, *_of_sample(cut))
+
+
+def _thinned_by_ranks(operation: DeltaSum, k: int, sample: NDArray[np.float32], places: NDArray[np.int64]) -> _Thinned:
+    """A sample whose elements stay by chances that hang on their ranks: here those among the samples of their block."""
+    size = np.abs(sample).astype(np.float64)
+    ranks = np.argsort(np.argsort(size, axis=1), axis=1)
+    chance = operation.densities[k] + operation.epsilons[k] * (2 * ranks / (SAMPLES - 1) - 1)
+    kept = random_numbers_reference(operation.keys[k], places) + 0.5 < chance * 2.0**16
+    before, after = float(size.sum()), float((size * chance).sum())
+    factor = before / after if operation.rescale and after > 0 else 1.0
+    squares = np.square(size)
+    total = float(squares.sum())
+    share = float((squares * chance).sum()) / total if total > 0 else 1.0
+    return _Thinned(np.where(kept, sample * np.float32(factor), np.float32(0)), factor=factor, share=share)
 
 
 def _survive(

@@ -76,7 +76,7 @@ class TensorStream:
         plan: the plan.
         tensor: one of its tensors.
         models: the plan's models, in its order.
-        block_size: elements streamed at once.
+        block_size: elements streamed at once; more where the operation needs larger blocks.
         spool: folder for what later passes need again.
         layers: files of layers, by the places of their experts in the plan. Where the plan has no budget, all
             layers of a tensor are read instead of it.
@@ -109,8 +109,9 @@ class TensorStream:
                 self._stand_in = len(self.infos)
                 self.infos.append(_info(models[tensor.stand_in.model], tensor.stand_in.tensor, tensor))
                 self.places.append(tensor.stand_in.model)
-        self.block_size = block_size
-        self.blocks = max(1, -(-self.elements // block_size))
+        whole = tensor.operation.alignment
+        self.block_size = -(-block_size // whole) * whole
+        self.blocks = max(1, -(-self.elements // self.block_size))
         found: dict[int, LayerInput] = {}
         if tensor.depths:
             found = self._planned_layers(layers or {})
@@ -432,7 +433,7 @@ def _passes(group: tuple[TensorStream, ...]) -> Iterator[Task]:
 
 
 def stream_block_size(plan: Plan, wanted: int | None) -> int:
-    """The block size asked for, or the larger one that an operation needs; both are powers of two.
+    """The block size asked for, a power of two.
 
     Where none is asked for, blocks are as large as a request has to be to be worth its price, and larger where there
     are few inputs, as long as those of one block stay in a core's share of the cache.
@@ -446,4 +447,4 @@ def stream_block_size(plan: Plan, wanted: int | None) -> int:
         # Two bytes an element.
         while size < LARGEST_BLOCK and (2 * size < worth or 4 * size * inputs <= _CACHED_BYTES):
             size *= 2
-    return max([size, *(t.operation.alignment for t in plan.tensors)])
+    return size

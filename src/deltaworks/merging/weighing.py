@@ -225,7 +225,9 @@ class _Candidate:
         frozen = (np.stack([d.changed for d in deltas], axis=1) == 0) & exact
         self.cost = np.where(frozen, 0, self.cost)
         names = {self.tensor.inputs[k].tensor for k in self.experts}
-        if any(self._indices) and len(names) == 1:
+        # Layers are read in their own blocks, which may be too small for what has to be seen together.
+        fits = self._block_size % self.tensor.operation.alignment == 0
+        if any(self._indices) and len(names) == 1 and fits:
             self.menu = make_menu(names.pop(), self.deltas, self._indices, self.cost, self._gone)
         if self.menu is not None and isinstance(found, Sampled):
             assert isinstance(self.tensor.operation, DeltaSum | SelectedSum)

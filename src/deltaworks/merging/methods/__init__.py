@@ -67,6 +67,7 @@ def _delta_parameters(*, normalize: bool, rescale: bool) -> tuple[Parameter, ...
 
 
 _GAMMA = Parameter("gamma", Scope.EXPERTS, float, 0.01)
+_EPSILON = Parameter("epsilon", Scope.EXPERTS, float, 0.15)
 
 METHODS = {
     m.name: m
@@ -83,6 +84,8 @@ METHODS = {
         Method("ties", _delta_parameters(normalize=True, rescale=False)),
         Method("dare_linear", _delta_parameters(normalize=False, rescale=True)),
         Method("dare_ties", _delta_parameters(normalize=False, rescale=True)),
+        Method("della", (*_delta_parameters(normalize=True, rescale=True), _EPSILON)),
+        Method("della_linear", (*_delta_parameters(normalize=False, rescale=True), _EPSILON)),
         Method("breadcrumbs", (*_delta_parameters(normalize=False, rescale=False), _GAMMA)),
         Method("breadcrumbs_ties", (*_delta_parameters(normalize=False, rescale=False), _GAMMA)),
         Method(

@@ -1,8 +1,8 @@
-"""Sums of deltas on a base: task arithmetic, TIES, DARE and Model Breadcrumbs.
+"""Sums of deltas on a base: task arithmetic, TIES, DARE, DELLA and Model Breadcrumbs.
 
-One operation covers the family, as one formula does: each delta is thinned out (by magnitude, at random, or not),
-weighted, optionally kept only where its sign agrees with the majority, summed, optionally divided by the weights that
-took part, scaled and added to the base.
+One operation covers the family, as one formula does: each delta is thinned out (by magnitude, at random, by both, or
+not), weighted, optionally kept only where its sign agrees with the majority, summed, optionally divided by the weights
+that took part, scaled and added to the base.
 """
 
 import math
@@ -29,6 +29,7 @@ from deltaworks.checkpoints.codec import TILE
 from deltaworks.merging.methods.delta_kernels import Thinning, collect_lower_bits, delta_masses, merge_deltas
 from deltaworks.merging.methods.operation import Block, Operation, exact_sums, tile_sum_reference
 from deltaworks.merging.methods.random_mask import random_mask_reference, split_density
+from deltaworks.merging.methods.ranked_mask import chances, draw_ranked_masks, ranked_mask_reference, rows_block
 
 SMALLEST_MASS = 1e-7
 NEVER = np.uint32(0xFFFFFFFE)
@@ -42,20 +43,32 @@ class Sparsify(StrEnum):
     MAGNITUDE = "magnitude"
     OUTLIERS = "outliers"
     RANDOM = "random"
+    RANKS = "ranks"
 
     @property
     def trims(self) -> bool:
         """Whether elements stay by their magnitude among those of their tensor."""
         return self in (Sparsify.MAGNITUDE, Sparsify.OUTLIERS)
 
+    @property
+    def looks_at_sizes(self) -> bool:
+        """Whether what stays hangs on magnitudes."""
+        return self.trims or self is Sparsify.RANKS
+
+    @property
+    def draws(self) -> bool:
+        """Whether elements stay by chance."""
+        return self in (Sparsify.RANDOM, Sparsify.RANKS)
+
 
 @dataclass(frozen=True, slots=True)
 class DeltaSum(Operation):
     """Thin out, weight, elect, sum and add deltas; the first input is the base.
 
-    Task arithmetic (arXiv 2212.04089), TIES (2306.01708, section 3), DARE (2311.03099, section 3) and Model Breadcrumbs
-    (2312.06795, section 3), which trims the largest magnitudes as well as the smallest. All arithmetic is float32 in
-    the order of the experts; `rescale` restores each delta's L1 norm after thinning, as mergekit does.
+    Task arithmetic (arXiv 2212.04089), TIES (2306.01708, section 3), DARE (2311.03099, section 3), DELLA (2406.11617,
+    section 3), which lets larger magnitudes stay likelier, and Model Breadcrumbs (2312.06795, section 3), which trims
+    the largest magnitudes as well as the smallest. All arithmetic is float32 in the order of the experts; `rescale`
+    restores each delta's L1 norm after thinning, as mergekit does.
 
     Attributes:
         weights: of each expert.
@@ -66,10 +79,12 @@ class DeltaSum(Operation):
         normalize: divide by the sum of the weights that took part.
         scale: multiplies the merged delta (`lambda`).
         cuts: for magnitude and outliers, which elements of each delta stay; None where the density is 0 or 1.
-        keys: for random, what each expert's random mask is derived from.
+        keys: for random and ranks, what each expert's random mask is derived from.
         scales: the factors of `rescale`, once the tensor's sums are known.
         gammas: for outliers, the share of each delta's largest elements that goes.
         tops: for outliers, which elements those are; None where there are none.
+        epsilons: for ranks, by how much each expert's smallest elements are less likely to stay, and its largest more.
+        row: for ranks, elements in a row: those are ranked together.
     """
 
     kind: ClassVar[str] = "delta"
@@ -87,6 +102,8 @@ class DeltaSum(Operation):
     scales: tuple[float, ...] | None = None
     gammas: tuple[float, ...] = ()
     tops: tuple[Cut | Interval | None, ...] = ()
+    epsilons: tuple[float, ...] = ()
+    row: int = 1
 
     @property
     def divisor(self) -> float:
@@ -121,18 +138,24 @@ class DeltaSum(Operation):
         return any(isinstance(c, Interval) for c in (*self.cuts, *self.tops))
 
     @property
+    def thins(self) -> bool:
+        """Whether a part of any delta goes."""
+        return self.sparsify is not Sparsify.NONE and any(0 < d < 1 for d in self.densities)
+
+    @property
     def _needs_masses(self) -> bool:
-        thins = self.sparsify is not Sparsify.NONE and any(0 < d < 1 for d in self.densities)
-        return self.rescale and thins and self.scales is None
+        return self.rescale and self.thins and self.scales is None
 
     @property
     def draws_masks(self) -> bool:
         """See `Operation`."""
-        return self.sparsify is Sparsify.RANDOM
+        return self.sparsify.draws
 
     @property
     def alignment(self) -> int:
-        """The block in which the statistics counted the ties of a cut must not be torn apart."""
+        """The block in which the statistics counted the ties of a cut must not be torn apart, and no row either."""
+        if self.sparsify is Sparsify.RANKS:
+            return rows_block(self.row)
         return max((c.align for c in (*self.cuts, *self.tops) if isinstance(c, Cut)), default=1)
 
     def measure(self, block: Block) -> list[list[NDArray[np.uint16]]] | NDArray[np.float64]:
@@ -177,11 +200,17 @@ class DeltaSum(Operation):
     def _thinning(self, block: Block) -> Thinning:
         """What of each delta stays in a block."""
         n = len(self.weights)
-        at_random = self.sparsify is Sparsify.RANDOM
-        chances = _chances(self.keys if at_random else (0,) * n, self.densities)
+        at_random = self.sparsify.draws
+        shares = _split_densities(self.keys if at_random else (0,) * n, self.densities)
         (thresholds, ceilings), (ties, tops) = np.zeros((2, n), np.uint32), np.zeros((2, n, 3), np.int64)
         cuts_tops = self.sparsify is Sparsify.OUTLIERS
-        masks = block.masks, at_random and block.is_again
+        masks_known = at_random and block.is_again
+        if self.sparsify is Sparsify.RANKS and not masks_known:
+            lines, limits = _chances(self.densities, self.epsilons)
+            draw_ranked_masks(
+                block.inputs, block.start, block.count, self.row, shares[0], lines, limits, block.scratch, block.masks
+            )
+            masks_known = True
         ties[:, 0] = tops[:, 0] = block.count
         if self.sparsify.trims:
             ceilings[:] = NEVER
@@ -192,7 +221,7 @@ class DeltaSum(Operation):
                     thresholds[k], ties[k] = place_cut(self.cuts[k], block)
                     if cuts_tops and self.tops[k] is not None:
                         ceilings[k], tops[k] = place_cut(self.tops[k], block)
-        return Thinning(at_random, thresholds, ties, cuts_tops, ceilings, tops, *chances, *masks)
+        return Thinning(at_random, thresholds, ties, cuts_tops, ceilings, tops, *shares, block.masks, masks_known)
 
     def reference(self, inputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         """The same with NumPy."""
@@ -229,6 +258,8 @@ class DeltaSum(Operation):
         keep = np.zeros(size, bool)
         if self.sparsify is Sparsify.RANDOM:
             keep[:] = random_mask_reference(self.keys[k], density, np.arange(size))
+        elif self.sparsify is Sparsify.RANKS:
+            keep[:] = ranked_mask_reference(self.keys[k], chances(density, self.epsilons[k]), self.row, delta)
         else:
             first, end = 0, kept_elements(density, size)
             if self.sparsify is Sparsify.OUTLIERS:
@@ -255,8 +286,10 @@ class DeltaSum(Operation):
             content["cuts"] = [c and list(pack_cut(c)) for c in self.cuts]
         if self.sparsify is Sparsify.OUTLIERS:
             content |= {"gammas": list(self.gammas), "tops": [c and list(pack_cut(c)) for c in self.tops]}
-        if self.sparsify is Sparsify.RANDOM:
+        if self.sparsify.draws:
             content["keys"] = [f"{k:016x}" for k in self.keys]
+        if self.sparsify is Sparsify.RANKS:
+            content |= {"epsilons": list(self.epsilons), "row": self.row}
         return content
 
     @classmethod
@@ -275,6 +308,8 @@ class DeltaSum(Operation):
             tuple(int(k, 16) for k in content.get("keys", [])),
             gammas=tuple(content.get("gammas", [])),
             tops=tuple(None if c is None else unpack_cut(c) for c in content.get("tops", [])),
+            epsilons=tuple(content.get("epsilons", [])),
+            row=content.get("row", 1),
         )
 
 
@@ -299,7 +334,18 @@ def place_cut(cut: Cut | Interval | None, block: Block) -> tuple[int, tuple[int,
 
 
 @lru_cache
-def _chances(keys: tuple[int, ...], densities: tuple[float, ...]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+def _chances(
+    densities: tuple[float, ...], epsilons: tuple[float, ...]
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Densities of ranked masks as kernels take them; see `draw_ranked_masks`."""
+    found = [chances(density, epsilon) for density, epsilon in zip(densities, epsilons, strict=True)]
+    return np.array([c[:2] for c in found], np.float32), np.array([c[2:] for c in found], np.int64)
+
+
+@lru_cache
+def _split_densities(
+    keys: tuple[int, ...], densities: tuple[float, ...]
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     """Keys and densities of random masks as kernels take them; see `Thinning`."""
     split = [split_density(min(max(density, 0.0), 1.0)) for density in densities]
     return np.array(keys, np.uint64), np.array(split, np.uint64).reshape(-1, 2)

@@ -45,7 +45,7 @@ class Thinning(NamedTuple):
         densities: uint64, [experts, 2]; see `split_density`.
         masks: uint16, [experts, vectors]; room for a bit for each element of the block that says whether it stays by
             chance; see `draw_masks`.
-        masks_known: whether an earlier pass has drawn them.
+        masks_known: whether they are drawn already.
     """
 
     at_random: bool
@@ -242,7 +242,7 @@ def delta_masses(
         n = min(TILE, count - start)
         found, half = _find_tile(inputs, first, start, n, thinning, rows, tile)
         own = sums[start // TILE]
-        if thinning.at_random:
+        if thinning.at_random and not thinning.masks_known:
             _draw_tile(thinning, first, start, n, found, tile)
         torn_top = _set_ceilings(start, n, found, thinning, tile)
         if half and not torn_top and not _set_thresholds(halves, start, n, found, thinning, quotas, tile):

@@ -16,7 +16,7 @@ from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.jit import kernel
 from deltaworks.checkpoints.vector import LANES, bits_below, ramp
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def random_key(seed: int, expert: int, tensor: str) -> int:
@@ -31,18 +31,24 @@ def _split_mix_reference(z: Any) -> Any:
     return z ^ (z >> np.uint64(31))
 
 
-_split_mix = kernel(_split_mix_reference)
+split_mix = kernel(_split_mix_reference)
+
+
+def random_numbers_reference(key: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The numbers, 0 to 65,535, of elements at flat indices, with NumPy."""
+    at = places.astype(np.uint64)
+    with np.errstate(over="ignore"):
+        shared = _split_mix_reference(np.uint64(key) + (at // np.uint64(4) + np.uint64(1)) * GOLDEN)
+    numbers: NDArray[np.int64] = (shared >> np.uint64(16) * (at % np.uint64(4)) & np.uint64(0xFFFF)).astype(np.int64)
+    return numbers
 
 
 def random_mask_reference(key: int, density: float, places: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Whether elements at flat indices stay, with NumPy."""
-    at, tile = places.astype(np.uint64), (places // TILE).astype(np.uint64)
     with np.errstate(over="ignore"):
-        shared = _split_mix_reference(np.uint64(key) + (at // np.uint64(4) + np.uint64(1)) * _GOLDEN)
-        of_tile = _split_mix_reference(np.uint64(key) - tile * _GOLDEN)
-    number = shared >> np.uint64(16) * (at % np.uint64(4)) & np.uint64(0xFFFF)
+        of_tile = _split_mix_reference(np.uint64(key) - (places // TILE).astype(np.uint64) * GOLDEN)
     units, fraction = split_density(density)
-    stays: NDArray[np.bool_] = number < np.uint64(units) + (of_tile < np.uint64(fraction))
+    stays: NDArray[np.bool_] = random_numbers_reference(key, places) < units + (of_tile < np.uint64(fraction))
     return stays
 
 
@@ -55,7 +61,7 @@ def split_density(density: float) -> tuple[int, int]:
 @kernel
 def round_density(key: int, density: NDArray[np.uint64], place: int) -> Any:
     """The density (see `split_density`) in a tile that begins at a flat index, rounded by chance: uint32."""
-    number = _split_mix(key - np.uint64(place // TILE) * _GOLDEN)
+    number = split_mix(key - np.uint64(place // TILE) * GOLDEN)
     return np.uint32(density[0] + np.uint64(number < density[1]))
 
 
@@ -73,8 +79,8 @@ def draw_masks(key: int, density: int, place: int, n: int, masks: NDArray[np.uin
         start: where in it.
     """
     group = np.uint64(place) >> np.uint64(2)
-    counter = key + (group + np.uint64(1)) * _GOLDEN
+    counter = key + (group + np.uint64(1)) * GOLDEN
     for v in range(start, start + -(-n // LANES), 2):
-        stay = bits_below(_split_mix(ramp(counter, _GOLDEN)), np.uint32(density))
+        stay = bits_below(split_mix(ramp(counter, GOLDEN)), np.uint32(density))
         masks[k, v], masks[k, v + 1] = np.uint16(stay), np.uint16(stay >> np.uint32(16))
-        counter += np.uint64(8) * _GOLDEN
+        counter += np.uint64(8) * GOLDEN
