@@ -54,6 +54,7 @@ PARAMETERS = {
     "task_arithmetic": "weight: 0.3",
     "ties": "weight: 1.0, density: 0.2",
     "dare_ties": "weight: 0.5, density: 0.5",
+    "della": "weight: 0.5, density: 0.5",
     "breadcrumbs_ties": "weight: 0.5, density: 0.3",
     "sce": "select_topk: 0.2",
 }
@@ -94,6 +95,7 @@ CASES = (
     Case("linear", 4, cold=True),
     Case("linear", 16, cold=True),
     Case("dare_ties", 4, times=25),
+    Case("della", 4, times=25),
     Case("breadcrumbs_ties", 4, times=25),
     Case("sce", 4, times=25),
     Case("task_arithmetic", 4),
@@ -368,7 +370,7 @@ def beside_lines(known: dict[str, Any]) -> list[str]:
             f"{median(ours, 'processor_s'):.1f} s, {median(theirs, 'processor_s'):.0f} s",
             ", ".join(f"{median(r, 'peak_mib'):,.0f} MiB" if "peak_mib" in r[0] else "?" for r in (ours, theirs)),
             f"{moved[0]:.1f} GB, {moved[1]:.1f} GB" if case.cold else "",
-            "" if apart is None else "at random" if case.method.startswith("dare") else f"{apart:.2%}",
+            "" if apart is None else "at random" if case.method.startswith(("dare", "della")) else f"{apart:.2%}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]

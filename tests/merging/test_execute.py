@@ -1,5 +1,6 @@
 """Whole merges: exact, whatever the threads, block sizes and shards."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -303,6 +304,25 @@ def test_missing_weights_are_named(catalog: Catalog, tmp_path: Path) -> None:
                   listed=("expert0", "expert1"))  # fmt: skip
     with pytest.raises(RecipeError, match="sum to zero"):
         merge(catalog, text, tmp_path / "out2")
+
+
+def test_chances_that_leave_nothing_to_chance_are_refused(catalog: Catalog, tmp_path: Path) -> None:
+    write_family(tmp_path)
+    for parameters in ("density: 0.1", "density: 0.9", "density: 0.5, epsilon: 0.5", "density: 0.5, epsilon: -0.1"):
+        with pytest.raises(RecipeError, match=r"epsilon: chances run from .* at tensor"):
+            merge(catalog, recipe("della", tmp_path, parameters=f"weight: 1, {parameters}"), tmp_path / "out")
+    text = recipe("della", tmp_path, parameters="weight: 1, density: [{filter: mlp, value: 0}, {value: 1}], epsilon: 3")
+    merge(catalog, text, tmp_path / "out")
+
+
+def test_rows_that_no_block_holds_whole_are_refused(catalog: Catalog, tmp_path: Path) -> None:
+    base = random_tensors(0, {"model.layers.0.w.weight": (3, 20_011)})
+    write_model(tmp_path / "base", base)
+    write_model(tmp_path / "expert1", tuned(1, base, 0.01))
+    for density, reason in ((0.5, "20,011 is so odd a number"), (1.0, None)):
+        text = recipe("della", tmp_path, listed=("expert1",), parameters=f"weight: 1, density: {density}")
+        with pytest.raises(RecipeError, match=reason) if reason else nullcontext():
+            merge(catalog, text, tmp_path / "out")
 
 
 def test_same_seed_same_bytes(catalog: Catalog, tmp_path: Path) -> None:

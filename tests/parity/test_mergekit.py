@@ -316,6 +316,51 @@ def test_dare_has_the_same_mask_statistics(
                 assert np.abs(left).sum() == pytest.approx(np.abs(d).sum(), rel=0.01)
 
 
+@pytest.mark.parametrize("method", ["della", "della_linear"])
+@pytest.mark.parametrize("rescale", ["true", "false"])
+def test_della_keeps_elements_by_their_rank(
+    family: Path, catalog: Catalog, tmp_path: Path, method: str, rescale: str
+) -> None:
+    """One expert with weight 1: what is left of its delta shows who stays, by fifths of each row, and the factor."""
+    density, epsilon = 0.35, 0.3
+    parameters = f"weight: 1, density: {density}, epsilon: {epsilon}, rescale: {rescale}"
+    text = recipe(method, family, listed=("expert1",), parameters=parameters, dtypes="dtype: float32")
+    seeds = range(8)
+    for seed in seeds:
+        merge(catalog, text, tmp_path / f"ours{seed}", MergeOptions(seed=seed))
+    run_mergekit([(text, tmp_path / f"theirs{seed}", seed) for seed in seeds])
+    base, expert = read_model(family / "base"), read_model(family / "expert1")
+    # A matrix, and a vector, which is a row of its own.
+    for name in ("model.layers.1.mlp.down_proj.weight", "model.norm.weight"):
+        b = base[name].astype(np.float32)
+        d = np.atleast_2d(expert[name].astype(np.float32) - b)
+        moved = np.abs(d) > 1e-6 * np.abs(b)
+        # Equals are told apart by mergekit's sort, but who comes first is chance there, so the mean counts.
+        ranks = np.apply_along_axis(mean_ranks, 1, np.abs(d))
+        fifth = np.where(moved, 5 * ranks // d.shape[1], 5)
+        chance = density - epsilon + 2 * epsilon * ranks / (d.shape[1] - 1)
+        for who in ("ours", "theirs"):
+            left = [np.atleast_2d(read_model(tmp_path / f"{who}{s}")[name] - b) for s in seeds]
+            kept = np.stack([np.abs(x) > 0.2 * np.abs(d) for x in left])
+            for part in range(5):
+                of_part = fifth == part
+                if not of_part.any():
+                    continue
+                noise = 4.5 * np.sqrt(0.25 / of_part.sum() / len(seeds)) + 2e-3
+                assert abs(kept[:, of_part].mean() - chance[of_part].mean()) < noise, (who, name, part)
+            if rescale == "true":
+                assert np.abs(left[0]).sum() == pytest.approx(np.abs(d).sum(), rel=1e-3), who
+            else:
+                np.testing.assert_allclose(left[0][kept[0] & moved], d[kept[0] & moved], rtol=0.01)
+
+
+def mean_ranks(sizes: Array) -> Array:
+    """Of each element the mean rank of those as large, from 0."""
+    ascending = np.sort(sizes)
+    below, upto = (np.searchsorted(ascending, sizes, side) for side in ("left", "right"))
+    return (below + upto - 1) / 2
+
+
 def merged_by_sce(deltas: Array, topk: float) -> Any:
     """The merged delta in float64; of equal variances the lowest flat indices."""
     if topk < 1:
