@@ -1,15 +1,33 @@
 """How kernels are compiled."""
 
-import importlib
 import os
-import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
+from numba.core.caching import FunctionCache
+from numba.core.runtime.nrt import rtsys
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Cache(FunctionCache):
+    """Compiled kernels on disk, loaded without what only compiling needs.
+
+    Before it loads one, Numba declares everything it could compile: an eighth of a second of imports, and as much again
+    for SciPy's BLAS where there is one. Machine code has no use for that; where something is compiled after all, Numba
+    declares it then.
+    """
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """See Numba, which holds its global lock here."""
+        target_context.refresh = lambda: rtsys.initialize(target_context)
+        try:
+            return super().load_overload(sig, target_context)  # type: ignore[no-untyped-call]
+        finally:
+            del target_context.refresh
 
 
 def kernel(function: F, *, forceinline: bool = False) -> F:
@@ -18,10 +36,12 @@ def kernel(function: F, *, forceinline: bool = False) -> F:
     No `fastmath`: a result must not hang on how a loop was vectorised. Division by zero gives infinity as in NumPy.
     """
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "forceinline": forceinline}
-    try:
-        return cast("F", numba.njit(cache=True, **options)(function))
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        return cast("F", numba.njit(**options)(function))
+    compiled: Any = numba.njit(**options)(function)
+    # Without, where neither the package's folder nor the user's cache can be written.
+    with suppress(RuntimeError):
+        # As Numba's own `cache=True` does.
+        compiled._cache = _Cache(function)  # type: ignore[no-untyped-call]  # noqa: SLF001
+    return cast("F", compiled)
 
 
 def inlined(function: F) -> F:
@@ -60,17 +80,3 @@ def compiled_before(name: str = "codec.decode") -> bool:
     beside = Path(__file__).parents[1]
     folders = [Path(chosen)] if chosen else [*beside.glob("*/__pycache__"), Path.home() / ".cache" / "numba"]
     return any(next(f.rglob(f"{name}-*.nbi"), None) is not None for f in folders if f.is_dir())
-
-
-def leave_blas_out() -> None:
-    """Have Numba do without BLAS, for which it would import SciPy before the first kernel: a tenth of a second.
-
-    No kernel here needs it. In a process of other people's code, theirs may: so this is for our own commands.
-    """
-    name = "scipy.linalg"
-    if name not in sys.modules:
-        sys.modules[name] = None  # type: ignore[assignment]
-        try:
-            importlib.import_module("numba.np.arraymath")
-        finally:
-            del sys.modules[name]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from deltaworks.checkpoints.jit import compiled_before, leave_blas_out
+from deltaworks.checkpoints.jit import compiled_before
 from deltaworks.progress import Progress as Reports
 from deltaworks.progress import Silent
 from deltaworks.units import format_bytes
@@ -23,8 +23,6 @@ def make_progress(*, quiet: bool, computes: bool = True) -> Reports:
         quiet: Nothing.
         computes: Kernels will run.
     """
-    if computes:
-        leave_blas_out()
     if quiet:
         return Silent()
     shown: Reports = _bar() if sys.stderr.isatty() else Lines()
