@@ -61,7 +61,7 @@ def find_cuts(
         rows = known[tensor]
         i = int(np.searchsorted(rows[:, 0], keep))
         if i < len(rows) and rows[i, 0] == keep:
-            cuts[tensor, keep] = unpack_cut(rows[i, 1:])
+            cuts[tensor, keep] = unpack_cut(rows[i, 1:].tolist())
     if len(cuts) < len(keys):
         remembered = catalog.find_cuts(expert.fingerprint, base.fingerprint)
         cuts |= {key: unpack_cut(remembered[key]) for key in keys if key in remembered}

@@ -52,9 +52,9 @@ def pack_cut(cut: Cut | Interval) -> tuple[int, int, int, int]:
     return (cut.bin, -1, cut.rank, cut.total) if isinstance(cut, Interval) else (*cut,)
 
 
-def unpack_cut(packed: Sequence[int] | NDArray[np.int64]) -> Cut | Interval:
+def unpack_cut(packed: Sequence[int]) -> Cut | Interval:
     """The inverse of `pack_cut`."""
-    a, b, c, d = (int(v) for v in packed)
+    a, b, c, d = packed
     return Interval(a, c, d) if b < 0 else Cut(a, b, c, d)
 
 

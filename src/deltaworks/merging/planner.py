@@ -1,9 +1,10 @@
 """From a recipe and catalog rows to a plan: a pure function, without I/O, clock or randomness."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import reduce
 from math import prod
+from typing import NamedTuple
 
 from deltaworks.catalog.histogram import KEEP_ALL, Cut, Interval, kept_elements, ranks_between
 from deltaworks.catalog.models import Model
@@ -38,8 +39,7 @@ _SPARSIFY = {
 _CONSENSUS = {"ties", "dare_ties", "della", "breadcrumbs_ties"}
 
 
-@dataclass(frozen=True, slots=True)
-class Trim:
+class Trim(NamedTuple):
     """A cut that a plan needs: of the delta `expert` minus `base` (references) in `tensor`, keeping `keep` elements."""
 
     expert: str

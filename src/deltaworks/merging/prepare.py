@@ -3,9 +3,10 @@
 import json
 from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from deltaworks.catalog.analyze import analyze
 from deltaworks.catalog.cuts import find_cuts, read_cuts_ahead
@@ -83,6 +84,13 @@ def prepare_plan(
     return plan
 
 
+class _Reading(NamedTuple):
+    """What is being read of an expert: its statistics, and its layers where there may be any."""
+
+    table: Future[DeltaTable]
+    layers: Future[LayerIndex | None] | None
+
+
 class Prepared:
     """The models of a recipe, registered, unchanged and analyzed; plans for it and its variations cost milliseconds.
 
@@ -122,20 +130,19 @@ class Prepared:
         self._bases = _bases(catalog, recipe, self.models, stand_in, self._progress, weighs=weighs, adds=adds)
         self._fair = recipe.fair if options.fair is None else options.fair
         self._balanced = recipe.balanced if options.balanced is None else options.balanced
-        self._tables: dict[tuple[str, str], DeltaTable] = {}
-        self._layers: dict[tuple[str, str], LayerIndex] = {}
+        self._reading: dict[tuple[str, str], _Reading] = {}
         self._overlaps = Overlaps()
         self._weighed: tuple[Plan, Weighed] | None = None
         if weighs:
-            pairs = list(self._bases.items())
-            for pair in pairs:
+            for pair in self._bases.items():
                 self._analyze(*pair)
-            with ThreadPoolExecutor() as pool:
-                paths = [self._statistics(*pair) for pair in pairs]
-                wanted = pairs if options.layers is not False else []
-                found = pool.map(lambda pair: self._find_layers(*pair), wanted)
-                self._tables = dict(zip(pairs, pool.map(read_table, paths), strict=True))
-                self._layers = {pair: index for pair, index in zip(wanted, found, strict=True) if index is not None}
+            # What is read here is not needed before everything else is planned.
+            pool = ThreadPoolExecutor()
+            for pair in self._bases.items():
+                table = pool.submit(read_table, self._statistics(*pair))
+                layers = None if options.layers is False else pool.submit(self._find_layers, *pair)
+                self._reading[pair] = _Reading(table, layers)
+            pool.shutdown(wait=False)
 
     def plan(self, recipe: Recipe, budget: Budget | None) -> Plan:
         """The plan of `recipe`, which names the same models, within a budget or without."""
@@ -164,9 +171,11 @@ class Prepared:
         """What the catalog knows of a plan's inputs."""
         place = {m.reference: i for i, m in enumerate(plan.models)}
         models = [self.models[m.reference] for m in plan.models]
-        deltas = {(place[e], place[b]): table for (e, b), table in self._tables.items()}
+        read = [(place[e], place[b], reading) for (e, b), reading in self._reading.items()]
+        deltas = {(e, b): reading.table.result() for e, b, reading in read}
         expert = next((m for m, p in zip(models, plan.models, strict=True) if p.role != "base"), models[0])
-        layers = {place[e]: index for (e, _), index in self._layers.items()}
+        found = {e: reading.layers.result() for e, _, reading in read if reading.layers is not None}
+        layers = {e: index for e, index in found.items() if index is not None}
         return Knowledge(models, deltas, read_cost(self._catalog, expert), self._overlaps, layers)
 
     def _analyze(self, expert: str, base: str) -> None:
@@ -209,7 +218,7 @@ class Prepared:
             by_delta.setdefault((trim.expert, trim.base), []).append(trim)
         cuts: dict[Trim, Cut | Interval] = {}
         for pair in by_delta:
-            if pair not in self._tables:
+            if pair not in self._reading:
                 self._analyze(*pair)
         read_cuts_ahead([self._statistics(*pair) for pair in by_delta])
         for (expert, base), trims in by_delta.items():
