@@ -1,7 +1,7 @@
 """Side by side with mergekit 0.1.5, on the micro family and on a random family with odd shapes."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +281,13 @@ def test_slices_agree(family: Path, catalog: Catalog, tmp_path: Path, case: str)
     assert config[0] == config[1]
 
 
+def merge_both(catalog: Catalog, text: str, folder: Path, seeds: Iterable[int]) -> None:
+    """Merge a recipe with several seeds, to ``ours0`` and so on, and with mergekit to ``theirs0``."""
+    for seed in seeds:
+        merge(catalog, text, folder / f"ours{seed}", MergeOptions(seed=seed))
+    run_mergekit([(text, folder / f"theirs{seed}", seed) for seed in seeds])
+
+
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
 @pytest.mark.parametrize("rescale", ["true", "false"])
 @pytest.mark.parametrize("dtypes", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
@@ -291,9 +298,7 @@ def test_dare_has_the_same_mask_statistics(
     parameters = f"weight: 1, density: 0.35, rescale: {rescale}"
     text = recipe(method, family, listed=("expert1",), parameters=parameters, dtypes=dtypes)
     seeds = range(8)
-    for seed in seeds:
-        merge(catalog, text, tmp_path / f"ours{seed}", MergeOptions(seed=seed))
-    run_mergekit([(text, tmp_path / f"theirs{seed}", seed) for seed in seeds])
+    merge_both(catalog, text, tmp_path, seeds)
     base, expert = read_model(family / "base"), read_model(family / "expert1")
     for name in ("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"):
         b = base[name].astype(np.float32)
@@ -326,9 +331,7 @@ def test_della_keeps_elements_by_their_rank(
     parameters = f"weight: 1, density: {density}, epsilon: {epsilon}, rescale: {rescale}"
     text = recipe(method, family, listed=("expert1",), parameters=parameters, dtypes="dtype: float32")
     seeds = range(8)
-    for seed in seeds:
-        merge(catalog, text, tmp_path / f"ours{seed}", MergeOptions(seed=seed))
-    run_mergekit([(text, tmp_path / f"theirs{seed}", seed) for seed in seeds])
+    merge_both(catalog, text, tmp_path, seeds)
     base, expert = read_model(family / "base"), read_model(family / "expert1")
     # A matrix, and a vector, which is a row of its own.
     for name in ("model.layers.1.mlp.down_proj.weight", "model.norm.weight"):

@@ -74,7 +74,7 @@ def measure_error(
         streams = [s for group in groups for s in group]
         threads = options.threads or os.cpu_count() or 1
         stages = _Stages(plan, models, streams, progress, opened)
-        elements = max(s.block_size for s in streams)
+        elements = max(min(s.block_size, s.elements) for s in streams)
         one = _Slot(streams, elements)
         nbytes = sum(r.nbytes for r in one.rows) + one.out.nbytes
         slots = make_slots(lambda: _Slot(streams, elements), nbytes, threads)
