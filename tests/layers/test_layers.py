@@ -143,6 +143,25 @@ def test_strange_numbers_beside_common_ones_come_back(patterns: NDArray[np.uint1
         check(base, BF16, encode_reference(x, BF16), BF16)
 
 
+@pytest.mark.parametrize("size", [1e-37, 1e-20, 0.001, 3.0, 1e37])
+@pytest.mark.parametrize("unchanged", [0.0, 0.5])
+def test_layer_one_tells_the_mean_of_each_group(size: float, unchanged: float) -> None:
+    rng = np.random.default_rng(0)
+    # From the largest mean down by a third of an octave; the last two groups are too small beside it.
+    means = np.float64(size) * np.array([*(2.0 ** (-i / 3) for i in range(11)), 2.0**-9, 2.0**-12])
+    base = np.zeros(len(means) * GROUP, np.float32)
+    signed = np.where(rng.random(len(base)) < unchanged, 0.0, rng.choice([-1.0, 1.0], len(base)))
+    expert = (0.0 + signed * np.repeat(means, GROUP)).astype(np.float32)
+    layers, ends, *_ = layers_of(base.view(np.uint8), F32, expert.view(np.uint8), F32, len(base))
+    got = told(layers, ends, 1, base, 0).reshape(len(means), GROUP)
+    found = np.where(expert.reshape(got.shape) != 0, got, 0)
+    near = np.abs(found[:11]).max(axis=1) / means[:11]
+    assert near.max() < 2 ** (1 / 8) * 1.001
+    assert near.min() > 2 ** (-1 / 8) / 1.001
+    assert (np.sign(got[:11]) == np.sign(expert.reshape(got.shape)[:11])).all()
+    assert not got[11:].any()
+
+
 def test_what_each_depth_leaves() -> None:
     b, x = fine_tune(1 << 16, np.random.default_rng(0))
     errors = check(encode_reference(b, BF16), BF16, encode_reference(x, BF16), BF16)
@@ -334,8 +353,8 @@ def test_a_file_that_was_cut_off_is_refused(stored: tuple[Path, LayeredTensor, F
 
 def test_layers_of_an_older_version_say_so(stored: tuple[Path, LayeredTensor, Floats, Bytes]) -> None:
     path, *_ = stored
-    path.write_bytes(path.read_bytes().replace(b'{"version":3', b'{"version":2'))
-    with pytest.raises(CatalogError, match=r"version 2, not 3; .*analyze --layers"):
+    path.write_bytes(path.read_bytes().replace(b'{"version":4', b'{"version":3'))
+    with pytest.raises(CatalogError, match=r"version 3, not 4; .*analyze --layers"):
         LayerFile(path, ByteCounter())
 
 

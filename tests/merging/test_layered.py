@@ -131,6 +131,25 @@ def test_what_is_read_of_layers_is_what_was_planned(catalog: Catalog, family: Pa
     assert full.output_bytes_written == sum(len(t) for t in tensors(family / "out1").values())
 
 
+def test_every_block_has_a_layer_before_large_ones_have_two(catalog: Catalog, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    names = ("large", "small")
+    base = {n: rng.normal(0, 0.02, (64, 512)).astype(np.float32) for n in names}
+    expert = {
+        n: base[n] + rng.normal(0, s, base[n].shape).astype(np.float32) for n, s in zip(names, (2, 1), strict=True)
+    }
+    write_model(tmp_path / "base", base)
+    write_model(tmp_path / "expert", expert)
+    against = register(catalog, "base", str(tmp_path / "base"))
+    analyze(catalog, register(catalog, "expert", str(tmp_path / "expert"), "base"), against, layers=True)
+    text = f"merge_method: task_arithmetic\nbase_model: {tmp_path}/base\nmodels: [{{model: {tmp_path}/expert}}]\n"
+    text += "parameters: {weight: 1}\n"
+    plan = planned(catalog, text, 1.06 / 32)
+    # By squares a second layer of the large takes off more than a first of the small.
+    assert [[run[2] for run in t.depths[-1] or ()] for t in plan.tensors] == [[1], [1]]
+    assert plan.predicted_error == pytest.approx(true_error(catalog, plan), rel=0.01)
+
+
 def test_a_budget_for_all_layers_makes_the_full_merge(catalog: Catalog, family: Path) -> None:
     text = recipe("ties", family, **METHODS["ties"])
     merge(catalog, text, family / "full")

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from deltaworks.checkpoints.jit import inlined
 from deltaworks.checkpoints.vector import bits, floats, load, lookup, power_of_two, select, splat
-from deltaworks.layers.cells import OCTAVES, SHARES, TOLD, WAYS
+from deltaworks.layers.cells import FRACTIONS, MEANS, OCTAVES, SHARES, STEPS, TOLD, WAYS
 
 _SIGN = np.uint32(0x80000000)
 _ZERO, _ONE, _ALL = np.uint32(0), np.uint32(1), np.uint32(0xFFFFFFFF)
@@ -67,6 +67,13 @@ def factors_above(way: int, unchanged: int) -> Any:
     share = np.float32(unchanged) / np.float32(256.0)
     changed = load(SHARES, way, 0) * splat((np.float32(1.0) - share) * np.float32(0.5))
     return changed / (splat(share) + changed)
+
+
+@inlined
+def mean_of(code: int | np.int64, top: int) -> np.float32:
+    """The mean magnitude that a code tells, where the largest of the block is `top` steps of an octave above one."""
+    whole = np.float32(power_of_two(np.int64(top // STEPS)))
+    return np.float32(whole * FRACTIONS[top % STEPS] * MEANS[code])
 
 
 @inlined

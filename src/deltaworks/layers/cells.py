@@ -11,16 +11,13 @@ from typing import Final
 
 import numpy as np
 
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
 
 DEPTH: Final = 7
 """Layers of a block: sign and mean; three halvings of the range; two bits more; two more; all the rest."""
 
 GROUP: Final = 128
-"""Elements that share a range, from layer 2 on."""
-
-SPAN: Final = 256
-"""Elements that share a mean magnitude, in layer 1."""
+"""Elements that share a mean magnitude, in layer 1, and a range, from layer 2 on."""
 
 RAW: Final = 255
 """Range code of a group whose elements are kept as they are: some delta is infinite or NaN."""
@@ -28,8 +25,11 @@ RAW: Final = 255
 OCTAVES: Final = 50
 """How far ranges reach down from the largest of their block, in powers of two."""
 
-STEPS: Final = 8
+STEPS: Final = 4
 """Means an octave."""
+
+HIGHEST: Final = 15
+"""The code of a block's largest mean; 0 is no mean at all, and those between are steps apart."""
 
 WAYS: Final = 5
 """Ways to cut a range. There is one range of each an octave."""
@@ -75,5 +75,8 @@ RANGES: Final = np.array(
 )
 """The range that a code stands for, relative to the block's top: float32, ascending."""
 
-MEANS: Final = np.array([0.0, *(2.0 ** ((i - 254) / STEPS) for i in range(255))], np.float32)
-"""The mean that a code stands for, relative to the block's top: float32, [256], ascending."""
+MEANS: Final = np.array([0.0, *(2.0 ** ((i - HIGHEST) / STEPS) for i in range(1, HIGHEST + 1))], np.float32)
+"""The mean that a code stands for, relative to the block's top: float32, [16], ascending."""
+
+FRACTIONS: Final = np.array([2.0 ** (i / STEPS) for i in range(STEPS)], np.float32)
+"""Powers of two between one and two, in steps: what a top is beyond a whole octave."""

@@ -18,13 +18,12 @@ from deltaworks.checkpoints.vector import (
     lanes,
     load,
     lookup,
-    power_of_two,
     splat,
     unpacked,
 )
-from deltaworks.layers.arithmetic import mean_above, scaled, signed
+from deltaworks.layers.arithmetic import mean_above, mean_of, scaled, signed
 from deltaworks.layers.bitstream import count_ones
-from deltaworks.layers.cells import GROUP, MEANS, RAW, SPAN, TOLD, WAYS
+from deltaworks.layers.cells import GROUP, RAW, TOLD, WAYS
 from deltaworks.layers.opened import STRIDE, Parts, changed_of, factors_of, next_bits, parts_of, write_base, write_told
 from deltaworks.layers.places import decode_places
 
@@ -59,11 +58,10 @@ def _decode_signs(
 ) -> None:
     """A tile of which layer 1 is there: signs, and means."""
     sparse, at = parts.sparse, parts.signs
-    unit = np.float32(power_of_two(np.int64(parts.mean_top)))
-    for s in range(0, count, SPAN):
-        mean = unit * MEANS[row[parts.means + s // SPAN]]
+    for g in range(0, count, GROUP):
+        mean = mean_of(np.int64(row[parts.means + g // (2 * GROUP)]) >> (4 * (g // GROUP & 1)) & 15, parts.mean_top)
         above, below = splat(mean_above(mean, parts.unchanged)), splat(mean)
-        for i in range(s, min(s + SPAN, count), STRIDE):
+        for i in range(g, min(g + GROUP, count), STRIDE):
             where = changed_of(row, parts, i, count)
             signs = next_bits(row, at, where, sparse)
             for j in range(0, STRIDE, LANES):

@@ -18,7 +18,6 @@ from deltaworks.checkpoints.vector import (
     lower_bytes,
     minimum,
     packed,
-    power_of_two,
     select,
     splat,
     store,
@@ -33,13 +32,14 @@ from deltaworks.layers.arithmetic import (
     estimate,
     indices,
     mean_above,
+    mean_of,
     number_at,
     places_of,
     scaled,
     signed,
 )
 from deltaworks.layers.bitstream import SLACK, count_ones, interleaved, lanes_below, put, put_half
-from deltaworks.layers.cells import DEPTH, EDGES, GROUP, MEANS, RAW, SPAN, TOLD
+from deltaworks.layers.cells import DEPTH, EDGES, GROUP, RAW, TOLD
 from deltaworks.layers.opened import HEAD, IS_SPARSE
 from deltaworks.layers.survey import INFINITE, choose_range, survey, top_of, write_means
 
@@ -52,7 +52,7 @@ SPARSE_FROM = 6
 def most_bytes(count: int) -> int:
     """Bytes that the layers of a block of `count` elements can come to, with slack for the kernels."""
     tiles = -(-count // TILE)
-    first = HEAD + -(-count // SPAN) + 4 * tiles + 2 * (count // 8 + 1) + -(-count // GROUP)
+    first = HEAD + -(-count // (2 * GROUP)) + 4 * tiles + 2 * (count // 8 + 1) + -(-count // GROUP)
     return first + 3 * (count // 8 + 1) + 3 * 3 * tiles + 4 * count + 16 * SLACK
 
 
@@ -109,8 +109,8 @@ def encode_block(
     residuals.samples[:] = np.float32(0.0)
     residual, sampled = np.zeros((DEPTH - 1, TILE), np.float32), 0
     b, x = np.zeros((1, TILE), np.float32), np.zeros((1, TILE), np.float32)
-    squares = np.zeros(-(-count // SPAN), np.float64)
-    peaks = np.zeros(-(-count // GROUP), np.uint32)
+    squares = np.zeros(-(-count // GROUP), np.float64)
+    peaks = np.zeros(len(squares), np.uint32)
     ones = np.zeros(len(peaks), np.int64)
     changed = np.zeros(tiles + 1, np.int64)
     for t in range(tiles):
@@ -123,9 +123,10 @@ def encode_block(
     out[1] = unchanged
     tops = out[4:8].view(np.int16)
     at = HEAD
-    out[at : at + len(squares) + SLACK] = 0
+    nbytes = -(-len(squares) // 2)
+    out[at : at + nbytes + SLACK] = 0
     tops[0] = write_means(squares, ones, sparse, unchanged, count, out[at:])
-    at += len(squares)
+    at += nbytes
     if sparse:
         for t in range(tiles):
             for byte in range(4):
@@ -170,7 +171,7 @@ def encode_block(
             place = (t * TILE + g) // GROUP
             code = choose_range(peaks[place], ones[place] > 0, top, b, x, g, min(n, g + GROUP), shift)
             out[ranges + place] = code
-            mean = np.float32(power_of_two(np.int64(tops[0]))) * MEANS[out[HEAD + (t * TILE + g) // SPAN]]
+            mean = mean_of(np.int64(out[HEAD + place // 2]) >> (4 * (place & 1)) & 15, tops[0])
             active = _write_group(
                 b, x, g, n, code, top, mean, unchanged, shift, sparse, out, mask_bit + t * TILE, sign_bit, planes,
                 active, scratch, bit, left, residual,

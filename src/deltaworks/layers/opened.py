@@ -11,14 +11,14 @@ from deltaworks.checkpoints.jit import inlined, kernel
 from deltaworks.checkpoints.vector import LANES, load, select, store, unpacked
 from deltaworks.layers.arithmetic import factors_above
 from deltaworks.layers.bitstream import SLACK, lanes_below, take_word, whole_bits
-from deltaworks.layers.cells import GROUP, SPAN, WAYS
+from deltaworks.layers.cells import GROUP, WAYS
 
 IS_SPARSE: Final = 1
 """Flag of a block in which layers tell which elements changed at all."""
 
 HEAD: Final = 8
 """Bytes at the start of layer 1: flags; which share of the elements is unchanged, in 256ths; two of zeros; the tops of
-means and ranges (int16 each)."""
+means and ranges (int16 each; steps of an octave and octaves)."""
 
 _SHIFT, _TOPS, _STARTS, _UNCHANGED, _TILES, _FACTORS = 1, 3, 5, 12, 13, 16
 _TABLES = _FACTORS + WAYS * LANES
@@ -65,7 +65,7 @@ def open_block(row: NDArray[np.uint8], count: int, ends: NDArray[np.int64], dept
     table[_TOPS], table[_TOPS + 1] = tops[0], tops[1]
     at = start + HEAD
     table[_STARTS] = at
-    at += -(-count // SPAN)
+    at += -(-count // (2 * GROUP))
     active = table[_TABLES : _TABLES + tiles]
     if sparse:
         # Where each tile's changed elements begin among those of the block.
@@ -101,8 +101,8 @@ class Parts(NamedTuple):
         shift: bits of a float32 that the expert's type leaves at zero.
         sparse: whether only elements that changed have bits; `mask` tells which those are.
         unchanged: their share of the elements, in 256ths.
-        means: a byte for every SPAN elements.
-        mean_top: the exponent of the largest.
+        means: half a byte for every GROUP elements.
+        mean_top: the exponent of the largest, in steps of an octave.
         ranges: a byte for every GROUP elements.
         range_top: the exponent of the largest.
         mask: a bit an element.
@@ -136,7 +136,7 @@ def parts_of(row: NDArray[np.uint8], tile: int) -> Parts:
         np.uint32(table[_SHIFT]),
         table[2] != 0,
         int(table[_UNCHANGED]),
-        int(table[_STARTS]) + tile * (TILE // SPAN),
+        int(table[_STARTS]) + tile * (TILE // (2 * GROUP)),
         int(table[_TOPS]),
         int(table[_STARTS + 3]) + tile * (TILE // GROUP),
         int(table[_TOPS + 1]),

@@ -22,12 +22,15 @@ from deltaworks.checkpoints.vector import (
     widen,
 )
 from deltaworks.layers.arithmetic import cells_of, places_of, scaled
-from deltaworks.layers.cells import EDGES, GROUP, MEANS, OCTAVES, RANGES, RAW, SPAN, WAYS
+from deltaworks.layers.cells import EDGES, GROUP, HIGHEST, OCTAVES, RANGES, RAW, STEPS, WAYS
 
 INFINITE = np.uint32(0x7F800000)
 """Bits of the least float32 magnitude that is not finite."""
 
 _ZERO, _ALL16 = np.uint32(0), np.uint32(0xFFFF)
+_BETWEEN = 2.0 ** ((np.arange(STEPS) + 0.5) / STEPS)
+"""Where the next step is nearer, from one to two."""
+_LEAST_TOP, _LARGEST_TOP, _NO_STEP = -STEPS * 126, STEPS * 128 - 1, -(1 << 20)
 _WHOLE = np.zeros_like(EDGES)
 _WHOLE[:, 1] = EDGES[:, 8]
 
@@ -49,7 +52,7 @@ def survey(
         x: float32, [1, TILE]; of the expert.
         n: elements in the tile.
         start: the first's place in the block.
-        squares: float64; set to the sum of squares of what is finite in every SPAN elements.
+        squares: float64; set to the sum of squares of what is finite in every GROUP.
         peaks: uint32; set to the bits of the largest magnitude of every GROUP.
         ones: int64; set to how many elements of the group changed.
 
@@ -57,21 +60,18 @@ def survey(
         How many elements changed.
     """
     changed, magnitude = 0, splat(MAGNITUDE)
-    for s in range(0, n, SPAN):
-        energy = splat(0.0)
-        for g in range(s, min(s + SPAN, n), GROUP):
-            peak, own = splat(_ZERO), 0
-            for i in range(g, min(g + GROUP, n), LANES):
-                vb, vx = load(b, 0, i), load(x, 0, i)
-                size = bits(vx - vb) & magnitude
-                own += lanes_set(bits(vb) != bits(vx))
-                peak = maximum(peak, size)
-                wide = widen(select(size < splat(INFINITE), floats(size), splat(np.float32(0.0))))
-                energy = energy + wide * wide
-            place = (start + g) // GROUP
-            peaks[place], ones[place] = largest(peak), own
-            changed += own
-        squares[(start + s) // SPAN] = sum_in_order(energy)
+    for g in range(0, n, GROUP):
+        energy, peak, own = splat(0.0), splat(_ZERO), 0
+        for i in range(g, min(g + GROUP, n), LANES):
+            vb, vx = load(b, 0, i), load(x, 0, i)
+            size = bits(vx - vb) & magnitude
+            own += lanes_set(bits(vb) != bits(vx))
+            peak = maximum(peak, size)
+            wide = widen(select(size < splat(INFINITE), floats(size), splat(np.float32(0.0))))
+            energy = energy + wide * wide
+        place = (start + g) // GROUP
+        peaks[place], ones[place], squares[place] = largest(peak), own, sum_in_order(energy)
+        changed += own
     return changed
 
 
@@ -90,26 +90,35 @@ def write_means(
     count: int,
     out: NDArray[np.uint8],
 ) -> int:
-    """Turn sums of squares into quadratic means of what changed, and write their codes; returns their top."""
-    means = np.zeros(len(squares))
-    each = SPAN // GROUP
-    for s in range(len(means)):
-        own = 0
-        for n in ones[each * s : each * (s + 1)]:
-            own += n
-        many = max(1, own) if sparse else min(SPAN, count - s * SPAN) * (1.0 - unchanged / 256.0)
-        means[s] = math.sqrt(squares[s] / many) if many > 0 else 0.0
-    highest = 0.0
-    for mean in means:
-        highest = max(highest, mean)
-    top = max(-126, math.frexp(highest)[1])
-    for s in range(len(means)):
-        relative = math.ldexp(means[s], -top)
-        code = np.searchsorted(MEANS, relative)
-        if code > 0 and (code > 255 or relative - MEANS[code - 1] < MEANS[code] - relative):
-            code -= 1
-        out[s] = code
+    """Turn sums of squares into quadratic means of what changed, and write their codes; returns their top.
+
+    Args:
+        squares: float64; of every group.
+        ones: int64; how many elements of each changed.
+        sparse: whether only those have bits.
+        unchanged: where it is not, the share of the elements that did not change, in 256ths.
+        count: elements in the block.
+        out: uint8, zeros; set to half a byte a group.
+    """
+    steps = np.empty(len(squares), np.int64)
+    top = _LEAST_TOP
+    for g in range(len(steps)):
+        many = max(1, ones[g]) if sparse else min(GROUP, count - g * GROUP) * (1.0 - unchanged / 256.0)
+        steps[g] = _nearest_step(math.sqrt(squares[g] / many)) if many > 0 and squares[g] > 0 else _NO_STEP
+        top = max(top, steps[g])
+    top = min(top, _LARGEST_TOP)
+    for g in range(len(steps)):
+        below = top - steps[g]
+        code = max(1, HIGHEST - max(0, below)) if below <= HIGHEST + 1 else 0
+        out[g >> 1] |= code << (4 * (g & 1))
     return top
+
+
+@kernel
+def _nearest_step(mean: float) -> int:
+    """The exponent of the power of two, in steps of an octave, that is next to a positive number by ratio."""
+    fraction, octave = math.frexp(mean)
+    return STEPS * (octave - 1) + int(np.searchsorted(_BETWEEN, 2.0 * fraction))
 
 
 @kernel

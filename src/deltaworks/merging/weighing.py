@@ -26,6 +26,7 @@ from deltaworks.merging.contributions import (
 )
 from deltaworks.merging.deltas import Delta, Deltas
 from deltaworks.merging.layered import (
+    UNTOLD,
     Layered,
     Menu,
     OverlappingLayers,
@@ -100,13 +101,21 @@ class Weighed:
         for (candidate, menu), own in zip(adding, cosines, strict=True):
             candidate.weigh_layers(menu, own)
         shares = _fair_shares(plan, self._weighed) if fair else None
+        has_layers = any(c.menu for c in self._weighed)
         # Layers make work of it that is worth a thread.
-        with ThreadPoolExecutor(None if any(c.menu for c in self._weighed) else 1) as pool:
+        with ThreadPoolExecutor(None if has_layers else 1) as pool:
             self._rankings = list(pool.map(lambda c: c.rank(shares, self._request), self._weighed))
+        if has_layers:
+            # Others are read whole or not at all.
+            self._rankings = [
+                r if c.menu else r.scaled(1 + UNTOLD) for r, c in zip(self._rankings, self._weighed, strict=True)
+            ]
         if balanced:
             self._rankings = [
                 r.scaled(1 / c.full if c.full > 0 else 1.0) for r, c in zip(self._rankings, self._weighed, strict=True)
             ]
+        # What is chosen for another goal than the error is chosen so that more budget still leaves no more of it.
+        self._is_account = not (fair or balanced or has_layers)
 
     def within(self, budget_bytes: int) -> Plan:
         """The plan that reads at most `budget_bytes` of experts, and loses least by it.
@@ -114,10 +123,9 @@ class Weighed:
         A pure function: no I/O, clock or randomness. The result is the same merge with some blocks read as the base's.
         """
         plan, weighed, cost = self._plan, self._weighed, self._knowledge.read_cost
-        # What is chosen for another goal than the error is chosen so that more budget still leaves no more of it.
-        chosen = choose(self._rankings, budget_bytes, nested=self._fair or self._balanced)
+        chosen = choose(self._rankings, budget_bytes, nested=not self._is_account)
         for candidate, choice in zip(weighed, chosen, strict=True):
-            candidate.settle(choice, self._request, is_account=not (self._fair or self._balanced))
+            candidate.settle(choice, self._request, is_account=self._is_account)
         lost, full = (math.fsum(getattr(c, what) for c in weighed) for what in ("lost", "full"))
         nbytes = sum(sum(c.bytes_by_expert) for c in weighed)
         assert nbytes <= budget_bytes, "the planner chose more than the budget"
@@ -294,15 +302,13 @@ class _Candidate:
         Args:
             choice: what was chosen.
             request: bytes that are read at once, at least.
-            is_account: whether the choice accounts for the error itself.
+            is_account: whether the choice accounts for the error, where it is of whole blocks.
         """
         self._depths = np.repeat(choice.depths, self._run(request), axis=0)[: len(self.cost)]
         self._depths[self.cost == 0] = 0
         self.reads = self._depths > 0
         if self._layered is not None:
-            # Samples know better than a ranking of each expert by itself.
-            is_account &= isinstance(self._layered, OverlappingLayers)
-            self.lost = choice.lost if is_account else self._layered.lost(self._depths)
+            self.lost = self._layered.lost(self._depths)
             cost = self._layered.menu.cost_of(self._depths)
         else:
             if self.contribution is not None:
