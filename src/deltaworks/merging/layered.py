@@ -24,10 +24,10 @@ from deltaworks.merging.selection import Number, Ranking, rank_layers
 UNKNOWN = -1
 """The cost of a depth to which an expert cannot be read, or at which another gives more for the same bytes."""
 
-UNTOLD = 8.0
-"""How much more a square that is left counts where a block is not read at all; where some layers are, as much of it as
-they leave of the block's squares. What layers leave lies across the delta, and models hardly mind; of a block that is
-not read they miss all that it has learnt. See ``docs/layers.md``."""
+UNTOLD = 3.0
+"""How much more a square that is left counts where a block of parts that add up is not read at all; where some layers
+are, as much of it as they leave of the block's squares. What layers leave lies across the delta, and models hardly
+mind; of a block that is not read they miss all that it has learnt. See ``docs/layers.md``."""
 
 
 @dataclass(frozen=True)
@@ -199,11 +199,9 @@ def _alone(experts: int) -> NDArray[np.float64]:
 
 
 def _rank(menu: Menu, part: NDArray[np.float64], cosine: NDArray[np.float64]) -> Ranking:
-    """A ranking by what squares count, see UNTOLD; `part` and `cosine` are those of `rank_layers`."""
     blocks, experts, _ = menu.cost.shape
-    counted = part * np.sqrt(1.0 + UNTOLD * np.square(_relative(menu.left)))
     r = Ranking.empty(blocks, experts, DEPTH)
-    rank_layers(menu.cost, counted, cosine, r.order, r.depth, r.end, r.cost, r.gain)
+    rank_layers(menu.cost, part, cosine, r.order, r.depth, r.end, r.cost, r.gain)
     return r
 
 
@@ -273,8 +271,9 @@ class OverlappingLayers:
         return cosine
 
     def rank(self) -> Ranking:
-        """See `Layered`."""
-        return _rank(self.menu, self._part, self._cosine)
+        """See `Layered`; by what squares count, see UNTOLD."""
+        part = self._part * np.sqrt(1.0 + UNTOLD * np.square(_relative(self.menu.left)))
+        return _rank(self.menu, part, self._cosine)
 
     def lost(self, depths: NDArray[np.int8]) -> float:
         """See `Layered`."""

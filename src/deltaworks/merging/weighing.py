@@ -101,21 +101,18 @@ class Weighed:
         for (candidate, menu), own in zip(adding, cosines, strict=True):
             candidate.weigh_layers(menu, own)
         shares = _fair_shares(plan, self._weighed) if fair else None
-        has_layers = any(c.menu for c in self._weighed)
         # Layers make work of it that is worth a thread.
-        with ThreadPoolExecutor(None if has_layers else 1) as pool:
+        with ThreadPoolExecutor(None if any(c.menu for c in self._weighed) else 1) as pool:
             self._rankings = list(pool.map(lambda c: c.rank(shares, self._request), self._weighed))
-        if has_layers:
-            # Others are read whole or not at all.
-            self._rankings = [
-                r if c.menu else r.scaled(1 + UNTOLD) for r, c in zip(self._rankings, self._weighed, strict=True)
-            ]
+        counts = [c.adds_layers and not fair for c in self._weighed]
+        if any(counts):
+            self._rankings = [r if own else r.scaled(1 + UNTOLD) for r, own in zip(self._rankings, counts, strict=True)]
         if balanced:
             self._rankings = [
                 r.scaled(1 / c.full if c.full > 0 else 1.0) for r, c in zip(self._rankings, self._weighed, strict=True)
             ]
         # What is chosen for another goal than the error is chosen so that more budget still leaves no more of it.
-        self._is_account = not (fair or balanced or has_layers)
+        self._is_account = not (fair or balanced or any(counts))
 
     def within(self, budget_bytes: int) -> Plan:
         """The plan that reads at most `budget_bytes` of experts, and loses least by it.
@@ -250,6 +247,11 @@ class _Candidate:
         """Take note of what the experts' layers add where they add up; see `pool_cosines`."""
         coefficients = coefficients_of(self.tensor.operation, self.experts, self.deltas)
         self._layered = OverlappingLayers(menu, *coefficients, cosines)
+
+    @property
+    def adds_layers(self) -> bool:
+        """Whether the parts of the experts add up, and are read from layers."""
+        return isinstance(self._layered, OverlappingLayers)
 
     @property
     def full(self) -> float:
