@@ -244,6 +244,10 @@ class Catalog:
         """Keep a plan's text under its digest."""
         self._db.execute("INSERT OR IGNORE INTO plans(digest, content) VALUES (?, ?)", (digest, content))
 
+    def has_plan(self, digest: str) -> bool:
+        """Whether the text of the plan with this digest is kept."""
+        return self._db.execute("SELECT 1 FROM plans WHERE digest = ?", (digest,)).fetchone() is not None
+
     def save_snapshot(self, path: Path, plan_digest: str, manifest: dict[str, Any]) -> None:
         """Record a committed merged model."""
         self._db.execute(

@@ -79,8 +79,7 @@ def prepare_plan(
     budget = options.budget or (parse_budget(recipe.budget) if recipe.budget is not None else None)
     prepared = Prepared(catalog, recipe, options, relative_to=relative_to, progress=progress, weighs=budget is not None)
     plan = prepared.plan(recipe, budget)
-    content = plan.to_json()
-    catalog.save_plan(plan.digest, json.dumps(content))
+    catalog.save_plan(plan.digest, json.dumps(plan.to_json()))
     return plan
 
 

@@ -183,7 +183,8 @@ def run_plan(
             staging.publish(force=force)
         except OSError as error:
             raise storage_error(out, error) from error
-    catalog.save_plan(plan.digest, json.dumps(plan.to_json()))
+    if not catalog.has_plan(plan.digest):
+        catalog.save_plan(plan.digest, json.dumps(plan.to_json()))
     catalog.save_snapshot(out, plan.digest, manifest)
     measured = (
         measure_error(
