@@ -185,8 +185,14 @@ def rank_alone(menu: Menu, energies: NDArray[np.float64], shares: Sequence[float
 
 def _relative(left: NDArray[np.float64]) -> NDArray[np.float64]:
     """Norms of what is left, of those of the whole deltas."""
+    return np.sqrt(_shares(left))
+
+
+def _shares(left: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Squares of what is left, of those of the whole deltas."""
     whole = left[:, :, :1]
-    return np.sqrt(np.divide(left, whole, out=np.zeros_like(left), where=whole > 0))
+    shares: NDArray[np.float64] = left * np.divide(1.0, whole, out=np.zeros_like(whole), where=whole > 0)
+    return shares
 
 
 def _chosen(values: NDArray[Number], depths: NDArray[np.int8]) -> NDArray[Number]:
@@ -272,7 +278,7 @@ class OverlappingLayers:
 
     def rank(self) -> Ranking:
         """See `Layered`; by what squares count, see UNTOLD."""
-        part = self._part * np.sqrt(1.0 + UNTOLD * np.square(_relative(self.menu.left)))
+        part = self._part * np.sqrt(1.0 + UNTOLD * _shares(self.menu.left))
         return _rank(self.menu, part, self._cosine)
 
     def lost(self, depths: NDArray[np.int8]) -> float:
