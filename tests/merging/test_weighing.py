@@ -306,8 +306,14 @@ def test_a_mistyped_extension_is_named(family: Path, extension: str, message: st
 def test_linear_needs_to_know_the_base(catalog: Catalog, tmp_path: Path) -> None:
     root = write_family(tmp_path / "family")
     text = recipe("linear", root, base=False, parameters="weight: 1")
-    with pytest.raises(RecipeError, match=r"expert0.* no known base; register the experts with --base"):
-        prepare_plan(catalog, parse_recipe(text), MergeOptions(budget=parse_budget("20%")))
+    for is_registered in (False, True):
+        with pytest.raises(RecipeError, match=r"expert0.* no known base; register the experts with --base"):
+            prepare_plan(catalog, parse_recipe(text), MergeOptions(budget=parse_budget("20%")))
+        if not is_registered:
+            # It is told before any expert is read, to be registered.
+            assert catalog.names() == []
+            for i in range(3):
+                register(catalog, f"expert{i}", str(root / f"expert{i}"))
     named = parse_recipe(text + f"x-deltaworks: {{base: {root / 'base'}}}\n")
     plan = prepare_plan(catalog, named, MergeOptions(budget=parse_budget("20%")))
     assert [m.role for m in plan.models] == ["expert", "expert", "expert", "base"]

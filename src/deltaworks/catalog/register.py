@@ -105,6 +105,21 @@ def ensure_registered(
         CatalogError, CheckpointError: as `register`; or a name and a folder of that name are two models.
         ChangedError: it is registered and its files have changed since.
     """
+    model = find_registered(catalog, reference, relative_to=relative_to)
+    if model is None:
+        name = _free_name(catalog, reference)
+        return register(
+            catalog, name, reference, base, base_is_declared=False, relative_to=relative_to, progress=progress
+        )
+    return check_unchanged(catalog, model, progress)
+
+
+def find_registered(catalog: Catalog, reference: str, *, relative_to: Path | None = None) -> Model | None:
+    """The model that `reference` means, as it was registered; None where there is one that is not registered.
+
+    Raises:
+        CatalogError, CheckpointError: as `ensure_registered`.
+    """
     model = catalog.find(reference)
     if model is not None:
         for root in (Path(), relative_to):
@@ -124,12 +139,7 @@ def ensure_registered(
                 ) from error
         else:
             model = catalog.find_path(path)
-    if model is None:
-        name = _free_name(catalog, reference)
-        return register(
-            catalog, name, reference, base, base_is_declared=False, relative_to=relative_to, progress=progress
-        )
-    return check_unchanged(catalog, model, progress)
+    return model
 
 
 def _find_gone(catalog: Catalog, reference: str, relative_to: Path | None) -> Model | None:

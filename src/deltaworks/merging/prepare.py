@@ -12,7 +12,7 @@ from deltaworks.catalog.analyze import analyze
 from deltaworks.catalog.cuts import find_cuts, read_cuts_ahead
 from deltaworks.catalog.histogram import Cut, Interval
 from deltaworks.catalog.models import Kind, Model
-from deltaworks.catalog.register import check_same_tensors, check_unchanged, ensure_registered
+from deltaworks.catalog.register import check_same_tensors, check_unchanged, ensure_registered, find_registered
 from deltaworks.catalog.statistics import DeltaTable, read_table
 from deltaworks.catalog.storage import is_far, read_cost
 from deltaworks.catalog.store import Catalog
@@ -24,7 +24,7 @@ from deltaworks.merging.contributions import Overlaps
 from deltaworks.merging.plan import Plan
 from deltaworks.merging.planner import DEFAULT_SHARD_BYTES, Trim, make_plan, required_trims
 from deltaworks.merging.recipe import Recipe
-from deltaworks.merging.weighing import Knowledge, Weighed
+from deltaworks.merging.weighing import Knowledge, Weighed, no_stand_in
 from deltaworks.progress import Progress, Silent
 
 
@@ -119,6 +119,8 @@ class Prepared:
         for warning in recipe.warnings:
             self._progress.note(warning)
         stand_in = options.base or recipe.stand_in
+        if weighs:
+            _check_stand_in(catalog, recipe, stand_in, relative_to)
         self.models, stand_in = _models(catalog, recipe, stand_in, relative_to, self._progress)
         _check_bases(catalog, recipe, self.models)
         gone = [m.name for m in self.models.values() if m.is_gone]
@@ -271,6 +273,15 @@ def _models(
             raise RecipeError(f"{reference!r} and {same!r} are the same model ({model.path}); name it once")
         models[reference] = model
     return models, stand_in
+
+
+def _check_stand_in(catalog: Catalog, recipe: Recipe, stand_in: str | None, relative_to: Path | None) -> None:
+    """Refuse a budget for new experts of which nobody says the base, before they are read to be registered."""
+    if stand_in is not None or recipe.base_model is not None or any(part.base_model for part in recipe.slices):
+        return
+    new = [r for r in recipe.models() if find_registered(catalog, r, relative_to=relative_to) is None]
+    if new:
+        raise RecipeError(no_stand_in(", ".join(new), "no known base"))
 
 
 def _check_bases(catalog: Catalog, recipe: Recipe, models: Mapping[str, Model]) -> None:

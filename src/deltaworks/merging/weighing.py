@@ -388,6 +388,14 @@ class _Candidate:
         )
 
 
+def no_stand_in(names: str, have: str) -> str:
+    """What to say where blocks of some experts cannot be left out."""
+    return (
+        f"a budget needs to know what stands in for blocks that are not read, and {names} have {have};"
+        " register the experts with --base, or name it with --base here"
+    )
+
+
 def _stand_in(plan: Plan, tensor: PlannedTensor, experts: Sequence[int]) -> InputTensor:
     """What omitted blocks of a tensor read as: the tensor of the base."""
     if isinstance(tensor.operation, DeltaSum | SelectedSum | Slerp) and 0 not in experts:
@@ -397,11 +405,7 @@ def _stand_in(plan: Plan, tensor: PlannedTensor, experts: Sequence[int]) -> Inpu
         base = bases.pop()
         if bases or base is None:
             names = ", ".join(plan.models[tensor.inputs[k].model].name for k in experts)
-            raise RecipeError(
-                f"a budget needs to know what stands in for blocks that are not read, and {names} have"
-                f" {'different bases' if bases else 'no known base'}; register the experts with --base, or name it with"
-                " --base here"
-            )
+            raise RecipeError(no_stand_in(names, "different bases" if bases else "no known base"))
         stand_in = InputTensor(base, tensor.inputs[experts[0]].tensor)
     for k in experts:
         if tensor.inputs[k].tensor != stand_in.tensor:
