@@ -115,7 +115,7 @@ class Weighed:
         self._is_account = not (fair or balanced or any(counts))
 
     def within(self, budget_bytes: int) -> Plan:
-        """The plan that reads at most `budget_bytes` of experts, and loses least by it.
+        """The plan that reads at most `budget_bytes` of experts, and loses least by it, as UNTOLD counts it.
 
         A pure function: no I/O, clock or randomness. The result is the same merge with some blocks read as the base's.
         """
