@@ -70,8 +70,16 @@ def factors_above(way: int, unchanged: int) -> Any:
 
 
 @inlined
-def mean_of(code: int | np.int64, top: int) -> np.float32:
-    """The mean magnitude that a code tells, where the largest of the block is `top` steps of an octave above one."""
+def mean_of(codes: NDArray[np.uint8], first: int, group: int, top: int) -> np.float32:
+    """The mean magnitude of a group.
+
+    Args:
+        codes: uint8; from place `first` on, half a byte a group.
+        first: see there.
+        group: which.
+        top: of the block: the largest mean is so many steps of an octave above one.
+    """
+    code = np.int64(codes[first + group // 2]) >> (4 * (group & 1)) & 15
     whole = np.float32(power_of_two(np.int64(top // STEPS)))
     return np.float32(whole * FRACTIONS[top % STEPS] * MEANS[code])
 

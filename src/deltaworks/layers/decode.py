@@ -59,7 +59,7 @@ def _decode_signs(
     """A tile of which layer 1 is there: signs, and means."""
     sparse, at = parts.sparse, parts.signs
     for g in range(0, count, GROUP):
-        mean = mean_of(np.int64(row[parts.means + g // (2 * GROUP)]) >> (4 * (g // GROUP & 1)) & 15, parts.mean_top)
+        mean = mean_of(row, parts.means, g // GROUP, parts.mean_top)
         above, below = splat(mean_above(mean, parts.unchanged)), splat(mean)
         for i in range(g, min(g + GROUP, count), STRIDE):
             where = changed_of(row, parts, i, count)

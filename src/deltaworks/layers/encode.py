@@ -171,7 +171,7 @@ def encode_block(
             place = (t * TILE + g) // GROUP
             code = choose_range(peaks[place], ones[place] > 0, top, b, x, g, min(n, g + GROUP), shift)
             out[ranges + place] = code
-            mean = mean_of(np.int64(out[HEAD + place // 2]) >> (4 * (place & 1)) & 15, tops[0])
+            mean = mean_of(out, HEAD, place, tops[0])
             active = _write_group(
                 b, x, g, n, code, top, mean, unchanged, shift, sparse, out, mask_bit + t * TILE, sign_bit, planes,
                 active, scratch, bit, left, residual,

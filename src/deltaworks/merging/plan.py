@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from blake3 import blake3
 
+from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.dtypes import DTYPES, DType
 from deltaworks.errors import PlanError
 from deltaworks.merging.methods import OPERATIONS
@@ -296,3 +297,9 @@ def save_plan(plan: Plan, path: Path) -> None:
         lines = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in rows)
         text += f',\n "{name}": [\n  {lines}\n ]'
     path.write_text(f"{text}\n}}\n", encoding="utf-8")
+
+
+def keep_plan(catalog: Catalog, plan: Plan) -> None:
+    """Have the catalog keep the plan's text under its digest."""
+    if not catalog.has_plan(plan.digest):
+        catalog.save_plan(plan.digest, json.dumps(plan.to_json()))

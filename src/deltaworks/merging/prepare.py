@@ -1,6 +1,5 @@
 """Everything a plan needs to be true first: models registered and unchanged, deltas analyzed, trims placed."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +20,7 @@ from deltaworks.errors import CatalogError, ChangedError, CheckpointError, NonFi
 from deltaworks.layers.file import LayerIndex
 from deltaworks.merging.budget import Budget, parse_budget
 from deltaworks.merging.contributions import Overlaps
-from deltaworks.merging.plan import Plan
+from deltaworks.merging.plan import Plan, keep_plan
 from deltaworks.merging.planner import DEFAULT_SHARD_BYTES, Trim, make_plan, required_trims
 from deltaworks.merging.recipe import Recipe
 from deltaworks.merging.weighing import Knowledge, Weighed, no_stand_in
@@ -79,7 +78,7 @@ def prepare_plan(
     budget = options.budget or (parse_budget(recipe.budget) if recipe.budget is not None else None)
     prepared = Prepared(catalog, recipe, options, relative_to=relative_to, progress=progress, weighs=budget is not None)
     plan = prepared.plan(recipe, budget)
-    catalog.save_plan(plan.digest, json.dumps(plan.to_json()))
+    keep_plan(catalog, plan)
     return plan
 
 

@@ -28,7 +28,7 @@ from deltaworks.merging.card import model_card
 from deltaworks.merging.execute import Reads, StageTimes, execute, output_shards
 from deltaworks.merging.manifest import MANIFEST, MANIFEST_VERSION, read_manifest
 from deltaworks.merging.measured_error import measure_error
-from deltaworks.merging.plan import Plan, save_plan
+from deltaworks.merging.plan import Plan, keep_plan, save_plan
 from deltaworks.merging.prepare import MergeOptions
 from deltaworks.progress import Progress, Silent
 
@@ -183,8 +183,7 @@ def run_plan(
             staging.publish(force=force)
         except OSError as error:
             raise storage_error(out, error) from error
-    if not catalog.has_plan(plan.digest):
-        catalog.save_plan(plan.digest, json.dumps(plan.to_json()))
+    keep_plan(catalog, plan)
     catalog.save_snapshot(out, plan.digest, manifest)
     measured = (
         measure_error(

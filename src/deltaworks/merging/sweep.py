@@ -1,6 +1,5 @@
 """Sweeps: a grid of variations of one recipe, planned over the same statistics."""
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import yaml
 from deltaworks.catalog.store import Catalog
 from deltaworks.errors import RecipeError, UserError
 from deltaworks.merging.budget import Budget, parse_budget
-from deltaworks.merging.plan import Plan
+from deltaworks.merging.plan import Plan, keep_plan
 from deltaworks.merging.prepare import MergeOptions, Prepared
 from deltaworks.merging.recipe import Recipe, parse_recipe
 from deltaworks.progress import Progress
@@ -121,6 +120,6 @@ def sweep(
             full = full or prepared.plan(recipe, None)
             plan = full if budget is None else prepared.within(full, budget)
             seconds = time.perf_counter() - started
-            catalog.save_plan(plan.digest, json.dumps(plan.to_json()))
+            keep_plan(catalog, plan)
             settings = point | ({} if label is None else {BUDGET: label})
             yield Variation(settings, recipe, plan, seconds)
