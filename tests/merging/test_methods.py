@@ -384,6 +384,26 @@ def test_what_is_not_finite_is_counted() -> None:
     assert wrong == 3
 
 
+@pytest.mark.parametrize("scale", [1.0, -0.5])
+@pytest.mark.parametrize(("consensus", "normalize"), [(False, False), (False, True), (True, False), (True, True)])
+def test_where_no_expert_is_read_the_base_stays(scale: float, *, consensus: bool, normalize: bool) -> None:
+    base = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16).view(np.uint8)
+    rows = np.stack([base, np.zeros_like(base)])
+    operation = DeltaSum((0.5,), (1.0,), Sparsify.NONE, False, consensus, normalize, scale)
+    scratch, out = np.full((5, TILE), np.nan, np.float32), np.zeros_like(base)
+    block = block_of(rows, np.array([BF16.code] * 2), 0, 1 << 16, scratch, out, BF16.code)
+    block.inputs.present[1] = False
+    wrong = operation.merge(block)
+    values = decode_reference(base, BF16)
+    finite = np.isfinite(values)
+    merged = encode_reference(operation.reference([values[finite]] * 2), BF16)
+    np.testing.assert_array_equal(out.view(np.uint16)[finite], merged.view(np.uint16))
+    assert not np.isfinite(decode_reference(out, BF16)[~finite]).any()
+    assert wrong > 0
+    block.inputs.rows[0].view(np.uint16)[~finite] = 0
+    assert operation.merge(block) == 0
+
+
 def test_copies_must_agree() -> None:
     a, b = np.arange(16, dtype=np.uint8), np.arange(16, dtype=np.uint8)
     block = block_of(

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.codec import TILE, encode
+from deltaworks.checkpoints.dtypes import BF16
 from deltaworks.checkpoints.jit import inlined, kernel
 from deltaworks.checkpoints.vector import (
     LANES,
@@ -28,6 +29,8 @@ from deltaworks.checkpoints.vector import (
 )
 from deltaworks.merging.methods.operation import Inputs, find_rows, stage, stage_stand_in
 from deltaworks.merging.methods.random_mask import draw_masks, round_density
+
+_BF16 = BF16.code
 
 
 class Thinning(NamedTuple):
@@ -333,6 +336,10 @@ def merge_deltas(
             wrong += 1 if largest_ >= NOT_FINITE else 0
             wrong += encode(total, n, out_code, out, start)
             continue
+        if found == 0 and half and out_code == _BF16:
+            largest_ = _keep_tile(halves, n, tile, how, out, start)
+            wrong += 1 if largest_ >= NOT_FINITE else 0
+            continue
         torn_top = _set_ceilings(start, n, found, thinning, tile)
         if half and not torn_top and not _set_thresholds(halves, start, n, found, thinning, quotas, tile):
             largest_ = _merge_tile(halves, n, found, thinning, start, tile, scaled, scales, weights, how, total)
@@ -376,6 +383,28 @@ def _outcome(sums: Any, how: tuple[bool, bool, np.float32, np.float32]) -> Any:
     elif normalize:
         total = total / splat(everyone)
     return total * splat(scale)
+
+
+@kernel
+def _keep_tile(
+    table: NDArray[np.uint16],
+    n: int,
+    tile: Tile,
+    how: tuple[bool, bool, np.float32, np.float32],
+    out: NDArray[np.uint8],
+    start: int,
+) -> Any:
+    """As `_merge_tile` and `encode` where no expert takes part and all is BF16; `out` has the tile at `start`."""
+    zero, magnitude, sixteen = splat(ZERO), splat(MAGNITUDE), splat(np.uint32(16))
+    # A zero that is added all the same, as it has a sign.
+    nothing = _outcome((zero, zero, zero, zero, zero), how)
+    top = splat(np.uint32(0))
+    row, place, merged = tile.rows[0], tile.places[0], out.view(np.uint16)[start : start + n]
+    for i in range(0, n, LANES):
+        pattern = bits(load(table, row, place + i) + nothing)
+        top = maximum(top, pattern & magnitude)
+        store(merged, i, pattern >> sixteen)
+    return largest(top)
 
 
 @kernel
