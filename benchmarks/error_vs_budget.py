@@ -127,7 +127,7 @@ def with_reads(plan: Plan, chosen: Sequence[Reads]) -> Plan:
     tensors = []
     for tensor, reads in zip(plan.tensors, chosen, strict=True):
         experts = [k for k, i in enumerate(tensor.inputs) if plan.models[i.model].role != "base"]
-        own = {k: runs_of(reads[:, e]) for e, k in enumerate(experts)}
+        own = dict(zip(experts, runs_of(reads), strict=True))
         tensors.append(replace(tensor, reads=tuple(own.get(k) for k in range(len(tensor.inputs)))))
     return replace(plan, tensors=tuple(tensors))
 

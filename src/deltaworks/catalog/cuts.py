@@ -1,31 +1,13 @@
 """Trim cuts, from the statistics alone."""
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from deltaworks.catalog.histogram import Cut, Interval, pack_cut, place_cuts, unpack_cut
 from deltaworks.catalog.models import Model
-from deltaworks.catalog.statistics import read_cuts, read_statistics
+from deltaworks.catalog.statistics import read_statistics
 from deltaworks.catalog.store import Catalog
+from deltaworks.catalog.tables import read_cuts
 from deltaworks.errors import CatalogError
-
-
-@lru_cache(maxsize=64)
-def _read_cuts(path: Path, mtime_ns: int) -> dict[str, NDArray[np.int64]]:
-    """The cuts in a statistics file; the time tells a file that was written anew."""
-    del mtime_ns
-    return read_cuts(path)
-
-
-def read_cuts_ahead(paths: Iterable[Path]) -> None:
-    """Read what `find_cuts` will read of some statistics files, side by side."""
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda path: _read_cuts(path, path.stat().st_mtime_ns), paths))
 
 
 def find_cuts(
@@ -55,13 +37,8 @@ def find_cuts(
     found = catalog.find_analysis(expert.fingerprint, base.fingerprint)
     if found is None:
         raise CatalogError(f"{expert.name} is not analyzed against {base.name}; run: deltaworks analyze {expert.name}")
-    known = _read_cuts(found[1], found[1].stat().st_mtime_ns)
-    cuts: dict[tuple[str, int], Cut | Interval] = {}
-    for tensor, keep in keys:
-        rows = known[tensor]
-        i = int(np.searchsorted(rows[:, 0], keep))
-        if i < len(rows) and rows[i, 0] == keep:
-            cuts[tensor, keep] = unpack_cut(rows[i, 1:].tolist())
+    known = read_cuts(found[1]).find(keys)
+    cuts = {key: unpack_cut(cut) for key, cut in zip(keys, known, strict=True) if cut is not None}
     if len(cuts) < len(keys):
         remembered = catalog.find_cuts(expert.fingerprint, base.fingerprint)
         cuts |= {key: unpack_cut(remembered[key]) for key in keys if key in remembered}
@@ -78,4 +55,4 @@ def find_cuts(
             new |= {(statistics.name, keep): cut for keep, cut in zip(keeps, placed, strict=True)}
         catalog.save_cuts(expert.fingerprint, base.fingerprint, {key: pack_cut(cut) for key, cut in new.items()})
         cuts |= new
-    return {key: cuts[key] for key in keys}
+    return cuts

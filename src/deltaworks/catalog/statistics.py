@@ -222,30 +222,6 @@ def add_up(parts: list[Histogram]) -> Histogram:
     return Histogram(bins.astype(np.uint16), dense[bins])
 
 
-@dataclass(frozen=True, slots=True)
-class DeltaTable:
-    """What planning needs of one delta: a row a block, tensor after tensor; see `BLOCK_FIELDS` for the columns.
-
-    Attributes:
-        block_size: elements a block.
-        rows: the rows of each tensor.
-        changed, delta_square, base_square, base_delta: float64, [blocks].
-        survives: float32, [blocks, DENSITIES]; sum of squares of what a trim leaves.
-        sketch: float32, [blocks, BUCKETS].
-        sample: float32, [blocks, SAMPLES]; the delta at `sample_places`.
-    """
-
-    block_size: int
-    rows: dict[str, slice]
-    changed: NDArray[np.float64]
-    delta_square: NDArray[np.float64]
-    base_square: NDArray[np.float64]
-    base_delta: NDArray[np.float64]
-    survives: NDArray[np.float32]
-    sketch: NDArray[np.float32]
-    sample: NDArray[np.float32]
-
-
 class StatisticsWriter:
     """Writes tensor after tensor; nothing stands under the final name before `commit`."""
 
@@ -347,58 +323,17 @@ def read_statistics(path: Path) -> Iterator[TensorStatistics]:
     Raises:
         CatalogError: the file is damaged or of another version.
     """
-    with _open(path) as (file, block_size):
+    with open_statistics(path) as (file, block_size):
         yield from _tensors(file, block_size)
 
 
-def read_table(path: Path) -> DeltaTable:
-    """What planning needs of a statistics file.
-
-    Raises:
-        CatalogError: as `read_statistics`.
-    """
-    with _open(path) as (file, block_size):
-        last = file.num_row_groups - 1
-        # Files are read side by side, so threads within each are in each other's way.
-        how = {"use_threads": False}
-        sizes = file.read_row_group(last, ["tensor", "elements"], **how) if last >= 0 else SCHEMA.empty_table()
-        rows, end = {}, 0
-        for name, size in zip(sizes["tensor"].to_pylist(), sizes["elements"].to_pylist(), strict=True):
-            start, end = end, end + max(1, -(-size // block_size))
-            rows[name] = slice(start, end)
-        columns = ["changed", "delta_square", "base_square", "base_delta"]
-        table = file.read_row_groups(range(max(0, last)), [*columns, "survives", "sketch", "sample"], **how)
-        return DeltaTable(
-            block_size,
-            rows,
-            table["changed"].to_numpy(),
-            table["delta_square"].to_numpy(),
-            table["base_square"].to_numpy(),
-            table["base_delta"].to_numpy(),
-            _matrix(table["survives"], len(DENSITIES)),
-            _matrix(table["sketch"], BUCKETS),
-            _matrix(table["sample"], SAMPLES),
-        )
-
-
-def read_cuts(path: Path) -> dict[str, NDArray[np.int64]]:
-    """The cuts that a statistics file holds of each tensor: [cuts, 5], the kept elements and the packed cut.
-
-    Raises:
-        CatalogError: as `read_statistics`.
-    """
-    with _open(path) as (file, _):
-        if not file.num_row_groups:
-            return {}
-        table = file.read_row_group(file.num_row_groups - 1, ["tensor", "cuts"])
-        cuts = table["cuts"].combine_chunks()
-        offsets, flat = cuts.offsets.to_numpy(), cuts.values.to_numpy()
-        names = table["tensor"].to_pylist()
-        return {name: flat[a:b].reshape(-1, 5) for name, (a, b) in zip(names, pairwise(offsets), strict=True)}
-
-
 @contextmanager
-def _open(path: Path) -> Iterator[tuple[pq.ParquetFile, int]]:
+def open_statistics(path: Path) -> Iterator[tuple[pq.ParquetFile, int]]:
+    """A statistics file, and its block size.
+
+    Raises:
+        CatalogError: it is damaged or of another version.
+    """
     try:
         with pq.ParquetFile(path) as file:
             about = json.loads((file.schema_arrow.metadata or {})[b"deltaworks"])
@@ -419,7 +354,8 @@ def pack_floats(rows: NDArray[Any]) -> pa.FixedSizeBinaryArray:
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(4 * data.shape[1]), len(data), [None, pa.py_buffer(data)])
 
 
-def _matrix(column: pa.ChunkedArray, width: int) -> NDArray[np.float32]:
+def unpack_floats(column: pa.ChunkedArray, width: int) -> NDArray[np.float32]:
+    """The inverse of `pack_floats`: [rows, width]."""
     parts = [
         np.frombuffer(c.buffers()[1], "<f4", len(c) * width, c.offset * width * 4).reshape(-1, width)
         for c in column.chunks
@@ -439,8 +375,8 @@ def _tensors(file: pq.ParquetFile, block_size: int) -> Iterator[TensorStatistics
         histograms = _histograms(table)
         elements = table.column("elements").to_numpy()
         values = np.stack([table.column(f).to_numpy() for f in BLOCK_FIELDS], axis=1)
-        sketches = _matrix(table.column("sketch"), BUCKETS)
-        samples = _matrix(table.column("sample"), SAMPLES)
+        sketches = unpack_floats(table.column("sketch"), BUCKETS)
+        samples = unpack_floats(table.column("sample"), SAMPLES)
         row = 0
         while row < table.num_rows:
             name, size, total = next(tensors)

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def layers_of(catalog: Catalog, experts: Collection[Model]) -> list[Waste]:
     """
     found = []
     for expert in experts:
-        files = [p for p in _files(catalog) if _owners(p)[0] == expert.fingerprint[:24] and p.suffix != ".parquet"]
+        files = [p for p in _files(catalog, ("layers",)) if _owners(p)[0] == expert.fingerprint[:24]]
         if files and not untouched(expert):
             raise CatalogError(
                 f"the weight files of {expert.name} at {expert.path} are gone or have changed, so its layers are all"
@@ -65,8 +65,8 @@ def remove(waste: Collection[Waste]) -> int:
     return sum(item.nbytes for item in waste)
 
 
-def _files(catalog: Catalog) -> Iterator[Path]:
-    for folder in ("statistics", "layers"):
+def _files(catalog: Catalog, folders: Sequence[str] = ("statistics", "layers")) -> Iterator[Path]:
+    for folder in folders:
         if (catalog.path / folder).is_dir():
             for path in sorted((catalog.path / folder).iterdir()):
                 # Beside layers, a folder of the expert's small files.

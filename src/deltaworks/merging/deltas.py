@@ -1,13 +1,13 @@
 """What the catalog's statistics say of one expert's tensor."""
 
-from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaworks.catalog.statistics import DENSITIES, DeltaTable
+from deltaworks.catalog.statistics import DENSITIES
+from deltaworks.catalog.tables import DeltaTable
 
 Deltas = Mapping[tuple[int, int], DeltaTable]
 """Statistics by the places in a plan of an expert and of the base it is taken against."""
@@ -30,17 +30,25 @@ class Delta:
         """Elements of each block that differ from the base's."""
         return self.table.changed[self.rows]
 
-    def survives(self, density: float) -> NDArray[np.float64]:
-        """Squared norm of what a trim to `density` leaves of each block, interpolated between those measured."""
-        if density >= 1:
-            return self.square
-        if density <= 0:
-            return np.zeros_like(self.square)
-        known = (0.0, *DENSITIES, 1.0)
-        i = bisect_right(known, density)
-        measured = self.table.survives[self.rows]
-        below = measured[:, i - 2].astype(np.float64) if i > 1 else 0.0
-        above = measured[:, i - 1].astype(np.float64) if i <= len(DENSITIES) else self.square
-        share = (density - known[i - 1]) / (known[i] - known[i - 1])
-        between: NDArray[np.float64] = (1 - share) * below + share * above
-        return between
+
+def surviving(deltas: Sequence[Delta], densities: Sequence[float]) -> NDArray[np.float64]:
+    """Squared norms of what trims leave of each block, interpolated between those measured.
+
+    Args:
+        deltas: of some experts.
+        densities: of the trim of each.
+
+    Returns:
+        float64, [experts, blocks].
+    """
+    square = np.stack([d.square for d in deltas])
+    measured = np.zeros((*square.shape, len(DENSITIES) + 2))
+    for own, delta in zip(measured, deltas, strict=True):
+        own[:, 1:-1] = delta.table.survives[delta.rows]
+    measured[:, :, -1] = square
+    known, wanted = np.array([0.0, *DENSITIES, 1.0]), np.clip(densities, 0.0, 1.0)
+    above = np.minimum(np.searchsorted(known, wanted, "right"), len(known) - 1)
+    share = ((wanted - known[above - 1]) / (known[above] - known[above - 1]))[:, None]
+    own = np.arange(len(deltas))
+    between: NDArray[np.float64] = (1 - share) * measured[own, :, above - 1] + share * measured[own, :, above]
+    return between

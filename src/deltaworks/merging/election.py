@@ -14,49 +14,51 @@ divided by the weights of those."""
 
 @kernel
 def stretch_samples(
-    sample: NDArray[np.float32],
-    threshold: int,
-    equal_until: int,
+    samples: NDArray[np.float32],
+    thresholds: NDArray[np.int64],
+    equal_until: NDArray[np.int64],
     places: NDArray[np.int64],
     exact: NDArray[np.float64],
     each: NDArray[np.float64],
     limit: float,
-    weight: float,
-    alone: float,
+    weights: NDArray[np.float64],
+    alone: NDArray[np.float64],
     out: NDArray[np.float32],
     residual: NDArray[np.float64],
     factors: NDArray[np.float32],
 ) -> None:
-    """Thin a sample of one expert's delta, and scale it so that it stands for its whole block.
+    """Thin samples of the experts' deltas, and scale them so that each stands for its whole block.
 
     Args:
-        sample: float32, [blocks, samples].
-        threshold: bits of the least magnitude that stays.
-        equal_until: flat index before which magnitudes equal to it stay.
+        samples: float32, [experts, blocks, samples].
+        thresholds: int64, [experts]; bits of the least magnitude that stays.
+        equal_until: int64, [experts]; flat index before which magnitudes equal to it stay.
         places: int64, [blocks, samples]; flat indices of the samples.
-        exact: float64, [blocks]; squares of the block's thinned delta.
+        exact: float64, [experts, blocks]; squares of the block's thinned delta.
         each: float64, [blocks]; elements that one sample stands for.
         limit: how much a sample may be scaled by, either way.
-        weight: what the delta is multiplied by.
-        alone: what its elements are multiplied by where nobody else has one.
-        out: float32, [blocks, samples]; set.
-        residual: float64, [blocks]; set to the squares that the scaled samples do not show.
-        factors: float32, [blocks]; set to what each sample that stays was multiplied by.
+        weights: float64, [experts]; what each delta is multiplied by.
+        alone: float64, [experts]; what its elements are multiplied by where nobody else has one.
+        out: float32, [blocks, experts, samples]; set.
+        residual: float64, [blocks, experts]; set to the squares that the scaled samples do not show.
+        factors: float32, [blocks, experts]; set to what each sample that stays was multiplied by.
     """
-    for b in range(len(sample)):
-        row, target, bits = sample[b], out[b], sample[b].view(np.uint32)
-        seen = 0.0
-        for s in range(len(row)):
-            magnitude = np.int64(bits[s] & np.uint32(0x7FFFFFFF))
-            stays = magnitude > threshold or (magnitude == threshold and places[b, s] < equal_until)
-            target[s] = row[s] if stays else np.float32(0.0)
-            seen += np.float64(target[s]) * target[s]
-        seen *= each[b]
-        stretch = min(limit, max(1.0 / limit, math.sqrt(exact[b] / seen))) if seen > 0.0 else 1.0
-        factors[b] = factor = np.float32(stretch * math.sqrt(each[b]) * weight)
-        for s in range(len(row)):
-            target[s] *= factor
-        residual[b] = max(exact[b] - stretch * stretch * seen, 0.0) * alone * alone
+    experts, blocks, count = samples.shape
+    for e in range(experts):
+        for b in range(blocks):
+            row, target, bits = samples[e, b], out[b, e], samples[e, b].view(np.uint32)
+            seen = 0.0
+            for s in range(count):
+                magnitude = np.int64(bits[s] & np.uint32(0x7FFFFFFF))
+                stays = magnitude > thresholds[e] or (magnitude == thresholds[e] and places[b, s] < equal_until[e])
+                target[s] = row[s] if stays else np.float32(0.0)
+                seen += np.float64(target[s]) * target[s]
+            seen *= each[b]
+            stretch = min(limit, max(1.0 / limit, math.sqrt(exact[e, b] / seen))) if seen > 0.0 else 1.0
+            factors[b, e] = factor = np.float32(stretch * math.sqrt(each[b]) * weights[e])
+            for s in range(count):
+                target[s] *= factor
+            residual[b, e] = max(exact[e, b] - stretch * stretch * seen, 0.0) * alone[e] * alone[e]
 
 
 @kernel

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from deltaworks.catalog.models import Model
-from deltaworks.catalog.statistics import read_table
 from deltaworks.catalog.storage import TYPICAL
 from deltaworks.catalog.store import Catalog
+from deltaworks.catalog.tables import read_table
 from deltaworks.errors import PlanError, UserError
 from deltaworks.merging.contributions import Overlaps
 from deltaworks.merging.plan import Plan

@@ -125,8 +125,9 @@ def required_trims(recipe: Recipe, models: Mapping[str, Model]) -> list[Trim]:
         return []
     trims = []
     for tensor in output_tensors(recipe, models):
-        if _all_float(tensor, models):
-            trims += [t for both in _trims(recipe, tensor, models) for t in both if t is not None]
+        sources = _sources(tensor, models)
+        if all(t.dtype.is_float for t in sources):
+            trims += [t for both in _trims(recipe, tensor, sources) for t in both if t is not None]
     return list(dict.fromkeys(trims))
 
 
@@ -137,10 +138,6 @@ def _infos(
         info = models[references[i]].checkpoint.find(name)
         assert info is not None
         yield i, info
-
-
-def _all_float(tensor: TensorRecipe, models: Mapping[str, Model]) -> bool:
-    return all(t.dtype.is_float for t in _sources(tensor, models))
 
 
 def _sources(tensor: TensorRecipe, models: Mapping[str, Model]) -> list[TensorInfo]:
@@ -181,26 +178,27 @@ def _numbers(recipe: Recipe, tensor: TensorRecipe, name: str, models: Sequence[i
     return tuple(values)
 
 
-def _trims(recipe: Recipe, tensor: TensorRecipe, models: Mapping[str, Model]) -> list[tuple[Trim | None, Trim | None]]:
+def _trims(
+    recipe: Recipe, tensor: TensorRecipe, sources: Sequence[TensorInfo]
+) -> list[tuple[Trim | None, Trim | None]]:
     """The cut of each expert of a tensor, and that of its outliers; None where nothing or everything is trimmed."""
     base, experts = _experts(recipe, tensor)
-    sources = _sources(tensor, models)
-    size = sources[0].count
+    names, in_base, size = [i.model for i in tensor.part.inputs], sources[base].name, sources[base].count
     trims: list[tuple[Trim | None, Trim | None]] = []
     for k, (first, end) in zip(experts, _kept_ranks(recipe, tensor, experts, size), strict=True):
         if first == end or not size:
             trims.append((None, None))
             continue
-        if tensor.sources[k] != tensor.sources[base]:
+        name = tensor.sources[k]
+        if name != tensor.sources[base]:
             raise RecipeError(
-                f"{recipe.method.name} cannot trim {tensor.sources[k]!r} of {tensor.part.inputs[k].model} against"
-                f" {tensor.sources[base]!r}: give the base model the same layer_range"
+                f"{recipe.method.name} cannot trim {name!r} of {names[k]} against {tensor.sources[base]!r}: give the"
+                " base model the same layer_range"
             )
-        names = (tensor.part.inputs[k].model, tensor.part.inputs[base].model)
-        found = {sources[k].name, sources[base].name}
-        # Where both leave a tied head out, its delta is that of the embeddings.
-        name = found.pop() if len(found) == 1 else tensor.sources[k]
-        trims.append((Trim(*names, name, end), Trim(*names, name, first) if first else None))
+        if sources[k].name == in_base:
+            name = in_base  # where both leave a tied head out, its delta is that of the embeddings
+        outliers = Trim(names[k], names[base], name, first) if first else None
+        trims.append((Trim(names[k], names[base], name, end), outliers))
     return trims
 
 
@@ -208,7 +206,8 @@ def _kept_ranks(recipe: Recipe, tensor: TensorRecipe, experts: Sequence[int], si
     """By rank of magnitude, the first element of each expert that stays, and the end; equal where none is trimmed."""
     densities = _numbers(recipe, tensor, "density", experts)
     if _SPARSIFY[recipe.method.name] is not Sparsify.OUTLIERS:
-        return [(0, kept_elements(d, size) if 0 < d < 1 else 0) for d in densities]
+        kept = {d: (0, kept_elements(d, size) if 0 < d < 1 else 0) for d in set(densities)}
+        return [kept[d] for d in densities]
     gammas = _numbers(recipe, tensor, "gamma", experts)
     for gamma in gammas:
         if not 0 <= gamma <= 1:
@@ -256,14 +255,14 @@ def _plan_tensor(
         if recipe.method.name == "sce":
             operation = SelectedSum(len(experts), _number(recipe, tensor, "select_topk"))
         else:
-            operation = _delta_sum(recipe, tensor, models, experts, cuts, seed)
+            operation = _delta_sum(recipe, tensor, sources, experts, cuts, seed)
     return PlannedTensor(tensor.name, dtype, sources[0].shape, tuple(inputs), operation)
 
 
 def _delta_sum(
     recipe: Recipe,
     tensor: TensorRecipe,
-    models: Mapping[str, Model],
+    sources: Sequence[TensorInfo],
     experts: list[int],
     cuts: Mapping[Trim, Cut | Interval],
     seed: int,
@@ -279,8 +278,8 @@ def _delta_sum(
         scale=_number(recipe, tensor, "lambda"),
     )
     if operation.sparsify.trims:
-        trims = _trims(recipe, tensor, models)
-        size = _sources(tensor, models)[0].count
+        trims = _trims(recipe, tensor, sources)
+        size = sources[0].count
         found = tuple((KEEP_ALL if size == 0 else None) if t is None else cuts[t] for t, _ in trims)
         operation = replace(operation, cuts=found)
         if operation.sparsify is Sparsify.OUTLIERS:
@@ -300,7 +299,7 @@ def _delta_sum(
         operation = replace(
             operation,
             epsilons=_epsilons(recipe, tensor, experts, operation.densities),
-            row=_ranked_together(tensor.name, _sources(tensor, models)[0].shape) if operation.thins else 1,
+            row=_ranked_together(tensor.name, sources[0].shape) if operation.thins else 1,
         )
     return operation
 

@@ -5,16 +5,15 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from deltaworks.catalog.analyze import analyze
-from deltaworks.catalog.cuts import find_cuts, read_cuts_ahead
+from deltaworks.catalog.cuts import find_cuts
 from deltaworks.catalog.histogram import Cut, Interval
 from deltaworks.catalog.models import Kind, Model
 from deltaworks.catalog.register import check_same_tensors, check_unchanged, ensure_registered, find_registered
-from deltaworks.catalog.statistics import DeltaTable, read_table
 from deltaworks.catalog.storage import is_far, read_cost
 from deltaworks.catalog.store import Catalog
+from deltaworks.catalog.tables import DeltaTable, read_table
 from deltaworks.checkpoints.sidecars import chat_template, vocabulary
 from deltaworks.errors import CatalogError, ChangedError, CheckpointError, NonFiniteError, RecipeError
 from deltaworks.layers.file import LayerIndex
@@ -82,13 +81,6 @@ def prepare_plan(
     return plan
 
 
-class _Reading(NamedTuple):
-    """What is being read of an expert: its statistics, and its layers where there may be any."""
-
-    table: Future[DeltaTable]
-    layers: Future[LayerIndex | None] | None
-
-
 class Prepared:
     """The models of a recipe, registered, unchanged and analyzed; plans for it and its variations cost milliseconds.
 
@@ -130,19 +122,19 @@ class Prepared:
         self._bases = _bases(catalog, recipe, self.models, stand_in, self._progress, weighs=weighs, adds=adds)
         self._fair = recipe.fair if options.fair is None else options.fair
         self._balanced = recipe.balanced if options.balanced is None else options.balanced
-        self._reading: dict[tuple[str, str], _Reading] = {}
+        self._statistics: dict[tuple[str, str], Path] = {}
+        self._tables: dict[tuple[str, str], DeltaTable] = {}
+        self._layers: dict[str, Future[LayerIndex | None]] = {}
         self._overlaps = Overlaps()
         self._weighed: tuple[Plan, Weighed] | None = None
         if weighs:
             for pair in self._bases.items():
                 self._analyze(*pair)
-            # What is read here is not needed before everything else is planned.
-            pool = ThreadPoolExecutor()
-            for pair in self._bases.items():
-                table = pool.submit(read_table, self._statistics(*pair))
-                layers = None if options.layers is False else pool.submit(self._find_layers, *pair)
-                self._reading[pair] = _Reading(table, layers)
-            pool.shutdown(wait=False)
+            if options.layers is not False:
+                # What is read here is not needed before everything else is planned.
+                pool = ThreadPoolExecutor()
+                self._layers = {pair[0]: pool.submit(self._find_layers, *pair) for pair in self._bases.items()}
+                pool.shutdown(wait=False)
 
     def plan(self, recipe: Recipe, budget: Budget | None) -> Plan:
         """The plan of `recipe`, which names the same models, within a budget or without."""
@@ -171,29 +163,41 @@ class Prepared:
         """What the catalog knows of a plan's inputs."""
         place = {m.reference: i for i, m in enumerate(plan.models)}
         models = [self.models[m.reference] for m in plan.models]
-        read = [(place[e], place[b], reading) for (e, b), reading in self._reading.items()]
-        deltas = {(e, b): reading.table.result() for e, b, reading in read}
+        deltas = {(place[e], place[b]): self._table(e, b) for e, b in self._bases.items()}
         expert = next((m for m, p in zip(models, plan.models, strict=True) if p.role != "base"), models[0])
-        found = {e: reading.layers.result() for e, _, reading in read if reading.layers is not None}
+        found = {place[e]: reading.result() for e, reading in self._layers.items()}
         layers = {e: index for e, index in found.items() if index is not None}
         return Knowledge(models, deltas, read_cost(self._catalog, expert), self._overlaps, layers)
 
     def _analyze(self, expert: str, base: str) -> None:
-        known = self._catalog.find_analysis(self.models[expert].fingerprint, self.models[base].fingerprint)
-        summary = analyze(
-            self._catalog,
-            self.models[expert],
-            self.models[base],
-            block_size=None if known else self._options.block_size,
-            threads=self._options.threads,
-            progress=self._progress,
-        )
+        """Have the catalog know a delta, and find its statistics."""
+        prints = self.models[expert].fingerprint, self.models[base].fingerprint
+        known = self._catalog.find_analysis(*prints)
+        if known is None:
+            analyze(
+                self._catalog,
+                self.models[expert],
+                self.models[base],
+                block_size=self._options.block_size,
+                threads=self._options.threads,
+                progress=self._progress,
+            )
+            known = self._catalog.find_analysis(*prints)
+            assert known is not None
+        _, self._statistics[expert, base], summary = known
         if summary["nonfinite"]:
             raise NonFiniteError(
                 f"{self.models[expert].name} has NaN or infinity in {len(summary['nonfinite'])} tensors"
                 f" (first: {summary['nonfinite'][0]!r}), so its largest changes cannot be told;"
                 " mend or leave out this expert"
             )
+
+    def _table(self, expert: str, base: str) -> DeltaTable:
+        """What the statistics say; the same object each time, by which cosines between experts are remembered."""
+        pair = expert, base
+        if pair not in self._tables:
+            self._tables[pair] = read_table(self._statistics[pair])
+        return self._tables[pair]
 
     def _find_layers(self, expert: str, base: str) -> LayerIndex | None:
         file = self._catalog.layers_file(self.models[expert].fingerprint, self.models[base].fingerprint)
@@ -207,20 +211,14 @@ class Prepared:
             return None
         return index
 
-    def _statistics(self, expert: str, base: str) -> Path:
-        found = self._catalog.find_analysis(self.models[expert].fingerprint, self.models[base].fingerprint)
-        assert found is not None
-        return found[1]
-
     def _cuts(self, recipe: Recipe) -> dict[Trim, Cut | Interval]:
         by_delta: dict[tuple[str, str], list[Trim]] = {}
         for trim in required_trims(recipe, self.models):
             by_delta.setdefault((trim.expert, trim.base), []).append(trim)
         cuts: dict[Trim, Cut | Interval] = {}
         for pair in by_delta:
-            if pair not in self._reading:
+            if pair not in self._statistics:
                 self._analyze(*pair)
-        read_cuts_ahead([self._statistics(*pair) for pair in by_delta])
         for (expert, base), trims in by_delta.items():
             wanted = [(t.tensor, t.keep) for t in trims]
             found = find_cuts(self._catalog, self.models[expert], self.models[base], wanted)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from deltaworks.catalog.histogram import Cut, Interval, ranks_between
 from deltaworks.checkpoints.sketch import SAMPLES, sample_places
 from deltaworks.layers.cells import DEPTH
-from deltaworks.merging.deltas import Delta
+from deltaworks.merging.deltas import Delta, surviving
 from deltaworks.merging.election import (
     ELECT,
     ELECT_AND_DIVIDE,
@@ -251,15 +251,16 @@ def sample_experts(operation: DeltaSum | SelectedSum, deltas: Sequence[Delta], c
     samples = np.zeros((blocks, len(deltas), SAMPLES), np.float32)
     residual = np.zeros((blocks, len(deltas)))
     factors = np.zeros((blocks, len(deltas)), np.float32)
-    for k, delta in enumerate(deltas):
-        thinned = _thinning_of_sample(operation, k, delta.table.sample[delta.rows], places)
-        exact, weight, alone = _weight_of(operation, k, delta, thinned, count)
-        stretch_samples(
-            thinned.sample, thinned.threshold, thinned.equal_until, places, exact, each, _STRETCH, weight, alone,
-            samples[:, k], residual[:, k], factors[:, k],
-        )  # fmt: skip
+    thinned = [_thinning_of_sample(operation, k, d.table.sample[d.rows], places) for k, d in enumerate(deltas)]
+    exact, weights, alone = _weights_of(operation, deltas, thinned, count)
+    stretch_samples(
+        np.stack([t.sample for t in thinned]),
+        np.array([t.threshold for t in thinned]),
+        np.array([t.equal_until for t in thinned]),
+        places, exact, each, _STRETCH, weights, alone, samples, residual, factors,
+    )  # fmt: skip
     if isinstance(operation, SelectedSum):
-        largest = np.stack([d.survives(operation.topk) for d in deltas], axis=1)
+        largest = surviving(deltas, [operation.topk] * len(deltas)).T
         return Selected(samples, residual, factors, each, largest, operation.topk)
     return Elected(samples, residual, factors, np.array(operation.weights, np.float32), _rule(operation))
 
@@ -268,28 +269,32 @@ def _rule(operation: DeltaSum) -> int:
     return (ELECT_AND_DIVIDE if operation.normalize else ELECT) if operation.consensus else SUM
 
 
-def _weight_of(
-    operation: DeltaSum | SelectedSum, k: int, delta: Delta, thinned: "_Thinned", count: int
-) -> tuple[NDArray[np.float64], float, float]:
-    """How much an expert's thinned delta counts.
+def _weights_of(
+    operation: DeltaSum | SelectedSum, deltas: Sequence[Delta], thinned: Sequence["_Thinned"], count: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """How much the experts' thinned deltas count.
 
     Returns:
-        Its squares, [blocks]; what it is multiplied by; and what elements are multiplied by where nobody else has one.
+        Their squares, [experts, blocks]; what they are multiplied by, [experts]; and what elements are multiplied by
+        where nobody else has one, [experts].
     """
+    ones = np.ones(len(deltas))
     if isinstance(operation, SelectedSum):
-        return delta.square, 1.0, 1.0
-    density = operation.densities[k]
+        return np.stack([d.square for d in deltas]), ones, ones
+    densities = operation.densities
     if operation.sparsify.draws:
-        exact = delta.square * (thinned.factor**2 * thinned.share)
-    elif operation.sparsify is Sparsify.OUTLIERS and 0 < density < 1:
-        first, end = (rank / count for rank in ranks_between(density, operation.gammas[k], count))
-        exact = np.maximum(delta.survives(end) - delta.survives(first), 0.0)
+        exact = np.stack([d.square * (t.factor**2 * t.share) for d, t in zip(deltas, thinned, strict=True)])
+    elif operation.sparsify is Sparsify.OUTLIERS:
+        pairs = zip(densities, operation.gammas, strict=True)
+        ranks = [ranks_between(d, g, count) if 0 < d < 1 else (0, d * count) for d, g in pairs]
+        firsts, ends = ([rank / count for rank in side] for side in zip(*ranks, strict=True))
+        exact = np.maximum(surviving(deltas, ends) - surviving(deltas, firsts), 0.0)
     else:
-        exact = delta.survives(density)
+        exact = surviving(deltas, densities)
     rule = _rule(operation)
-    weight = operation.weights[k] * operation.scale / (1.0 if rule != SUM else operation.divisor)
+    weights = np.array(operation.weights) * operation.scale / (1.0 if rule != SUM else operation.divisor)
     # What the samples miss is taken to survive alone, where normalizing gives it back its full size.
-    return exact, weight, operation.scale if rule == ELECT_AND_DIVIDE else weight
+    return exact, weights, ones * operation.scale if rule == ELECT_AND_DIVIDE else weights
 
 
 def told_samples(

@@ -102,8 +102,9 @@ class Weighed:
             candidate.weigh_layers(menu, own)
         shares = _fair_shares(plan, self._weighed) if fair else None
         # Layers make work of it that is worth a thread.
-        with ThreadPoolExecutor(None if any(c.menu for c in self._weighed) else 1) as pool:
-            self._rankings = list(pool.map(lambda c: c.rank(shares, self._request), self._weighed))
+        with ThreadPoolExecutor() as pool:
+            ranked = (pool.map if adding else map)(lambda c: c.rank(shares, self._request), self._weighed)
+            self._rankings = list(ranked)
         counts = [c.adds_layers and not fair for c in self._weighed]
         if any(counts):
             self._rankings = [r if own else r.scaled(1 + UNTOLD) for r, own in zip(self._rankings, counts, strict=True)]
@@ -318,7 +319,7 @@ class _Candidate:
             cost = np.where(self.reads, self.cost, 0)
         self.bytes_by_expert = [int(n) for n in cost.sum(axis=0)]
         limit = max(1, DEFAULT_BLOCK_SIZE // self._block_size, self._run(request))
-        self._runs = [runs_of(self.reads[:, e]) for e in range(len(self.experts))]
+        self._runs = runs_of(self.reads)
         has_layers = self._has_layers()
         self.requests = sum(
             int(self.reads[:, e].sum()) if has_layers[e] else sum(-(-(b - a) // limit) for a, b in runs)
@@ -422,14 +423,16 @@ def _tensor(model: Model, name: str) -> TensorInfo:
     return info
 
 
-def runs_of(reads: NDArray[np.bool_]) -> Ranges:
-    """The blocks that are read, as runs."""
-    if not reads.any():
-        return ()
-    inside = np.zeros(len(reads) + 2, bool)
-    inside[1:-1] = reads
-    edges: list[int] = np.flatnonzero(inside[1:] != inside[:-1]).tolist()
-    return tuple(zip(edges[::2], edges[1::2], strict=True))
+def runs_of(reads: NDArray[np.bool_]) -> list[Ranges]:
+    """The blocks that are read of each expert, as runs: `reads` is [blocks, experts]."""
+    blocks, experts = reads.shape
+    inside = np.zeros((experts, blocks + 2), bool)
+    inside[:, 1:-1] = reads.T
+    expert, edge = (x.tolist() for x in np.nonzero(inside[:, 1:] != inside[:, :-1]))
+    runs: list[list[tuple[int, int]]] = [[] for _ in range(experts)]
+    for e, first, end in zip(expert[::2], edge[::2], edge[1::2], strict=True):
+        runs[e].append((first, end))
+    return [tuple(own) for own in runs]
 
 
 def depth_runs(depths: NDArray[np.int8]) -> Depths:
