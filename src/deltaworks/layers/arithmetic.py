@@ -9,6 +9,7 @@ from deltaworks.checkpoints.jit import inlined
 from deltaworks.checkpoints.vector import bits, floats, load, lookup, power_of_two, select, splat
 from deltaworks.layers.cells import FRACTIONS, MEANS, OCTAVES, SHARES, STEPS, TOLD, WAYS
 
+_MEANS = MEANS.reshape(1, -1)
 _SIGN = np.uint32(0x80000000)
 _ZERO, _ONE, _ALL = np.uint32(0), np.uint32(1), np.uint32(0xFFFFFFFF)
 
@@ -70,25 +71,23 @@ def factors_above(way: int, unchanged: int) -> Any:
 
 
 @inlined
-def mean_of(codes: NDArray[np.uint8], first: int, group: int, top: int) -> np.float32:
-    """The mean magnitude of a group.
-
-    Args:
-        codes: uint8; from place `first` on, half a byte a group.
-        first: see there.
-        group: which.
-        top: of the block: the largest mean is so many steps of an octave above one.
-    """
-    code = np.int64(codes[first + group // 2]) >> (4 * (group & 1)) & 15
+def means_of(top: int) -> Any:
+    """The mean magnitude (F32) that each code stands for in a block whose largest is `top` steps of an octave."""
     whole = np.float32(power_of_two(np.int64(top // STEPS)))
-    return np.float32(whole * FRACTIONS[top % STEPS] * MEANS[code])
+    return load(_MEANS, 0, 0) * splat(np.float32(whole * FRACTIONS[top % STEPS]))
 
 
 @inlined
-def mean_above(mean: np.float32, unchanged: int) -> np.float32:
-    """The mean of what is not negative, where changed elements have this mean magnitude."""
+def mean_code(codes: NDArray[np.uint8], first: int, group: int) -> np.uint32:
+    """The code of the mean of a group; there is half a byte for each, from place `first` of `codes` on."""
+    return np.uint32(np.int64(codes[first + group // 2]) >> (4 * (group & 1)) & 15)
+
+
+@inlined
+def share_above(unchanged: int) -> np.float32:
+    """The mean of what is not negative, where so many 256ths are unchanged, relative to that of what changed."""
     share = np.float32(unchanged) / np.float32(256.0)
-    return mean * ((np.float32(1.0) - share) / (np.float32(1.0) + share))
+    return (np.float32(1.0) - share) / (np.float32(1.0) + share)
 
 
 @inlined

@@ -4,6 +4,8 @@ A block's layers are opened once, which tells where everything of each tile lies
 the same tile of the base.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,7 +14,7 @@ from deltaworks.checkpoints.byte_vector import (
     widened,
 )
 from deltaworks.checkpoints.codec import TILE
-from deltaworks.checkpoints.jit import kernel
+from deltaworks.checkpoints.jit import inlined, kernel
 from deltaworks.checkpoints.vector import (
     LANES,
     lanes,
@@ -21,10 +23,20 @@ from deltaworks.checkpoints.vector import (
     splat,
     unpacked,
 )
-from deltaworks.layers.arithmetic import mean_above, mean_of, scaled, signed
+from deltaworks.layers.arithmetic import mean_code, means_of, scaled, share_above, signed
 from deltaworks.layers.bitstream import count_ones
 from deltaworks.layers.cells import GROUP, RAW, TOLD, WAYS
-from deltaworks.layers.opened import STRIDE, Parts, changed_of, factors_of, next_bits, parts_of, write_base, write_told
+from deltaworks.layers.opened import (
+    STRIDE,
+    Parts,
+    add_told,
+    changed_of,
+    factors_of,
+    next_bits,
+    parts_of,
+    write_base,
+    write_told,
+)
 from deltaworks.layers.places import decode_places
 
 
@@ -43,9 +55,9 @@ def decode_tile(
     """
     parts = parts_of(row, tile)
     if parts.depth == 1:
-        _decode_signs(row, parts, base, count, out)
+        _decode_signs(row, parts, base, count, None, base, out)
     elif parts.depth <= 4:
-        _decode_cells(row, parts, base, count, out)
+        _decode_cells(row, parts, base, count, None, base, out)
     else:
         decode_places(row, parts, base, count, out)
     for i in range(count, -(-count // LANES) * LANES):
@@ -53,28 +65,92 @@ def decode_tile(
 
 
 @kernel
-def _decode_signs(
-    row: NDArray[np.uint8], parts: Parts, base: NDArray[np.float32], count: int, out: NDArray[np.float32]
+def add_tile(
+    row: NDArray[np.uint8],
+    base: NDArray[np.float32],
+    tile: int,
+    count: int,
+    weight: np.float32,
+    sums: NDArray[np.float32],
+    out: NDArray[np.float32],
+) -> bool:
+    """Add the delta of a tile that its layers tell, times a weight, to sums, where that takes no more than four layers.
+
+    Args:
+        row: as in `decode_tile`, as are the next three.
+        base: see there.
+        tile: see there.
+        count: see there.
+        weight: the factor.
+        sums: float32, [1, TILE]; what to add to.
+        out: float32, [TILE]; the same, for writing.
+
+    Returns:
+        Whether it was done.
+    """
+    parts = parts_of(row, tile)
+    if parts.depth == 1:
+        _decode_signs(row, parts, base, count, weight, sums, out)
+    elif parts.depth <= 4:
+        _decode_cells(row, parts, base, count, weight, sums, out)
+    return parts.depth <= 4
+
+
+@inlined
+def _put(
+    told: Any,
+    where: np.uint64,
+    base: NDArray[np.float32],
+    i: int,
+    j: int,
+    weight: np.float32 | None,
+    sums: NDArray[np.float32],
+    out: NDArray[np.float32],
 ) -> None:
-    """A tile of which layer 1 is there: signs, and means."""
+    """Write what is told of some elements; or, where there is a weight, add its delta (decided when compiled)."""
+    if weight is None:
+        write_told(told, where, base, i, j, out)
+    else:
+        add_told(told, where, base, i, j, weight, sums, out)
+
+
+@kernel
+def _decode_signs(
+    row: NDArray[np.uint8],
+    parts: Parts,
+    base: NDArray[np.float32],
+    count: int,
+    weight: np.float32 | None,
+    sums: NDArray[np.float32],
+    out: NDArray[np.float32],
+) -> None:
+    """A tile of which layer 1 is there: signs, and means; see `_put`."""
     sparse, at = parts.sparse, parts.signs
+    means = means_of(parts.mean_top)
+    means_above = means * splat(share_above(parts.unchanged))
     for g in range(0, count, GROUP):
-        mean = mean_of(row, parts.means, g // GROUP, parts.mean_top)
-        above, below = splat(mean_above(mean, parts.unchanged)), splat(mean)
+        code = splat(mean_code(row, parts.means, g // GROUP))
+        below, above = lookup(means, code), lookup(means_above, code)
         for i in range(g, min(g + GROUP, count), STRIDE):
             where = changed_of(row, parts, i, count)
             signs = next_bits(row, at, where, sparse)
             for j in range(0, STRIDE, LANES):
                 told = load(base, 0, i + j) + signed(unpacked(np.uint32(signs >> np.uint64(j))), below, above)
-                write_told(told, where, base, i, j, out)
+                _put(told, where, base, i, j, weight, sums, out)
             at += count_ones(where) if sparse else STRIDE
 
 
 @kernel
 def _decode_cells(
-    row: NDArray[np.uint8], parts: Parts, base: NDArray[np.float32], count: int, out: NDArray[np.float32]
+    row: NDArray[np.uint8],
+    parts: Parts,
+    base: NDArray[np.float32],
+    count: int,
+    weight: np.float32 | None,
+    sums: NDArray[np.float32],
+    out: NDArray[np.float32],
 ) -> None:
-    """A tile of which layers 1 to 2, 3 or 4 are there."""
+    """A tile of which layers 1 to 2, 3 or 4 are there; see `_put`."""
     depth, top = parts.depth, parts.range_top
     sparse, at = parts.sparse, parts.signs
     bit2, bit3, bit4 = parts.planes[0] - at, parts.planes[1] - at, parts.planes[2] - at
@@ -99,11 +175,11 @@ def _decode_cells(
                 if depth > 3:
                     cell = cell | bytes_where(next_bits(row, at + bit4, where, sparse), eighth)
                 a, b, c, d = widened(cell)
-                write_told(load(base, 0, i) + lookup(deltas, a), where, base, i, 0, out)
-                write_told(load(base, 0, i + LANES) + lookup(deltas, b), where, base, i, LANES, out)
-                write_told(load(base, 0, i + 2 * LANES) + lookup(deltas, c), where, base, i, 2 * LANES, out)
-                write_told(load(base, 0, i + 3 * LANES) + lookup(deltas, d), where, base, i, 3 * LANES, out)
-            else:
+                _put(load(base, 0, i) + lookup(deltas, a), where, base, i, 0, weight, sums, out)
+                _put(load(base, 0, i + LANES) + lookup(deltas, b), where, base, i, LANES, weight, sums, out)
+                _put(load(base, 0, i + 2 * LANES) + lookup(deltas, c), where, base, i, 2 * LANES, weight, sums, out)
+                _put(load(base, 0, i + 3 * LANES) + lookup(deltas, d), where, base, i, 3 * LANES, weight, sums, out)
+            elif weight is None:
                 write_base(base, i, out)
             at += count_ones(where) if sparse else STRIDE
 

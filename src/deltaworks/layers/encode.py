@@ -31,11 +31,12 @@ from deltaworks.layers.arithmetic import (
     centres_above,
     estimate,
     indices,
-    mean_above,
-    mean_of,
+    mean_code,
+    means_of,
     number_at,
     places_of,
     scaled,
+    share_above,
     signed,
 )
 from deltaworks.layers.bitstream import SLACK, count_ones, interleaved, lanes_below, put, put_half
@@ -171,10 +172,10 @@ def encode_block(
             place = (t * TILE + g) // GROUP
             code = choose_range(peaks[place], ones[place] > 0, top, b, x, g, min(n, g + GROUP), shift)
             out[ranges + place] = code
-            mean = mean_of(out, HEAD, place, tops[0])
+            mean = mean_code(out, HEAD, place)
             active = _write_group(
-                b, x, g, n, code, top, mean, unchanged, shift, sparse, out, mask_bit + t * TILE, sign_bit, planes,
-                active, scratch, bit, left, residual,
+                b, x, g, n, code, top, mean, tops[0], unchanged, shift, sparse, out, mask_bit + t * TILE, sign_bit,
+                planes, active, scratch, bit, left, residual,
             )  # fmt: skip
         residual[:, -(-n // LANES) * LANES : -(-n // BUCKETS) * BUCKETS] = np.float32(0.0)
         for layer in range(DEPTH - 1):
@@ -229,7 +230,8 @@ def _write_group(
     n: int,
     code: int,
     top: int,
-    mean: np.float32,
+    mean: np.uint32,
+    mean_top: int,
     unchanged: int,
     shift: int,
     sparse: bool,
@@ -246,7 +248,8 @@ def _write_group(
     """Write one group; returns how many elements of the block have bits so far."""
     edges, below = scaled(EDGES, max(1, code), top), scaled(TOLD, max(1, code), top)
     above = centres_above(max(1, code), top, unchanged)
-    mean_positive = mean_above(mean, unchanged)
+    mean_negative = lookup(means_of(mean_top), splat(mean))
+    mean_positive = mean_negative * splat(share_above(unchanged))
     left0 = left1 = left2 = left3 = left4 = left5 = left6 = splat(np.float32(0.0))
     zeros, nothing, shifts = splat(_ZERO), splat(np.float32(0.0)), splat(np.uint32(shift))
     for i in range(start, min(start + GROUP, n), LANES):
@@ -260,7 +263,7 @@ def _write_group(
         negative = place < places_of(vb, shifts)
         _put_lanes(out, sign_bit + active, negative, where, sparse)
         delta = vx - vb
-        told = signed(negative, splat(mean), splat(mean_positive))
+        told = signed(negative, mean_negative, mean_positive)
         finite = (bits(delta) & splat(MAGNITUDE)) < splat(INFINITE)
         real = changed & finite
         whole = select(real, delta, nothing)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.jit import inlined, kernel
-from deltaworks.checkpoints.vector import LANES, load, select, store, unpacked
+from deltaworks.checkpoints.vector import LANES, load, select, splat, store, unpacked
 from deltaworks.layers.arithmetic import factors_above
 from deltaworks.layers.bitstream import SLACK, lanes_below, take_word, whole_bits
 from deltaworks.layers.cells import GROUP, WAYS
@@ -181,6 +181,23 @@ def write_told(
     """Write the elements (F32) from ``i + j`` on, where bits of `where` from `j` on are set; the base's elsewhere."""
     changed = unpacked(np.uint32(where >> np.uint64(j)))
     store(out, i + j, select(changed, told, load(base, 0, i + j)))
+
+
+@inlined
+def add_told(
+    told: Any,
+    where: np.uint64,
+    base: NDArray[np.float32],
+    i: int,
+    j: int,
+    weight: np.float32,
+    sums: NDArray[np.float32],
+    out: NDArray[np.float32],
+) -> None:
+    """Add how far what `write_told` writes is from the base, times a weight, to `sums`, and write that."""
+    before = load(base, 0, i + j)
+    changed = unpacked(np.uint32(where >> np.uint64(j)))
+    store(out, i + j, load(sums, 0, i + j) + (select(changed, told, before) - before) * splat(weight))
 
 
 @inlined

@@ -27,7 +27,8 @@ from deltaworks.checkpoints.vector import (
     unpacked,
     widen,
 )
-from deltaworks.merging.methods.operation import Inputs, find_rows, stage, stage_stand_in
+from deltaworks.layers.decode import add_tile
+from deltaworks.merging.methods.operation import LAYERED, Inputs, find_rows, stage, stage_stand_in
 from deltaworks.merging.methods.random_mask import draw_masks, round_density
 
 _BF16 = BF16.code
@@ -475,23 +476,39 @@ def _add_tile(
     out = scratch[total]
     zero, magnitude = splat(ZERO), splat(MAGNITUDE)
     top = splat(np.uint32(0))
-    below = stage_stand_in(inputs, start, n, scratch)
-    stage(inputs, tile.rows[0], start, n, scratch[0], below)
+    last = len(scratch) - 1
+    over_base = tile.rows[0] == inputs.stand_in
+    if over_base:
+        base, below = last, scratch[last:]
+        stage(inputs, tile.rows[0], start, n, scratch[last], below)
+    else:
+        base, below = 0, stage_stand_in(inputs, start, n, scratch)
+        stage(inputs, tile.rows[0], start, n, scratch[0], below)
     for i in range(0, n, LANES):
         store(out, i, zero)
+    added = scratch[total : total + 1]
     for a in range(found):
-        k = tile.experts[a]
-        stage(inputs, tile.rows[a + 1], start, n, scratch[1], below)
+        k, row = tile.experts[a], tile.rows[a + 1]
+        # Nothing is lost on `top`: where the base is not finite, neither is the sum.
+        if (
+            over_base
+            and inputs.codes[row] >= LAYERED
+            and not thinning.at_random
+            and scales[k] == ONE
+            and add_tile(inputs.rows[row], below, start // TILE, n, weights[k], added, out)
+        ):
+            continue
+        stage(inputs, row, start, n, scratch[1], below)
         factor, weight = splat(scales[k]), splat(weights[k])
         for i in range(0, n, LANES):
-            d = load(scratch, 1, i) - load(scratch, 0, i)
+            d = load(scratch, 1, i) - load(scratch, base, i)
             top = maximum(top, bits(d) & magnitude)
             mask = thinning.masks[k, (start + i) // LANES] if thinning.at_random else np.uint16(0xFFFF)
             sums = (load(scratch, total, i), zero, zero, zero, zero)
             store(out, i, _count_in(sums, d * factor * weight, unpacked(np.uint32(mask)), weight, False)[0])
     for i in range(0, n, LANES):
         sums = (load(scratch, total, i), zero, zero, zero, zero)
-        store(out, i, load(scratch, 0, i) + _outcome(sums, how))
+        store(out, i, load(scratch, base, i) + _outcome(sums, how))
     return largest(top)
 
 
