@@ -158,9 +158,8 @@ class Bench:
         # Some systems drop what nobody has read for a while: the programs themselves, the standard library's too.
         for folder in (self.catalog, *programs, Path(sys.base_prefix)):
             for path in folder.rglob("*"):
-                is_read = (
-                    path.suffix in (".py", ".pyc", ".nbi", ".nbc", ".parquet", ".sqlite") or ".so" in path.suffixes
-                )
+                endings = (".py", ".pyc", ".nbi", ".nbc", ".parquet", ".table", ".sqlite")
+                is_read = path.suffix in endings or ".so" in path.suffixes
                 if is_read and path.is_file():
                     path.read_bytes()
         for path in self.inputs(case):

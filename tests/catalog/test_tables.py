@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 from families import random_tensors, tuned, write_model
 
-from deltaworks.catalog import tables
 from deltaworks.catalog.analyze import analyze
 from deltaworks.catalog.register import register
 from deltaworks.catalog.statistics import CUT_DENSITIES, read_statistics
-from deltaworks.catalog.store import Catalog
+from deltaworks.catalog.store import TABLE, Catalog
 from deltaworks.catalog.tables import read_cuts, read_table
 from deltaworks.catalog.tidy import find_waste
 from deltaworks.errors import CatalogError
@@ -41,7 +40,7 @@ def test_says_what_the_statistics_say(statistics: Path) -> None:
                 np.testing.assert_array_equal(getattr(table, name)[rows], values[:, i])
             np.testing.assert_array_equal(table.sketch[rows], [b.sketch for b in tensor.blocks])
             np.testing.assert_array_equal(table.sample[rows], [b.sample for b in tensor.blocks])
-        assert statistics.with_suffix(tables.SUFFIX).is_file()
+        assert statistics.with_suffix(TABLE).is_file()
 
 
 def test_finds_the_cuts_that_are_there(statistics: Path) -> None:
@@ -53,7 +52,7 @@ def test_finds_the_cuts_that_are_there(statistics: Path) -> None:
 
 
 def test_is_made_again_where_statistics_changed_or_it_is_damaged(statistics: Path) -> None:
-    before, kept = read_table(statistics), statistics.with_suffix(tables.SUFFIX)
+    before, kept = read_table(statistics), statistics.with_suffix(TABLE)
     good = kept.read_bytes()
     for damaged in (b"", b"x" * 100, good[:-20], good[: len(good) // 2]):
         kept.write_bytes(damaged)
@@ -83,6 +82,6 @@ def _full(fd: int) -> None:
 def test_goes_with_its_model(catalog: Catalog, statistics: Path) -> None:
     read_table(statistics)
     assert not find_waste(catalog)
-    kept = [statistics, statistics.with_suffix(tables.SUFFIX)]
+    kept = [statistics, statistics.with_suffix(TABLE)]
     moved = [path.rename(path.with_stem(f"{'0' * 24}-{'1' * 24}")) for path in kept]
     assert {w.path for w in find_waste(catalog)} == set(moved)

@@ -51,6 +51,9 @@ _DATABASE = "catalog.sqlite"
 KEPT = ".files"
 """Suffix of the folder that keeps the small files of an expert beside its layers."""
 
+TABLE = ".table"
+"""Ending of what planning reads of statistics; see `tables`."""
+
 
 def default_path() -> Path:
     """Where the catalog is unless told otherwise: `DELTAWORKS_CATALOG`, or the user's data folder."""
@@ -169,6 +172,10 @@ class Catalog:
     def statistics_file(self, expert: str, base: str) -> Path:
         """Where the statistics of the delta between two fingerprints are kept."""
         return self.path / "statistics" / f"{expert[:24]}-{base[:24]}.parquet"
+
+    def table_file(self, expert: str, base: str) -> Path:
+        """Where what planning reads of those statistics is kept unpacked, from the first plan on."""
+        return self.statistics_file(expert, base).with_suffix(TABLE)
 
     def layers_file(self, expert: str, base: str) -> Path:
         """Where the layers of the delta between two fingerprints are kept, once they are built."""

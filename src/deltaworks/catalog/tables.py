@@ -19,9 +19,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from deltaworks.catalog.statistics import DENSITIES, FORMAT_VERSION, open_statistics, unpack_floats
+from deltaworks.catalog.store import TABLE
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES
 
-SUFFIX = ".table"
 _VERSION = 1
 _KEEP_BITS = 44
 """Of a key for a tensor and a number of its elements."""
@@ -123,7 +123,7 @@ _Unpacked = tuple[dict[str, Any], dict[str, NDArray[Any]]]
 
 def _unpacked(statistics: Path) -> _Unpacked:
     """What the table beside a statistics file says, which is written unless it is there."""
-    path, stamp = statistics.with_suffix(SUFFIX), _stamp(statistics)
+    path, stamp = statistics.with_suffix(TABLE), _stamp(statistics)
     with suppress(OSError, ValueError, KeyError, pa.ArrowException):
         about, arrays = _map(path)
         if about["stamp"] == stamp:
@@ -159,7 +159,7 @@ def _shaped(name: str, buffer: Any) -> NDArray[Any]:
 
 def _write(path: Path, about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write a table; nothing stands under its name before all of it is on the device."""
-    partial = path.with_name(f".{path.stem}-{threading.get_ident()}{SUFFIX}.{os.getpid()}")
+    partial = path.with_name(f".{path.stem}-{threading.get_ident()}{TABLE}.{os.getpid()}")
     columns = [pa.array([np.ascontiguousarray(arrays[name]).tobytes()], pa.large_binary()) for name in _ARRAYS]
     schema = pa.schema([(name, pa.large_binary()) for name in _ARRAYS], {b"deltaworks": json.dumps(about).encode()})
     try:

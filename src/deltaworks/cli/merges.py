@@ -268,7 +268,7 @@ def _fetch_ahead(recipe: Path, catalog: Path | None, *, all_models: bool, layers
     """Have what a merge is sure to read brought to memory while the program itself loads, and plans.
 
     That is the start of every model that the recipe names. Where not all of them are read whole, it is what planning
-    reads of their layers, and the base of the first that the catalog knows.
+    reads of their statistics and layers, and the base of the first that the catalog knows.
     """
     try:
         text = recipe.read_text(encoding="utf-8")
@@ -287,10 +287,13 @@ def _fetch_ahead(recipe: Path, catalog: Path | None, *, all_models: bool, layers
         with Catalog(catalog) as opened:
             found = [opened.find(n) or (f and opened.find_path(f.resolve())) for n, f in folders.items()]
             known = [(m, base) for m in found if m and m.base and (base := opened.find(m.base))]
+            tables = [opened.table_file(m.fingerprint, b.fingerprint) for m, b in known]
             files = [opened.layers_file(m.fingerprint, b.fingerprint) for m, b in known] if layers is not False else []
-        places = {file: index_place(file) for file in files if file.is_file()}
+        places: dict[Path, int | None] = dict.fromkeys((table for table in tables if table.is_file()), 0)
+        places |= {file: index_place(file) for file in files if file.is_file()}
         shards = [base.path / shard.name for _, base in known[:1] for shard in base.checkpoint.shards]
-        fetch_ahead({file: place for file, place in places.items() if place} | dict.fromkeys(shards, 0))
+        places |= dict.fromkeys(shards, 0)
+        fetch_ahead({file: place for file, place in places.items() if place is not None})
 
 
 def _budget(text: str | None) -> "Budget | None":
