@@ -19,7 +19,7 @@ from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES, sample_places, signs
 from deltaworks.errors import CatalogError
 from deltaworks.layers.bitstream import gather, gather_reference, scatter, scatter_reference
 from deltaworks.layers.cells import CENTRES, DEPTH, EDGES, GROUP, RANGES, SHARES, WAYS
-from deltaworks.layers.decode import decode_block
+from deltaworks.layers.decode import add_tile, decode_block
 from deltaworks.layers.encode import Residuals, encode_block, most_bytes
 from deltaworks.layers.file import SHIFTS, LayeredTensor, LayerFile, LayerWriter, exact_elements, is_layered
 from deltaworks.layers.opened import layers_start, open_block, opened_bytes
@@ -50,13 +50,17 @@ def layers_of(
     return out[: ends[-1]], ends, left, residuals
 
 
-def told(layers: Bytes, ends: NDArray[np.int64], depth: int, base: Floats, shift: int) -> Floats:
-    nbytes, count = int(ends[depth - 1]), len(base)
+def opened(layers: Bytes, ends: NDArray[np.int64], depth: int, count: int, shift: int) -> Bytes:
+    nbytes = int(ends[depth - 1])
     row = np.full(opened_bytes(count, nbytes), 0x77, np.uint8)
     row[layers_start(count) : layers_start(count) + nbytes] = layers[:nbytes]
     open_block(row, count, ends, depth, shift)
-    out = np.empty(count, np.float32)
-    decode_block(row, base, count, out)
+    return row
+
+
+def told(layers: Bytes, ends: NDArray[np.int64], depth: int, base: Floats, shift: int) -> Floats:
+    out = np.empty(len(base), np.float32)
+    decode_block(opened(layers, ends, depth, len(base), shift), base, len(base), out)
     return out
 
 
@@ -160,6 +164,26 @@ def test_layer_one_tells_the_mean_of_each_group(size: float, unchanged: float) -
     assert near.min() > 2 ** (-1 / 8) / 1.001
     assert (np.sign(got[:11]) == np.sign(expert.reshape(got.shape)[:11])).all()
     assert not got[11:].any()
+
+
+@pytest.mark.parametrize("unchanged", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("count", [TILE, TILE - 1, 1000, 130, 1])
+def test_few_layers_are_added_as_they_would_be_decoded(unchanged: float, count: int) -> None:
+    rng = np.random.default_rng(3)
+    first, last = fine_tune(count, rng, unchanged=unchanged)
+    last[256:384] = first[256:384]
+    base, expert = encode_reference(first, BF16), encode_reference(last, BF16)
+    layers, ends, *_ = layers_of(base, BF16, expert, BF16, count)
+    b = np.zeros((1, TILE), np.float32)
+    b[0, :count] = decode_reference(base, BF16)
+    for depth in range(1, DEPTH + 1):
+        row = opened(layers, ends, depth, count, SHIFTS[BF16])
+        before = rng.normal(size=(1, TILE)).astype(np.float32)
+        sums, weight = before.copy(), np.float32(-0.7)
+        assert add_tile(row, b, 0, count, weight, sums, sums[0]) == (depth <= 4)
+        delta = told(layers, ends, depth, b[0, :count], SHIFTS[BF16]) - b[0, :count]
+        expected = before[0, :count] + delta * weight if depth <= 4 else before[0, :count]
+        np.testing.assert_array_equal(sums[0, :count], expected)
 
 
 def test_what_each_depth_leaves() -> None:

@@ -177,9 +177,7 @@ def _write(path: Path, about: Mapping[str, Any], arrays: Mapping[str, NDArray[An
 def _unpack(statistics: Path) -> _Unpacked:
     with open_statistics(statistics) as (file, block_size):
         last = file.num_row_groups - 1
-        # Files are read side by side, so threads within each are in each other's way.
-        how = {"use_threads": False}
-        blocks = file.read_row_groups(range(max(0, last)), list(_BLOCKS), **how)
+        blocks = file.read_row_groups(range(max(0, last)), list(_BLOCKS))
         arrays: dict[str, NDArray[Any]] = {
             name: unpack_floats(blocks[name], _WIDTHS[name]) if name in _WIDTHS else blocks[name].to_numpy()
             for name in _BLOCKS
@@ -188,7 +186,7 @@ def _unpack(statistics: Path) -> _Unpacked:
         sizes: Sequence[int] = []
         keys, cuts = np.empty(0, np.int64), np.empty((0, 5), np.int64)
         if last >= 0:
-            totals = file.read_row_group(last, ["tensor", "elements", "cuts"], **how)
+            totals = file.read_row_group(last, ["tensor", "elements", "cuts"])
             names, sizes = totals["tensor"].to_pylist(), totals["elements"].to_pylist()
             lists = totals["cuts"].combine_chunks()
             cuts = lists.values.to_numpy().reshape(-1, 5)
