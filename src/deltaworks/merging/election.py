@@ -178,14 +178,15 @@ def elected_layers_loss(
 @kernel
 def join(values: NDArray[np.float32], weight: np.float32, sums: NDArray[np.float32]) -> None:
     """Let an expert take part: `sums` are positive values, their weights, negative values, their weights."""
+    zero = np.float32(0.0)
+    positive, for_positive, negative, for_negative = sums[0], sums[1], sums[2], sums[3]
+    # Without branches, as many at a time as a vector holds.
     for s in range(len(values)):
         x = values[s]
-        if x > np.float32(0.0):
-            sums[0, s] += x
-            sums[1, s] += weight
-        elif x < np.float32(0.0):
-            sums[2, s] += x
-            sums[3, s] += weight
+        positive[s] += x if x > zero else zero
+        for_positive[s] += weight if x > zero else zero
+        negative[s] += x if x < zero else zero
+        for_negative[s] += weight if x < zero else zero
 
 
 @kernel
