@@ -183,9 +183,9 @@ def join(values: NDArray[np.float32], weight: np.float32, sums: NDArray[np.float
     # Without branches, as many at a time as a vector holds.
     for s in range(len(values)):
         x = values[s]
-        positive[s] += x if x > zero else zero
+        positive[s] += max(zero, x)
         for_positive[s] += weight if x > zero else zero
-        negative[s] += x if x < zero else zero
+        negative[s] += min(zero, x)
         for_negative[s] += weight if x < zero else zero
 
 
