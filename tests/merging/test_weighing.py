@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from budgets import enter, prepared, tensors_of, weights, write_family
-from families import BF16, read_model, recipe, tuned, write_model
+from families import BF16, random_tensors, read_model, recipe, tuned, write_model
 from hypothesis import given
 from hypothesis import strategies as st
 from merges import METHODS, merge
@@ -52,6 +52,19 @@ def test_more_budget_never_predicts_more_error(catalog: Catalog, family: Path, m
     assert errors[-1] == 0
     assert all(p.expert_bytes_planned <= (p.budget_bytes or 0) for p in plans)
     assert all(p.error_bound is None or p.error_bound >= p.predicted_error for p in plans)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_empty_tensors_are_weighed_and_merged(catalog: Catalog, tmp_path: Path, method: str) -> None:
+    made = random_tensors(0, {"a.weight": (300, 131), "empty": (0,), "c.weight": (5,)})
+    write_model(tmp_path / "base", made)
+    for i in range(3):
+        write_model(tmp_path / f"expert{i}", tuned(i + 1, made))
+    enter(catalog, tmp_path)
+    text = recipe(method, tmp_path, **METHODS[method])
+    result = merge(catalog, text, tmp_path / "out", MergeOptions(budget=parse_budget("50%")))
+    assert result.expert_bytes_read > 0
+    assert read_model(tmp_path / "out")["empty"].size == 0
 
 
 @st.composite

@@ -247,7 +247,7 @@ def sample_experts(operation: DeltaSum | SelectedSum, deltas: Sequence[Delta], c
     blocks, size = len(deltas[0].square), deltas[0].table.block_size
     places = _places(blocks, size, count)
     each = np.full(blocks, size / SAMPLES)
-    each[-1] = (count - (blocks - 1) * size) / SAMPLES
+    each[-1] = max(1, count - (blocks - 1) * size) / SAMPLES
     samples = np.zeros((blocks, len(deltas), SAMPLES), np.float32)
     residual = np.zeros((blocks, len(deltas)))
     factors = np.zeros((blocks, len(deltas)), np.float32)
@@ -287,7 +287,7 @@ def _weights_of(
     elif operation.sparsify is Sparsify.OUTLIERS:
         pairs = zip(densities, operation.gammas, strict=True)
         ranks = [ranks_between(d, g, count) if 0 < d < 1 else (0, d * count) for d, g in pairs]
-        firsts, ends = ([rank / count for rank in side] for side in zip(*ranks, strict=True))
+        firsts, ends = ([rank / max(1, count) for rank in side] for side in zip(*ranks, strict=True))
         exact = np.maximum(surviving(deltas, ends) - surviving(deltas, firsts), 0.0)
     else:
         exact = surviving(deltas, densities)
