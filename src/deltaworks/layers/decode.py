@@ -72,7 +72,6 @@ def add_tile(
     count: int,
     weight: np.float32,
     sums: NDArray[np.float32],
-    out: NDArray[np.float32],
 ) -> bool:
     """Add the delta of a tile that its layers tell, times a weight, to sums, where that takes no more than four layers.
 
@@ -83,16 +82,15 @@ def add_tile(
         count: see there.
         weight: the factor.
         sums: float32, [1, TILE]; what to add to.
-        out: float32, [TILE]; the same, for writing.
 
     Returns:
         Whether it was done.
     """
     parts = parts_of(row, tile)
     if parts.depth == 1:
-        _decode_signs(row, parts, base, count, weight, sums, out)
+        _decode_signs(row, parts, base, count, weight, sums, sums[0])
     elif parts.depth <= 4:
-        _decode_cells(row, parts, base, count, weight, sums, out)
+        _decode_cells(row, parts, base, count, weight, sums, sums[0])
     return parts.depth <= 4
 
 

@@ -101,9 +101,10 @@ class Weighed:
         for (candidate, menu), own in zip(adding, cosines, strict=True):
             candidate.weigh_layers(menu, own)
         shares = _fair_shares(plan, self._weighed) if fair else None
-        # Layers make work of it that is worth a thread.
+        # Only layers make work of it that is worth threads.
+        has_layers = any(c.menu for c in self._weighed)
         with ThreadPoolExecutor() as pool:
-            ranked = (pool.map if adding else map)(lambda c: c.rank(shares, self._request), self._weighed)
+            ranked = (pool.map if has_layers else map)(lambda c: c.rank(shares, self._request), self._weighed)
             self._rankings = list(ranked)
         counts = [c.adds_layers and not fair for c in self._weighed]
         if any(counts):

@@ -1,6 +1,6 @@
 """Kernels that measure and merge deltas: thin out, weight, elect, sum and add, in one pass over tiles."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,202 +28,20 @@ from deltaworks.checkpoints.vector import (
     widen,
 )
 from deltaworks.layers.decode import add_tile
+from deltaworks.merging.methods.delta_tiles import (
+    Thinning,
+    Tile,
+    draw_tile,
+    drop_equals,
+    find_tile,
+    make_tile,
+    set_ceilings,
+    set_thresholds,
+    stage_tile,
+)
 from deltaworks.merging.methods.operation import LAYERED, Inputs, find_rows, stage, stage_stand_in
-from deltaworks.merging.methods.random_mask import draw_masks, round_density
 
 _BF16 = BF16.code
-
-
-class Thinning(NamedTuple):
-    """What of the deltas stays in one block, as kernels take it.
-
-    Attributes:
-        at_random: whether by chance.
-        thresholds: uint32, [experts]; magnitudes (their float32 bits) from here on stay.
-        ties: int64, [experts, 3]; from an element of the block on only so many magnitudes that equal the threshold
-            stay, the first, and none from a later element on.
-        cuts_tops: whether outliers go.
-        ceilings: uint32, [experts]; magnitudes from here on go as well.
-        tops: int64, [experts, 3]; as `ties`, of the magnitudes that equal the ceiling: which of them go.
-        keys: uint64, [experts]; of the random masks.
-        densities: uint64, [experts, 2]; see `split_density`.
-        masks: uint16, [experts, vectors]; room for a bit for each element of the block that says whether it stays by
-            chance; see `draw_masks`.
-        masks_known: whether they are drawn already.
-    """
-
-    at_random: bool
-    thresholds: NDArray[np.uint32]
-    ties: NDArray[np.int64]
-    cuts_tops: bool
-    ceilings: NDArray[np.uint32]
-    tops: NDArray[np.int64]
-    keys: NDArray[np.uint64]
-    densities: NDArray[np.uint64]
-    masks: NDArray[np.uint16]
-    masks_known: bool
-
-
-class Tile(NamedTuple):
-    """The deltas that take part in one tile, as kernels take them: one entry an expert, at the front of each array.
-
-    Attributes:
-        rows: int64, [experts + 1]; where to load the base and then the experts from; see `load`.
-        places: int64, [experts + 1]; likewise.
-        experts: int64, [experts]; which they are.
-        thresholds: uint32, [experts]; see `Thinning`.
-        ceilings: uint32, [experts]; likewise.
-        equals: int64, [experts]; how many magnitudes of each that equal its threshold stay.
-        densities: uint32, [experts]; see `round_density`.
-    """
-
-    rows: NDArray[np.int64]
-    places: NDArray[np.int64]
-    experts: NDArray[np.int64]
-    thresholds: NDArray[np.uint32]
-    ceilings: NDArray[np.uint32]
-    equals: NDArray[np.int64]
-    densities: NDArray[np.uint32]
-
-
-@kernel
-def _make_tile(experts: int) -> Tile:
-    """One that is not filled in."""
-    places = np.empty((4, experts + 1), np.int64)
-    limits = np.empty((3, experts), np.uint32)
-    return Tile(places[0], places[1], places[2], limits[0], limits[1], places[3], limits[2])
-
-
-@kernel
-def _find_tile(
-    inputs: Inputs, first: int, start: int, n: int, thinning: Thinning, rows: NDArray[np.int64], tile: Tile
-) -> tuple[int, bool]:
-    """Fill in `tile` but its thresholds; returns how many experts take part, and whether it can be loaded as it is."""
-    half = find_rows(inputs, start // TILE, rows) and n % LANES == 0
-    tile.rows[0], tile.places[0] = rows[0], inputs.places[rows[0]] + start
-    found = 0
-    for k in range(1, len(rows)):
-        # What reads as the base has no delta.
-        if rows[k] != rows[0]:
-            tile.rows[found + 1], tile.places[found + 1] = rows[k], inputs.places[rows[k]] + start
-            tile.experts[found] = k - 1
-            if thinning.at_random:
-                tile.densities[found] = round_density(thinning.keys[k - 1], thinning.densities[k - 1], first + start)
-            found += 1
-    return found, half
-
-
-@kernel
-def _draw_tile(thinning: Thinning, first: int, start: int, n: int, found: int, tile: Tile) -> None:
-    """Draw who stays by chance in a tile."""
-    for a in range(found):
-        k = tile.experts[a]
-        draw_masks(thinning.keys[k], tile.densities[a], first + start, n, thinning.masks, k, start // LANES)
-
-
-@kernel
-def _stage_tile(inputs: Inputs, start: int, n: int, found: int, tile: Tile, scratch: NDArray[np.float32]) -> None:
-    """Bring what a tile is made of to `scratch`, base first, and have it loaded from there."""
-    below = stage_stand_in(inputs, start, n, scratch)
-    for a in range(found + 1):
-        stage(inputs, tile.rows[a], start, n, scratch[a], below)
-        tile.rows[a], tile.places[a] = a, 0
-
-
-@kernel
-def _set_thresholds(
-    table: NDArray[Any], start: int, n: int, found: int, thinning: Thinning, quotas: NDArray[np.int64], tile: Tile
-) -> bool:
-    """Fill in the thresholds of `tile`, and take what stays of their equals from `quotas`.
-
-    Returns:
-        Whether equals stay in one part of the tile and not in another; then nothing was taken from `quotas`.
-    """
-    torn = False
-    for a in range(found):
-        k = tile.experts[a]
-        tile.thresholds[a], tile.equals[a] = thinning.thresholds[k], 0
-        begin, end = thinning.ties[k, 0], thinning.ties[k, 2]
-        if start + n <= begin:
-            continue
-        if quotas[k] == 0 or start >= end:
-            tile.thresholds[a] += np.uint32(1)
-            continue
-        tile.equals[a] = _equals(table, n, a, tile)
-        torn |= tile.equals[a] > quotas[k] or start < begin or start + n > end
-    if not torn:
-        for a in range(found):
-            quotas[tile.experts[a]] -= tile.equals[a]
-    return torn
-
-
-@kernel
-def _set_ceilings(start: int, n: int, found: int, thinning: Thinning, tile: Tile) -> bool:
-    """Fill in the ceilings of `tile`.
-
-    Returns:
-        Whether some of the magnitudes that equal one may go and others stay; see `_drop_equals`.
-    """
-    torn = False
-    if thinning.cuts_tops:
-        for a in range(found):
-            k = tile.experts[a]
-            tile.ceilings[a] = thinning.ceilings[k]
-            if start + n > thinning.tops[k, 0]:
-                tile.ceilings[a] += np.uint32(1)
-                torn |= start < thinning.tops[k, 2]
-    return torn
-
-
-@kernel
-def _equals(table: NDArray[Any], n: int, a: int, tile: Tile) -> int:
-    """How many magnitudes of a delta in the tile equal its threshold."""
-    found = 0
-    for i in range(0, n, LANES):
-        d = load(table, tile.rows[a + 1], tile.places[a + 1] + i) - load(table, tile.rows[0], tile.places[0] + i)
-        found += lanes_set((bits(d) & splat(MAGNITUDE)) == splat(tile.thresholds[a]))
-    return found
-
-
-@kernel
-def _drop_equals(
-    scratch: NDArray[np.float32],
-    start: int,
-    n: int,
-    found: int,
-    limits: NDArray[np.uint32],
-    ties: NDArray[np.int64],
-    quotas: NDArray[np.int64],
-    first: bool,
-    tile: Tile,
-) -> None:
-    """Set to the base's, in a staged tile, the elements whose magnitudes equal a limit and do not stay.
-
-    Args:
-        scratch: the staged tile.
-        start: its first element in the block.
-        n: its elements.
-        found: how many experts take part.
-        limits: uint32, [experts]; the thresholds, or the ceilings.
-        ties: int64, [experts, 3]; see `Thinning`.
-        quotas: int64, [experts]; what is left of those in `ties`.
-        first: whether it is the first ones that go, or all others.
-        tile: who takes part.
-    """
-    delta = np.empty(1, np.float32)
-    pattern = delta.view(np.uint32)
-    for a in range(found):
-        k = tile.experts[a]
-        x, begin, end = scratch[a + 1], ties[k, 0], ties[k, 2]
-        for i in range(n):
-            delta[0] = x[i] - scratch[0, i]
-            if pattern[0] & MAGNITUDE == limits[k]:
-                is_first = start + i < begin
-                if not is_first and quotas[k] > 0 and start + i < end:
-                    quotas[k] -= 1
-                    is_first = True
-                if is_first == first:
-                    x[i] = scratch[0, i]
 
 
 @kernel
@@ -239,28 +57,28 @@ def delta_masses(
     experts = len(thinning.keys)
     quotas, top_quotas = thinning.ties[:, 1].copy(), thinning.tops[:, 1].copy()
     rows = np.empty(experts + 1, np.int64)
-    tile = _make_tile(experts)
+    tile = make_tile(experts)
     halves = inputs.rows.view(np.uint16)
     sums[:] = 0.0
     for start in range(0, count, TILE):
         n = min(TILE, count - start)
-        found, half = _find_tile(inputs, first, start, n, thinning, rows, tile)
+        found, half = find_tile(inputs, first, start, n, thinning, rows, tile)
         own = sums[start // TILE]
         if thinning.at_random and not thinning.masks_known:
-            _draw_tile(thinning, first, start, n, found, tile)
-        torn_top = _set_ceilings(start, n, found, thinning, tile)
-        if half and not torn_top and not _set_thresholds(halves, start, n, found, thinning, quotas, tile):
+            draw_tile(thinning, first, start, n, found, tile)
+        torn_top = set_ceilings(start, n, found, thinning, tile)
+        if half and not torn_top and not set_thresholds(halves, start, n, found, thinning, quotas, tile):
             _masses_tile(halves, n, found, thinning, start, tile, own)
             continue
-        _stage_tile(inputs, start, n, found, tile, scratch)
-        torn = _set_thresholds(scratch, start, n, found, thinning, quotas, tile)
+        stage_tile(inputs, start, n, found, tile, scratch)
+        torn = set_thresholds(scratch, start, n, found, thinning, quotas, tile)
         _masses_tile(scratch, n, found, thinning, start, tile, own)
         if torn or torn_top:
             before = own.copy()
             if torn:
-                _drop_equals(scratch, start, n, found, thinning.thresholds, thinning.ties, quotas, False, tile)
+                drop_equals(scratch, start, n, found, thinning.thresholds, thinning.ties, quotas, False, tile)
             if torn_top:
-                _drop_equals(scratch, start, n, found, thinning.ceilings, thinning.tops, top_quotas, True, tile)
+                drop_equals(scratch, start, n, found, thinning.ceilings, thinning.tops, top_quotas, True, tile)
             _masses_tile(scratch, n, found, thinning, start, tile, own)
             own[::2] = before[::2]
 
@@ -314,7 +132,7 @@ def merge_deltas(
     experts = len(weights)
     quotas, top_quotas = thinning.ties[:, 1].copy(), thinning.tops[:, 1].copy()
     rows = np.empty(experts + 1, np.int64)
-    tile = _make_tile(experts)
+    tile = make_tile(experts)
     halves, total = inputs.rows.view(np.uint16), scratch[experts + 1]
     scaled = False
     for k in range(experts):
@@ -329,9 +147,9 @@ def merge_deltas(
     how = (consensus, normalize, everyone, scale)
     for start in range(0, count, TILE):
         n = min(TILE, count - start)
-        found, half = _find_tile(inputs, first, start, n, thinning, rows, tile)
+        found, half = find_tile(inputs, first, start, n, thinning, rows, tile)
         if thinning.at_random and not thinning.masks_known:
-            _draw_tile(thinning, first, start, n, found, tile)
+            draw_tile(thinning, first, start, n, found, tile)
         if adds_up and not half:
             largest_ = _add_tile(inputs, n, found, thinning, start, tile, scales, weights, how, scratch)
             wrong += 1 if largest_ >= NOT_FINITE else 0
@@ -341,15 +159,15 @@ def merge_deltas(
             largest_ = _keep_tile(halves, n, tile, how, out, start)
             wrong += 1 if largest_ >= NOT_FINITE else 0
             continue
-        torn_top = _set_ceilings(start, n, found, thinning, tile)
-        if half and not torn_top and not _set_thresholds(halves, start, n, found, thinning, quotas, tile):
+        torn_top = set_ceilings(start, n, found, thinning, tile)
+        if half and not torn_top and not set_thresholds(halves, start, n, found, thinning, quotas, tile):
             largest_ = _merge_tile(halves, n, found, thinning, start, tile, scaled, scales, weights, how, total)
         else:
-            _stage_tile(inputs, start, n, found, tile, scratch)
-            if _set_thresholds(scratch, start, n, found, thinning, quotas, tile):
-                _drop_equals(scratch, start, n, found, thinning.thresholds, thinning.ties, quotas, False, tile)
+            stage_tile(inputs, start, n, found, tile, scratch)
+            if set_thresholds(scratch, start, n, found, thinning, quotas, tile):
+                drop_equals(scratch, start, n, found, thinning.thresholds, thinning.ties, quotas, False, tile)
             if torn_top:
-                _drop_equals(scratch, start, n, found, thinning.ceilings, thinning.tops, top_quotas, True, tile)
+                drop_equals(scratch, start, n, found, thinning.ceilings, thinning.tops, top_quotas, True, tile)
             largest_ = _merge_tile(scratch, n, found, thinning, start, tile, scaled, scales, weights, how, total)
         # Thinning or the vote could drop a NaN, which would then go unnoticed.
         wrong += 1 if largest_ >= NOT_FINITE else 0
@@ -495,7 +313,7 @@ def _add_tile(
             and inputs.codes[row] >= LAYERED
             and not thinning.at_random
             and scales[k] == ONE
-            and add_tile(inputs.rows[row], below, start // TILE, n, weights[k], added, out)
+            and add_tile(inputs.rows[row], below, start // TILE, n, weights[k], added)
         ):
             continue
         stage(inputs, row, start, n, scratch[1], below)
