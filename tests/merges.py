@@ -88,6 +88,6 @@ def block(
 ) -> Block:
     """A block that was read in full, to the front of every row."""
     present = np.ones((len(rows), max(1, -(-count // TILE))), np.bool_)
-    inputs = Inputs(rows, codes, np.zeros(len(rows), np.int64), present, 0)
+    inputs = Inputs(rows, codes, np.zeros(len(rows), np.int64), np.arange(len(rows)), present, 0)
     masks = np.empty((len(rows), 2 * -(-count // 32)), np.uint16)
     return Block(inputs, start, count, scratch, out, out_code, masks)

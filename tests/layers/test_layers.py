@@ -321,7 +321,7 @@ def opened_together(file: LayerFile, tensor: LayeredTensor, depths: list[list[in
     reader = BlockReader([LayerInput(file, tensor, np.array(own)) for own in depths])
     raw, told = page_aligned(len(depths) + 1, max(reader.opened)), []
     for block in range(2):
-        reader.open(block, range(len(depths)), raw, range(len(depths), 0, -1))
+        reader.open(block, range(len(depths)), raw, np.arange(len(depths), 0, -1))
         part = base[4096 * block : 4096 * (block + 1)]
         for row in range(len(depths), 0, -1):
             told.append(np.empty_like(part))

@@ -55,14 +55,14 @@ class BlockReader:
         self._sums = np.stack([p.checksums for p in places])
         self._ends = np.stack([p.ends for p in places])
 
-    def open(self, block: int, which: Sequence[int], raw: NDArray[np.uint8], rows: Sequence[int]) -> None:
+    def open(self, block: int, which: Sequence[int], raw: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
         """Read the layers of a block and open them for `decode_tile`.
 
         Args:
             block: which.
             which: of some of the experts; of each, one layer at least is to be read.
             raw: uint8, [rows, at least `opened`], of `page_aligned`; some are set.
-            rows: one for each of the experts.
+            rows: int64, one for each of the experts.
 
         Raises:
             CatalogError: a layer is damaged.
@@ -83,7 +83,7 @@ class BlockReader:
             self._shifts[chosen],
             count,
             place,
-            np.array(rows),
+            rows,
             raw,
             got,
             sound,

@@ -25,7 +25,7 @@ from deltaworks.layers.source import LayerSource
 from deltaworks.merging.methods.operation import Block
 from deltaworks.merging.plan import Plan
 from deltaworks.merging.prepare import MergeOptions
-from deltaworks.merging.stream import Rows, Task, TensorStream, in_order, stream_block_size
+from deltaworks.merging.stream import Rows, Task, TensorStream, bytes_to_handle, in_order, stream_block_size
 from deltaworks.progress import Progress
 
 Slot = TypeVar("Slot")
@@ -156,7 +156,7 @@ def execute(
             slots, stages.read, stages.compute, stages.write, stages.commit, threads, reads_on_core=stages.are_cached
         )
         stages.is_stopping = pipeline.stopping.is_set
-        progress.start("merge", sum(s.input_bytes(i) * (1 + s.passes) for s in streams for i in range(s.blocks)))
+        progress.start("merge", bytes_to_handle(streams))
         try:
             pipeline.run(in_order([(s,) for s in streams]))
         finally:
@@ -232,10 +232,7 @@ class _Stages:
                 return
         (stream,) = task.streams
         slot.rows = self._take_rows(stream, task)
-        is_promised = slot.rows.stays
         task.fill(self._sources, [slot.rows])
-        if is_promised and not slot.rows.stays:
-            self._count_staying(-1)
 
     def _take_rows(self, stream: TensorStream, task: Task) -> Rows:
         rows = self._held.pop((stream, task.index), None)

@@ -19,7 +19,7 @@ from deltaworks.merging.methods.copying import Copy
 from deltaworks.merging.methods.weighted import WeightedSum
 from deltaworks.merging.plan import Plan, PlannedTensor
 from deltaworks.merging.prepare import MergeOptions
-from deltaworks.merging.stream import Rows, Task, TensorStream, in_order, stream_block_size
+from deltaworks.merging.stream import Rows, Task, TensorStream, bytes_to_handle, in_order, stream_block_size
 from deltaworks.progress import Progress, Silent
 
 
@@ -80,9 +80,7 @@ def measure_error(
         slots = make_slots(lambda: _Slot(streams, elements), nbytes, threads)
         pipeline = Pipeline(slots, stages.read, stages.compute, lambda *_: None, stages.commit, threads)
         stages.is_stopping = pipeline.stopping.is_set
-        progress.start(
-            "measure the error", sum(s.input_bytes(i) * (1 + s.passes) for s in streams for i in range(s.blocks))
-        )
+        progress.start("measure the error", bytes_to_handle(streams))
         try:
             pipeline.run(in_order(groups))
         finally:

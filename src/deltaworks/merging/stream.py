@@ -36,9 +36,11 @@ _CACHED_BYTES = 6 << 20
 
 
 class Rows:
-    """The buffers of one block of one tensor: a row for each input and one for what stands in for omitted blocks.
+    """The buffers of one block of one tensor: a row for each input that is read there, and one for what stands in.
 
     Attributes:
+        used: how many of the rows hold something.
+        stand_in: the row of the stand-in.
         holds: earlier passes left here what they read of the block.
         stays: the next pass will find here what this one reads.
     """
@@ -48,14 +50,16 @@ class Rows:
         inputs = max((len(s.infos) for s in streams), default=1)
         bits = max((t.dtype.bits for s in streams for t in s.infos), default=8)
         opened = max((s.largest_opened for s in streams), default=0)
+        rows = max((s.most_rows for s in streams), default=1)
         # A block begins somewhere in the first page, and is loaded in whole vectors.
-        self.raw = page_aligned(inputs, max(elements * bits // 8 + 2 * PAGE, opened))
-        self.codes = np.zeros(inputs, np.int64)
-        self.places = np.zeros(inputs, np.int64)
+        self.raw = page_aligned(rows, max(elements * bits // 8 + 2 * PAGE, opened))
+        self.codes, self.places = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+        self.row_of = np.zeros(inputs, np.int64)
         self.present = np.ones((inputs, -(-elements // TILE) or 1), np.bool_)
         self.scratch = np.empty((inputs + 3, TILE), np.float32)
         drawing = inputs if any(s.operation.draws_masks for s in streams) else 0
         self.masks = np.empty((drawing, 2 * -(-elements // (2 * LANES))), np.uint16)
+        self.used = self.stand_in = 0
         self.holds = self.stays = False
 
     @property
@@ -136,6 +140,8 @@ class TensorStream:
         self.passes = self.operation.passes
         # Only the first of several passes may pass over an input; whatever follows sees all.
         self._seen_first = [self.passes > 0 and self.operation.sees(k) for k in range(len(tensor.inputs))]
+        self._first_seen: Sequence[int] | None = None
+        self._most_rows: int | None = None
         self._spools = plan.budget_bytes is not None
         self._settled = [threading.Event() for _ in range(self.passes)]
         self._parts: dict[int, Any] = {}
@@ -216,39 +222,52 @@ class TensorStream:
         return stage == 0 or self._settled[stage - 1].wait(timeout)
 
     def fill(self, sources: Mapping[int, Source | LayerSource], rows: Rows, index: int, stage: int) -> None:
-        """Read a block of every input, as far as the plan reads it, and of the stand-in where it omits any.
-
-        Where a pass has no use for a block, nothing is read, and `rows.stays` becomes false.
-        """
+        """Read a block of every input, as far as the plan reads it, and of the stand-in where it omits any."""
         start, count = index * self.block_size, self.count(index)
-        n, places = len(self.infos), self._places
-        rows.codes[:n], rows.places[:n] = self._codes, self._first
+        parts, held = self._parts_of(index), self._held(index)
+        n, rows.used = len(held), max(1, len(held))
+        rows.codes[:n], rows.places[:n] = self._codes[held], self._first[held]
+        rows.stand_in = held.index(self._stand_in) if self._stand_in in held else 0
+        rows.row_of[:] = rows.stand_in
+        rows.row_of[held] = range(n)
         rows.present[: len(self._ranges)] = self._is_whole[:, None]
-        parts = self._parts_of(index)
-        if stage == 0 < self.passes and self._is_idle(parts):
-            rows.stays = False
-            return
-        rows_read = dict.fromkeys(self._whole, count)
         for r, a, b in parts:
             rows.present[r, (a - start) // TILE : -(-(b - start) // TILE)] = True
-            rows_read[r] = rows_read.get(r, 0) + b - a
-            place = places[r] + self.infos[r].dtype.nbytes(a - start)
+            place = self._places[r] + self.infos[r].dtype.nbytes(a - start)
             self._read(sources, rows, r, place, a, b - a, stage)
-        for r in self._whole:
-            self._read(sources, rows, r, places[r], start, count, stage)
-        omits = self._layers or sum(rows_read.values()) < count * len(self._ranges)
-        if self._stand_in >= len(self._ranges) and omits:
-            r = self._stand_in
-            self._read(sources, rows, r, places[r], start, count, stage)
+        for r in held:
+            if r >= len(self._ranges) or self._is_whole[r]:
+                self._read(sources, rows, r, self._places[r], start, count, stage)
         if self._layers:
-            self._open_layers(rows, index, [r for r in rows_read if r in self._layers], stage)
+            self._open_layers(rows, index, [r for r in held if r in self._layers], stage)
 
-    def _is_idle(self, parts: list[tuple[int, int, int]]) -> bool:
-        """Whether the first pass finds nothing in a block, as none of the experts that it looks at is read there."""
-        if not self.operation.measures_deltas or self._stand_in:
-            return False
-        whole = any(self._is_expert[r] for r in self._whole)
-        return not whole and not any(self._seen_first[r] for r, _, _ in parts)
+    def _held(self, index: int) -> list[int]:
+        """The inputs of which anything is read of a block, and what stands in for others: one row each, in order."""
+        parts = self._parts_of(index)
+        found = {*self._whole, *(r for r, _, _ in parts)}
+        if self._stand_in >= len(self._ranges):
+            count = self.count(index)
+            read = count * len(self._whole) + sum(b - a for _, a, b in parts)
+            if self._layers or read < count * len(self._ranges):
+                found.add(self._stand_in)
+        return sorted(found)
+
+    @property
+    def most_rows(self) -> int:
+        """The most rows that a block needs."""
+        if self._most_rows is None:
+            self._most_rows = max(map(len, map(self._held, range(self.blocks))))
+        return self._most_rows
+
+    def looked_at(self, stage: int) -> Sequence[int]:
+        """The blocks that a pass looks at; see `Operation.measures_deltas`. One at least, so that every pass ends."""
+        if stage > 0 or not self.operation.measures_deltas or self._stand_in:
+            return range(self.blocks)
+        if self._first_seen is None:
+            whole = any(self._is_expert[r] and self._seen_first[r] for r in self._whole)
+            seen = (any(self._seen_first[r] for r, _, _ in self._parts_of(i)) for i in range(self.blocks))
+            self._first_seen = range(self.blocks) if whole else [i for i, is_seen in enumerate(seen) if is_seen] or [0]
+        return self._first_seen
 
     def _parts_of(self, index: int) -> list[tuple[int, int, int]]:
         """What is read of a block of inputs not read whole: which input, first element, the one after the last."""
@@ -277,7 +296,7 @@ class TensorStream:
         use = self._use(r, stage)
         if r in self._layers or not use.is_wanted or (use.is_again and rows.holds):
             return
-        info, row = self.infos[r], rows.raw[r]
+        info, row = self.infos[r], rows.raw[rows.row_of[r]]
         part = row[place : place + info.dtype.nbytes(count)]
         if use.is_again and use.spools:
             os.preadv(self._spool(), [part.data], self._spool_place(r, first))
@@ -298,14 +317,17 @@ class TensorStream:
             if not use.is_wanted or (use.is_again and rows.holds):
                 continue
             if use.is_again and use.spools:
-                os.preadv(self._spool(), [rows.raw[r, : self._opened(r)].data], self._spool_place(r, first))
+                os.preadv(self._spool(), [self._opened_row(rows, r).data], self._spool_place(r, first))
             else:
                 wanted.append(r)
         if wanted:
-            self._reader.open(index, [self._layers[r] for r in wanted], rows.raw, wanted)
+            self._reader.open(index, [self._layers[r] for r in wanted], rows.raw, rows.row_of[wanted])
         for r in wanted:
             if self._use(r, stage).spools and not rows.stays:
-                self._keep(rows.raw[r, : self._opened(r)], r, first)
+                self._keep(self._opened_row(rows, r), r, first)
+
+    def _opened_row(self, rows: Rows, r: int) -> NDArray[np.uint8]:
+        return rows.raw[rows.row_of[r], : self._opened(r)]
 
     def _use(self, r: int, stage: int) -> "_Use":
         is_input = r < len(self._seen_first)
@@ -344,9 +366,16 @@ class TensorStream:
 
     def block(self, rows: Rows, index: int, out: NDArray[np.uint8], out_code: int) -> Block:
         """A filled block as operations take it."""
-        n, inputs = len(self.infos), len(self.tensor.inputs)
+        n, inputs = rows.used, len(self.tensor.inputs)
         return Block(
-            Inputs(rows.raw[:n], rows.codes[:n], rows.places[:n], rows.present[:inputs], self._stand_in),
+            Inputs(
+                rows.raw[:n],
+                rows.codes[:n],
+                rows.places[:n],
+                rows.row_of[:inputs],
+                rows.present[:inputs],
+                rows.stand_in,
+            ),
             index * self.block_size,
             self.count(index),
             rows.scratch,
@@ -356,15 +385,35 @@ class TensorStream:
             rows.holds,
         )
 
+    def _unread(self, count: int) -> Block:
+        """A block of so many elements, of which nothing is read but what stands in, which is zero."""
+        inputs, tiles = len(self.tensor.inputs), -(-count // TILE)
+        one = np.zeros((1, self.infos[0].dtype.nbytes(tiles * TILE)), np.uint8)
+        nothing = np.zeros(inputs, np.int64)
+        present = np.zeros((inputs, tiles), np.bool_)
+        masks = np.zeros((inputs if self.operation.draws_masks else 0, 2 * -(-count // (2 * LANES))), np.uint16)
+        scratch = np.empty((inputs + 3, TILE), np.float32)
+        return Block(
+            Inputs(one, self._codes[:1], nothing[:1], nothing, present, 0), 0, count, scratch, one[0], 0, masks
+        )
+
     def measure(self, rows: Rows, index: int, stage: int) -> None:
         """Take from a filled block what a pass is for; the last block of the pass settles the operation."""
         part = self.operation.measure(self.block(rows, index, rows.raw[0], 0))
+        awaited = len(self.looked_at(stage))
         with self._lock:
             self._parts[index] = part
-            if len(self._parts) < self.blocks:
-                return
-            parts = [self._parts[i] for i in range(self.blocks)]
-            self._parts = {}
+            is_last = len(self._parts) == awaited
+        if is_last:
+            self._settle(stage)
+
+    def _settle(self, stage: int) -> None:
+        # Of a block that was not looked at, a pass takes what hangs on its size alone.
+        unread = {}
+        for count in {self.count(i) for i in (0, self.blocks - 1)} if len(self._parts) < self.blocks else ():
+            unread[count] = self.operation.measure(self._unread(count))
+        parts = [self._parts[i] if i in self._parts else unread[self.count(i)] for i in range(self.blocks)]
+        self._parts = {}
         self.operation = self.operation.settle(parts, self.block_size)
         self._settled[stage].set()
 
@@ -429,22 +478,40 @@ def in_order(groups: Sequence[tuple[TensorStream, ...]]) -> Iterator[Task]:
 
 
 def _passes(group: tuple[TensorStream, ...]) -> Iterator[Task]:
-    return (Task((s,), index, stage) for s in group for stage in range(s.passes) for index in range(s.blocks))
+    return (Task((s,), index, stage) for s in group for stage in range(s.passes) for index in s.looked_at(stage))
+
+
+def bytes_to_handle(streams: Sequence[TensorStream]) -> int:
+    """Input bytes of all tasks, read or not: what progress is told of."""
+    merged = (s.input_bytes(i) for s in streams for i in range(s.blocks))
+    measured = (s.input_bytes(i) for s in streams for stage in range(s.passes) for i in s.looked_at(stage))
+    return sum(merged) + sum(measured)
 
 
 def stream_block_size(plan: Plan, wanted: int | None) -> int:
     """The block size asked for, a power of two.
 
-    Where none is asked for, blocks are as large as a request has to be to be worth its price, and larger where there
-    are few inputs, as long as those of one block stay in a core's share of the cache.
+    Where none is asked for, blocks are as large as a request has to be to be worth its price, and larger where little
+    is read for each element, as long as what is read for one block, on average, stays in a core's share of the cache.
     """
     if any(t.depths for t in plan.tensors):
         return plan.block_size  # layers are read in their own blocks, or not at all
     size = check_block_size(wanted or DEFAULT_BLOCK_SIZE)
     if wanted is None:
         worth = ReadCost(*plan.read_cost).request_bytes if plan.read_cost is not None else 0
-        inputs = max((len(t.inputs) for t in plan.tensors), default=1)
+        elements = sum(t.count for t in plan.tensors) or 1
+        inputs = sum(t.count * _inputs_read(t, plan.block_size) for t in plan.tensors) / elements
         # Two bytes an element.
         while size < LARGEST_BLOCK and (2 * size < worth or 4 * size * inputs <= _CACHED_BYTES):
             size *= 2
     return size
+
+
+def _inputs_read(tensor: PlannedTensor, block_size: int) -> float:
+    """Of how many inputs an element is read, on average."""
+    if not tensor.reads or not tensor.count:
+        return len(tensor.inputs)
+    blocks = (
+        -(-tensor.count // block_size) if ranges is None else sum(b - a for a, b in ranges) for ranges in tensor.reads
+    )
+    return sum(blocks) * block_size / tensor.count

@@ -26,16 +26,18 @@ class Inputs(NamedTuple):
     """The raw elements of one block of several models, as kernels take them.
 
     Attributes:
-        rows: uint8, [rows, bytes]; one row an input, and one more for the stand-in where it is no input.
+        rows: uint8, [rows, bytes]; one row for each input of which anything was read, and for the stand-in.
         codes: int64, [rows]; the element type of each; see LAYERED.
         places: int64, [rows]; the element of each row at which the block begins.
+        row_of: int64, [inputs]; the row of each input; the stand-in's where nothing was read.
         present: bool, [inputs, tiles]; whether a tile of the block was read. One that was not reads as the stand-in's.
-        stand_in: the row of the stand-in.
+        stand_in: the row of the stand-in; any where everything was read.
     """
 
     rows: NDArray[np.uint8]
     codes: NDArray[np.int64]
     places: NDArray[np.int64]
+    row_of: NDArray[np.int64]
     present: NDArray[np.bool_]
     stand_in: int
 
@@ -67,22 +69,26 @@ class Block:
 
     def raw(self, k: int, bits: int) -> NDArray[np.uint8]:
         """The bytes of input `k` (uint8), whose elements have `bits`, with the stand-in's where it was not read."""
-        own = self._row(k, bits)
+        r, other = int(self.inputs.row_of[k]), self.inputs.stand_in
+        own = self._row(r, bits)
         present = np.repeat(self.inputs.present[k], TILE * bits // 8)[: len(own)]
         if present.all():
             return own
-        dtype, other = (self.dtype(r) for r in (k, self.inputs.stand_in))
-        stand_in = self._row(self.inputs.stand_in, other.bits if other else bits)
-        if dtype and other and other is not dtype:
-            stand_in = encode_reference(decode_reference(stand_in, other), dtype)
+        dtype, below = self._dtype(r), self._dtype(other)
+        stand_in = self._row(other, below.bits if below else bits)
+        if dtype and below and below is not dtype:
+            stand_in = encode_reference(decode_reference(stand_in, below), dtype)
         return np.where(present, own, stand_in)
 
-    def dtype(self, r: int) -> DType | None:
-        """The element type of a row; None for integers."""
+    def dtype(self, k: int) -> DType | None:
+        """The element type of input `k`, or of the stand-in where nothing of it was read; None for integers."""
+        return self._dtype(int(self.inputs.row_of[k]))
+
+    def _dtype(self, r: int) -> DType | None:
         return BY_CODE.get(int(self.inputs.codes[r]) % LAYERED)
 
     def _row(self, r: int, bits: int) -> NDArray[np.uint8]:
-        dtype, base = self.dtype(r), self.dtype(self.inputs.stand_in)
+        dtype, base = self._dtype(r), self._dtype(self.inputs.stand_in)
         if self.inputs.codes[r] >= LAYERED and dtype and base:
             values = np.empty(self.count, np.float32)
             below = decode_reference(self._row(self.inputs.stand_in, base.bits), base)
@@ -163,7 +169,7 @@ def find_rows(inputs: Inputs, tile: int, rows: NDArray[np.int64]) -> bool:
         Whether every row of the block holds BF16, so that vectors can be loaded from it as it is.
     """
     for k in range(len(rows)):
-        rows[k] = k if inputs.present[k, tile] else inputs.stand_in
+        rows[k] = inputs.row_of[k] if inputs.present[k, tile] else inputs.stand_in
     half = True
     for code in inputs.codes:
         half &= code == _BF16
