@@ -126,8 +126,8 @@ def test_cuts_are_exact_for_every_type(
         (n, max(1, int(share * d.size))) for n, d in deltas.items() if d.size for share in np.linspace(0.01, 0.99, 23)
     ]
     cuts = find_cuts(catalog, expert, base, wanted)
-    for name, keep in wanted:
-        delta, cut = deltas[name].ravel(), cuts[name, keep]
+    for (name, keep), found in zip(wanted, cuts, strict=True):
+        delta, cut = deltas[name].ravel(), found
         if isinstance(cut, Interval):
             blocks = [delta[i : i + block_size] for i in range(0, delta.size, block_size)]
             zeros = [np.zeros_like(b) for b in blocks]

@@ -46,9 +46,9 @@ def test_says_what_the_statistics_say(statistics: Path) -> None:
 def test_finds_the_cuts_that_are_there(statistics: Path) -> None:
     cuts, size = read_cuts(statistics), 97 * 131
     wanted = [("a.weight", max(1, int(d * size))) for d in CUT_DENSITIES] + [("b.weight", 40), ("c.weight", 2)]
-    assert all(cut is not None and len(cut) == 4 for cut in cuts.find(wanted))
-    assert cuts.find([("b.weight", 64 * 64), ("d", 1), ("a.weight", 1), ("c.weight", 5)]) == [None] * 4
-    assert cuts.find([]) == []
+    assert all(cut is not None and len(cut) == 4 for cut in cuts.find(tuple(wanted)))
+    assert cuts.find((("b.weight", 64 * 64), ("d", 1), ("a.weight", 1), ("c.weight", 5))) == [None] * 4
+    assert cuts.find(()) == []
 
 
 def test_is_made_again_where_statistics_changed_or_it_is_damaged(statistics: Path) -> None:

@@ -1,6 +1,7 @@
 """Trim cuts, from the statistics alone."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from deltaworks.catalog.histogram import Cut, Interval, pack_cut, place_cuts, unpack_cut
 from deltaworks.catalog.models import Model
@@ -10,9 +11,7 @@ from deltaworks.catalog.tables import read_cuts
 from deltaworks.errors import CatalogError
 
 
-def find_cuts(
-    catalog: Catalog, expert: Model, base: Model, wanted: Iterable[tuple[str, int]]
-) -> dict[tuple[str, int], Cut | Interval]:
+def find_cuts(catalog: Catalog, expert: Model, base: Model, wanted: Sequence[tuple[str, int]]) -> list[Cut | Interval]:
     """Where trims of the delta `expert` minus `base` fall; no weights are read.
 
     Cuts at whole percents stand in the statistics. Others are placed by the histograms of the blocks, once, and then
@@ -31,28 +30,34 @@ def find_cuts(
     Raises:
         CatalogError: the delta is not analyzed.
     """
-    keys = list(dict.fromkeys(wanted))
-    if not keys:
-        return {}
+    if not wanted:
+        return []
     found = catalog.find_analysis(expert.fingerprint, base.fingerprint)
     if found is None:
         raise CatalogError(f"{expert.name} is not analyzed against {base.name}; run: deltaworks analyze {expert.name}")
-    known = read_cuts(found[1]).find(keys)
-    cuts = {key: unpack_cut(cut) for key, cut in zip(keys, known, strict=True) if cut is not None}
-    if len(cuts) < len(keys):
-        remembered = catalog.find_cuts(expert.fingerprint, base.fingerprint)
-        cuts |= {key: unpack_cut(remembered[key]) for key in keys if key in remembered}
-    missing: dict[str, list[int]] = {}
-    for tensor, keep in keys:
-        if (tensor, keep) not in cuts:
-            missing.setdefault(tensor, []).append(keep)
-    if missing:
-        new: dict[tuple[str, int], Cut | Interval] = {}
-        for statistics in read_statistics(found[1]):
-            keeps = missing.get(statistics.name, [])
-            histograms = [b.histogram for b in statistics.blocks]
-            placed = place_cuts(statistics.total, histograms, statistics.block_size, statistics.elements, keeps)
-            new |= {(statistics.name, keep): cut for keep, cut in zip(keeps, placed, strict=True)}
-        catalog.save_cuts(expert.fingerprint, base.fingerprint, {key: pack_cut(cut) for key, cut in new.items()})
-        cuts |= new
-    return cuts
+    known = read_cuts(found[1]).find(tuple(wanted))
+    missing = {key for key, cut in zip(wanted, known, strict=True) if cut is None}
+    if not missing:
+        return [unpack_cut(cut) for cut in known if cut is not None]
+    remembered = catalog.find_cuts(expert.fingerprint, base.fingerprint)
+    others = {key: unpack_cut(remembered[key]) for key in missing if key in remembered}
+    if len(others) < len(missing):
+        others |= _place(catalog, expert, base, found[1], missing - others.keys())
+    return [others[key] if cut is None else unpack_cut(cut) for key, cut in zip(wanted, known, strict=True)]
+
+
+def _place(
+    catalog: Catalog, expert: Model, base: Model, file: Path, wanted: Iterable[tuple[str, int]]
+) -> dict[tuple[str, int], Cut | Interval]:
+    """Place cuts by the histograms of the blocks, and remember them."""
+    keeps: dict[str, list[int]] = {}
+    for tensor, keep in wanted:
+        keeps.setdefault(tensor, []).append(keep)
+    placed: dict[tuple[str, int], Cut | Interval] = {}
+    for statistics in read_statistics(file):
+        own = keeps.get(statistics.name, [])
+        histograms = [b.histogram for b in statistics.blocks]
+        cuts = place_cuts(statistics.total, histograms, statistics.block_size, statistics.elements, own)
+        placed |= {(statistics.name, keep): cut for keep, cut in zip(own, cuts, strict=True)}
+    catalog.save_cuts(expert.fingerprint, base.fingerprint, {key: pack_cut(cut) for key, cut in placed.items()})
+    return placed

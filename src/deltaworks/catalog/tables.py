@@ -7,7 +7,7 @@ changed since. It is one Arrow record of one row, of which each column holds the
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -62,18 +62,18 @@ class KnownCuts:
     """The trim cuts that stand in the statistics of one delta.
 
     Attributes:
-        places: the number of each tensor.
+        tensors: their names and sizes, as JSON: the same text for most experts of a family.
         keys: int64, [cuts], rising; the number of the tensor, above that of the elements kept.
         cuts: int64, [cuts, 4]; packed.
     """
 
-    places: Mapping[str, int]
+    tensors: str
     keys: NDArray[np.int64]
     cuts: NDArray[np.int64]
 
-    def find(self, wanted: Iterable[tuple[str, int]]) -> list[list[int] | None]:
+    def find(self, wanted: tuple[tuple[str, int], ...]) -> list[list[int] | None]:
         """The packed cut of each wanted tensor and number of kept elements; None where it is not among them."""
-        keys = np.array([(self.places[tensor] << _KEEP_BITS) + keep for tensor, keep in wanted], np.int64)
+        keys = _keys(self.tensors, wanted)
         if not len(self.keys):
             return [None] * len(keys)
         found = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
@@ -99,7 +99,7 @@ def read_cuts(statistics: Path) -> KnownCuts:
         CatalogError: as `read_table`.
     """
     about, arrays = _unpacked(statistics)
-    return KnownCuts(_places(about["tensors"]), arrays["cut_keys"], arrays["cuts"])
+    return KnownCuts(about["tensors"], arrays["cut_keys"], arrays["cuts"])
 
 
 @lru_cache(maxsize=16)
@@ -113,9 +113,10 @@ def _rows(tensors: str, block_size: int) -> dict[str, slice]:
 
 
 @lru_cache(maxsize=16)
-def _places(tensors: str) -> dict[str, int]:
-    """The number of each tensor; see `_rows`."""
-    return {name: i for i, (name, _) in enumerate(json.loads(tensors))}
+def _keys(tensors: str, wanted: tuple[tuple[str, int], ...]) -> NDArray[np.int64]:
+    """The keys of cuts; see `KnownCuts`. Merges want the same of all experts."""
+    places = {name: i for i, (name, _) in enumerate(json.loads(tensors))}
+    return np.array([(places[tensor] << _KEEP_BITS) + keep for tensor, keep in wanted], np.int64)
 
 
 _Unpacked = tuple[dict[str, Any], dict[str, NDArray[Any]]]
@@ -125,7 +126,8 @@ def _unpacked(statistics: Path) -> _Unpacked:
     """What the table beside a statistics file says, which is written unless it is there."""
     path, stamp = statistics.with_suffix(TABLE), _stamp(statistics)
     with suppress(OSError, ValueError, KeyError, pa.ArrowException):
-        about, arrays = _map(path)
+        state = path.stat()
+        about, arrays = _map(path, (state.st_size, state.st_mtime_ns, state.st_ino))
         if about["stamp"] == stamp:
             return about, arrays
     about, arrays = _unpack(statistics)
@@ -144,7 +146,10 @@ def _stamp(statistics: Path) -> list[int]:
     return [_VERSION, FORMAT_VERSION, state.st_size, state.st_mtime_ns, state.st_ino]
 
 
-def _map(path: Path) -> _Unpacked:
+@lru_cache(maxsize=64)
+def _map(path: Path, state: tuple[int, int, int]) -> _Unpacked:
+    """What a table says, while it is as it is."""
+    del state
     with pa.memory_map(str(path)) as file:
         batch = pa.ipc.open_file(file).get_batch(0)
     about = json.loads(batch.schema.metadata[b"deltaworks"])

@@ -137,7 +137,7 @@ class Plan:
         return self._digest_of(None)
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as a file holds it."""
+        """The plan as a file holds it: what `json` writes of it, tuples as arrays."""
         content = self._content()
         return {
             "deltaworks_plan": SCHEMA_VERSION,
@@ -176,8 +176,8 @@ class Plan:
                 {
                     "name": t.name,
                     "dtype": t.dtype.name,
-                    "shape": list(t.shape),
-                    "inputs": [list(i) for i in t.inputs],
+                    "shape": t.shape,
+                    "inputs": t.inputs,
                     "operation": t.operation.kind,
                     **t.operation.to_json(),
                     **_reads_to_json(t),
@@ -254,12 +254,11 @@ class Plan:
 def _reads_to_json(tensor: PlannedTensor) -> dict[str, Any]:
     content: dict[str, Any] = {}
     if tensor.reads:
-        content["reads"] = [r and [list(run) for run in r] for r in tensor.reads]
+        content["reads"] = tensor.reads
     if tensor.depths:
-        content["depths"] = [d if d is None else [list(run) for run in d] for d in tensor.depths]
-        content["nbytes"] = list(tensor.nbytes)
+        content |= {"depths": tensor.depths, "nbytes": tensor.nbytes}
     if tensor.stand_in is not None:
-        content["stand_in"] = list(tensor.stand_in)
+        content["stand_in"] = tensor.stand_in
     if tensor.error != 0:
         content["error"] = tensor.error
     if tensor.norm is not None:

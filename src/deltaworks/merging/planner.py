@@ -1,6 +1,6 @@
-"""From a recipe and catalog rows to a plan: a pure function, without I/O, clock or randomness."""
+"""From a recipe and catalog rows to a plan: a pure function of both, without clock or randomness."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from math import prod
@@ -39,6 +39,10 @@ _SPARSIFY = {
 _CONSENSUS = {"ties", "dare_ties", "della", "breadcrumbs_ties"}
 
 
+_Cuts = tuple[Cut | Interval | None, Cut | Interval | None]
+"""Of an expert, and of its outliers."""
+
+
 class Trim(NamedTuple):
     """A cut that a plan needs: of the delta `expert` minus `base` (references) in `tensor`, keeping `keep` elements."""
 
@@ -51,7 +55,7 @@ class Trim(NamedTuple):
 def make_plan(
     recipe: Recipe,
     models: Mapping[str, Model],
-    cuts: Mapping[Trim, Cut | Interval],
+    find_cuts: Callable[[Sequence[Trim]], Sequence[Cut | Interval]],
     *,
     bases: Mapping[str, str] | None = None,
     tokenizer: str | None = None,
@@ -64,7 +68,7 @@ def make_plan(
     Args:
         recipe: what to merge, and how.
         models: the registered model behind every reference in the recipe.
-        cuts: where each trim that `required_trims` names falls.
+        find_cuts: says where trims fall; asked once, where there are any.
         bases: the reference of the base that each expert was tuned from, as far as known; models that the recipe does
             not name may be among them.
         tokenizer: the reference of the model whose tokenizer the output gets; the base, or the first, where None.
@@ -79,7 +83,14 @@ def make_plan(
     references = list(dict.fromkeys([*recipe.models(), *bases.values()]))
     place = {reference: i for i, reference in enumerate(references)}
     outputs = output_tensors(recipe, models)
-    tensors = tuple(_plan_tensor(recipe, t, models, place, cuts, seed) for t in outputs)
+    sources = [_sources(t, models) for t in outputs]
+    trims = [_trims(recipe, t, s) for t, s in zip(outputs, sources, strict=True)]
+    wanted = list(dict.fromkeys(t for own in trims for both in own for t in both if t is not None))
+    cuts = dict(zip(wanted, find_cuts(wanted), strict=True)) if wanted else {}
+    tensors = tuple(
+        _plan_tensor(recipe, tensor, place, own, [(t and cuts[t], top and cuts[top]) for t, top in of], seed)
+        for tensor, own, of in zip(outputs, sources, trims, strict=True)
+    )
     named = {b for part in recipe.slices if (b := part.base_model or recipe.base_model) is not None}
     unread = (named - bases.keys()) | set(bases.values())
     planned = tuple(
@@ -117,18 +128,6 @@ def make_plan(
         expert_bytes=sum(m.nbytes for m in planned if m.role != "base"),
         expert_bytes_planned=sum(read),
     )
-
-
-def required_trims(recipe: Recipe, models: Mapping[str, Model]) -> list[Trim]:
-    """Every cut that `make_plan` will look up."""
-    if not _SPARSIFY.get(recipe.method.name, Sparsify.NONE).trims:
-        return []
-    trims = []
-    for tensor in output_tensors(recipe, models):
-        sources = _sources(tensor, models)
-        if all(t.dtype.is_float for t in sources):
-            trims += [t for both in _trims(recipe, tensor, sources) for t in both if t is not None]
-    return list(dict.fromkeys(trims))
 
 
 def _infos(
@@ -182,6 +181,8 @@ def _trims(
     recipe: Recipe, tensor: TensorRecipe, sources: Sequence[TensorInfo]
 ) -> list[tuple[Trim | None, Trim | None]]:
     """The cut of each expert of a tensor, and that of its outliers; None where nothing or everything is trimmed."""
+    if not _SPARSIFY.get(recipe.method.name, Sparsify.NONE).trims or not all(t.dtype.is_float for t in sources):
+        return []
     base, experts = _experts(recipe, tensor)
     names, in_base, size = [i.model for i in tensor.part.inputs], sources[base].name, sources[base].count
     trims: list[tuple[Trim | None, Trim | None]] = []
@@ -218,12 +219,11 @@ def _kept_ranks(recipe: Recipe, tensor: TensorRecipe, experts: Sequence[int], si
 def _plan_tensor(
     recipe: Recipe,
     tensor: TensorRecipe,
-    models: Mapping[str, Model],
     place: Mapping[str, int],
-    cuts: Mapping[Trim, Cut | Interval],
+    sources: Sequence[TensorInfo],
+    cuts: Sequence[_Cuts],
     seed: int,
 ) -> PlannedTensor:
-    sources = _sources(tensor, models)
     inputs = [InputTensor(place[i.model], name) for name, i in zip(tensor.sources, tensor.part.inputs, strict=True)]
     operation: Operation
     if not all(t.dtype.is_float for t in sources):
@@ -264,7 +264,7 @@ def _delta_sum(
     tensor: TensorRecipe,
     sources: Sequence[TensorInfo],
     experts: list[int],
-    cuts: Mapping[Trim, Cut | Interval],
+    cuts: Sequence[_Cuts],
     seed: int,
 ) -> DeltaSum:
     method = recipe.method.name
@@ -278,20 +278,18 @@ def _delta_sum(
         scale=_number(recipe, tensor, "lambda"),
     )
     if operation.sparsify.trims:
-        trims = _trims(recipe, tensor, sources)
         size = sources[0].count
-        found = tuple((KEEP_ALL if size == 0 else None) if t is None else cuts[t] for t, _ in trims)
-        operation = replace(operation, cuts=found)
+        operation = replace(operation, cuts=tuple(KEEP_ALL if size == 0 and c is None else c for c, _ in cuts))
         if operation.sparsify is Sparsify.OUTLIERS:
             operation = replace(
                 operation,
                 # Of a small tensor, a small share is none at all.
                 densities=tuple(
-                    0.0 if size and t is None and d < 1 else d
-                    for d, (t, _) in zip(operation.densities, trims, strict=True)
+                    0.0 if size and c is None and d < 1 else d
+                    for d, (c, _) in zip(operation.densities, cuts, strict=True)
                 ),
                 gammas=_numbers(recipe, tensor, "gamma", experts),
-                tops=tuple(None if t is None else cuts[t] for _, t in trims),
+                tops=tuple(top for _, top in cuts),
             )
     if operation.sparsify.draws:
         operation = replace(operation, keys=tuple(random_key(seed, k, tensor.name) for k in range(len(experts))))

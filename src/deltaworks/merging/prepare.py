@@ -1,14 +1,14 @@
 """Everything a plan needs to be true first: models registered and unchanged, deltas analyzed, trims placed."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from deltaworks.catalog.analyze import analyze
 from deltaworks.catalog.cuts import find_cuts
-from deltaworks.catalog.histogram import Cut, Interval
+from deltaworks.catalog.histogram import KEEP_ALL, Cut, Interval
 from deltaworks.catalog.models import Kind, Model
 from deltaworks.catalog.register import check_same_tensors, check_unchanged, ensure_registered, find_registered
 from deltaworks.catalog.storage import is_far, read_cost
@@ -20,7 +20,7 @@ from deltaworks.layers.file import LayerIndex
 from deltaworks.merging.budget import Budget, parse_budget
 from deltaworks.merging.contributions import Overlaps
 from deltaworks.merging.plan import Plan, keep_plan
-from deltaworks.merging.planner import DEFAULT_SHARD_BYTES, Trim, make_plan, required_trims
+from deltaworks.merging.planner import DEFAULT_SHARD_BYTES, Trim, make_plan
 from deltaworks.merging.recipe import Recipe
 from deltaworks.merging.weighing import Knowledge, Weighed, no_stand_in
 from deltaworks.progress import Progress, Silent
@@ -138,13 +138,12 @@ class Prepared:
 
     def plan(self, recipe: Recipe, budget: Budget | None) -> Plan:
         """The plan of `recipe`, which names the same models, within a budget or without."""
-        cuts = self._cuts(recipe)
         options = self._options
         named = {reference: self.models[reference] for reference in recipe.models()}
         full = make_plan(
             recipe,
             self.models,
-            cuts,
+            self._cuts,
             bases=self._bases,
             tokenizer=_tokenizer(recipe, named),
             chat_template=_template(recipe, named),
@@ -211,18 +210,20 @@ class Prepared:
             return None
         return index
 
-    def _cuts(self, recipe: Recipe) -> dict[Trim, Cut | Interval]:
-        by_delta: dict[tuple[str, str], list[Trim]] = {}
-        for trim in required_trims(recipe, self.models):
-            by_delta.setdefault((trim.expert, trim.base), []).append(trim)
-        cuts: dict[Trim, Cut | Interval] = {}
+    def _cuts(self, trims: Sequence[Trim]) -> list[Cut | Interval]:
+        """Where trims fall."""
+        by_delta: dict[tuple[str, str], list[int]] = {}
+        for i, trim in enumerate(trims):
+            by_delta.setdefault((trim.expert, trim.base), []).append(i)
         for pair in by_delta:
             if pair not in self._statistics:
                 self._analyze(*pair)
-        for (expert, base), trims in by_delta.items():
-            wanted = [(t.tensor, t.keep) for t in trims]
+        cuts: list[Cut | Interval] = [KEEP_ALL] * len(trims)
+        for (expert, base), places in by_delta.items():
+            wanted = [(trims[i].tensor, trims[i].keep) for i in places]
             found = find_cuts(self._catalog, self.models[expert], self.models[base], wanted)
-            cuts |= {t: found[t.tensor, t.keep] for t in trims}
+            for i, cut in zip(places, found, strict=True):
+                cuts[i] = cut
         return cuts
 
 

@@ -276,21 +276,21 @@ class DeltaSum(Operation):
     def to_json(self) -> dict[str, Any]:
         """What a plan stores of it."""
         content: dict[str, Any] = {
-            "weights": list(self.weights),
+            "weights": self.weights,
             "consensus": self.consensus,
             "normalize": self.normalize,
             "lambda": self.scale,
         }
         if self.sparsify is not Sparsify.NONE:
-            content |= {"sparsify": self.sparsify.value, "densities": list(self.densities), "rescale": self.rescale}
+            content |= {"sparsify": self.sparsify.value, "densities": self.densities, "rescale": self.rescale}
         if self.sparsify.trims:
-            content["cuts"] = [c and list(pack_cut(c)) for c in self.cuts]
+            content["cuts"] = [c and pack_cut(c) for c in self.cuts]
         if self.sparsify is Sparsify.OUTLIERS:
-            content |= {"gammas": list(self.gammas), "tops": [c and list(pack_cut(c)) for c in self.tops]}
+            content |= {"gammas": self.gammas, "tops": [c and pack_cut(c) for c in self.tops]}
         if self.sparsify.draws:
             content["keys"] = [f"{k:016x}" for k in self.keys]
         if self.sparsify is Sparsify.RANKS:
-            content |= {"epsilons": list(self.epsilons), "row": self.row}
+            content |= {"epsilons": self.epsilons, "row": self.row}
         return content
 
     @classmethod
