@@ -9,7 +9,7 @@ from deltaworks.catalog.analyze import analyze
 from deltaworks.catalog.register import register
 from deltaworks.catalog.statistics import CUT_DENSITIES, read_statistics
 from deltaworks.catalog.store import TABLE, Catalog
-from deltaworks.catalog.tables import read_cuts, read_table
+from deltaworks.catalog.tables import read_table
 from deltaworks.catalog.tidy import find_waste
 from deltaworks.errors import CatalogError
 
@@ -44,7 +44,7 @@ def test_says_what_the_statistics_say(statistics: Path) -> None:
 
 
 def test_finds_the_cuts_that_are_there(statistics: Path) -> None:
-    cuts, size = read_cuts(statistics), 97 * 131
+    cuts, size = read_table(statistics).cuts, 97 * 131
     wanted = [("a.weight", max(1, int(d * size))) for d in CUT_DENSITIES] + [("b.weight", 40), ("c.weight", 2)]
     assert all(cut is not None and len(cut) == 4 for cut in cuts.find(tuple(wanted)))
     assert cuts.find((("b.weight", 64 * 64), ("d", 1), ("a.weight", 1), ("c.weight", 5))) == [None] * 4
@@ -66,7 +66,7 @@ def test_is_made_again_where_statistics_changed_or_it_is_damaged(statistics: Pat
         read_table(statistics)
     statistics.unlink()
     with pytest.raises(CatalogError, match="analyze the expert again"):
-        read_cuts(statistics)
+        read_table(statistics)
 
 
 def test_statistics_are_enough_where_nothing_can_be_written(statistics: Path, monkeypatch: pytest.MonkeyPatch) -> None:

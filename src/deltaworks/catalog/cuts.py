@@ -7,11 +7,13 @@ from deltaworks.catalog.histogram import Cut, Interval, pack_cut, place_cuts, un
 from deltaworks.catalog.models import Model
 from deltaworks.catalog.statistics import read_statistics
 from deltaworks.catalog.store import Catalog
-from deltaworks.catalog.tables import read_cuts
+from deltaworks.catalog.tables import KnownCuts, read_table
 from deltaworks.errors import CatalogError
 
 
-def find_cuts(catalog: Catalog, expert: Model, base: Model, wanted: Sequence[tuple[str, int]]) -> list[Cut | Interval]:
+def find_cuts(
+    catalog: Catalog, expert: Model, base: Model, wanted: Sequence[tuple[str, int]], known: KnownCuts | None = None
+) -> list[Cut | Interval]:
     """Where trims of the delta `expert` minus `base` fall; no weights are read.
 
     Cuts at whole percents stand in the statistics. Others are placed by the histograms of the blocks, once, and then
@@ -23,27 +25,30 @@ def find_cuts(catalog: Catalog, expert: Model, base: Model, wanted: Sequence[tup
         expert: the fine-tuned model.
         base: the model it was tuned from.
         wanted: tensors, each with the number of elements to keep.
+        known: the cuts in the statistics, where these are read already.
 
     Returns:
         The cut for each of `wanted`.
 
     Raises:
-        CatalogError: the delta is not analyzed.
+        CatalogError: the delta is not analyzed, or the statistics are damaged.
     """
-    if not wanted:
-        return []
-    found = catalog.find_analysis(expert.fingerprint, base.fingerprint)
-    if found is None:
-        raise CatalogError(f"{expert.name} is not analyzed against {base.name}; run: deltaworks analyze {expert.name}")
-    known = read_cuts(found[1]).find(tuple(wanted))
-    missing = {key for key, cut in zip(wanted, known, strict=True) if cut is None}
+    statistics = catalog.statistics_file(expert.fingerprint, base.fingerprint)
+    if known is None:
+        if catalog.find_analysis(expert.fingerprint, base.fingerprint) is None:
+            raise CatalogError(
+                f"{expert.name} is not analyzed against {base.name}; run: deltaworks analyze {expert.name}"
+            )
+        known = read_table(statistics).cuts
+    found = known.find(tuple(wanted))
+    missing = {key for key, cut in zip(wanted, found, strict=True) if cut is None}
     if not missing:
-        return [unpack_cut(cut) for cut in known if cut is not None]
+        return [unpack_cut(cut) for cut in found if cut is not None]
     remembered = catalog.find_cuts(expert.fingerprint, base.fingerprint)
     others = {key: unpack_cut(remembered[key]) for key in missing if key in remembered}
     if len(others) < len(missing):
-        others |= _place(catalog, expert, base, found[1], missing - others.keys())
-    return [others[key] if cut is None else unpack_cut(cut) for key, cut in zip(wanted, known, strict=True)]
+        others |= _place(catalog, expert, base, statistics, missing - others.keys())
+    return [others[key] if cut is None else unpack_cut(cut) for key, cut in zip(wanted, found, strict=True)]
 
 
 def _place(

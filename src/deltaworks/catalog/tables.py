@@ -34,30 +34,6 @@ _WIDTHS = {"survives": len(DENSITIES), "sketch": BUCKETS, "sample": SAMPLES, "cu
 
 
 @dataclass(frozen=True, slots=True)
-class DeltaTable:
-    """What planning needs of one delta: a row a block, tensor after tensor; see `BLOCK_FIELDS` for the columns.
-
-    Attributes:
-        block_size: elements a block.
-        rows: the rows of each tensor.
-        changed, delta_square, base_square, base_delta: float64, [blocks].
-        survives: float32, [blocks, DENSITIES]; sum of squares of what a trim leaves.
-        sketch: float32, [blocks, BUCKETS].
-        sample: float32, [blocks, SAMPLES]; the delta at `sample_places`.
-    """
-
-    block_size: int
-    rows: Mapping[str, slice]
-    changed: NDArray[np.float64]
-    delta_square: NDArray[np.float64]
-    base_square: NDArray[np.float64]
-    base_delta: NDArray[np.float64]
-    survives: NDArray[np.float32]
-    sketch: NDArray[np.float32]
-    sample: NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
 class KnownCuts:
     """The trim cuts that stand in the statistics of one delta.
 
@@ -81,25 +57,43 @@ class KnownCuts:
         return [cut if is_known else None for cut, is_known in zip(cuts, known, strict=True)]
 
 
+@dataclass(frozen=True, slots=True)
+class DeltaTable:
+    """What planning needs of one delta: a row a block, tensor after tensor; see `BLOCK_FIELDS` for the columns.
+
+    Attributes:
+        block_size: elements a block.
+        rows: the rows of each tensor.
+        changed, delta_square, base_square, base_delta: float64, [blocks].
+        survives: float32, [blocks, DENSITIES]; sum of squares of what a trim leaves.
+        sketch: float32, [blocks, BUCKETS].
+        sample: float32, [blocks, SAMPLES]; the delta at `sample_places`.
+        cuts: where its trims fall.
+    """
+
+    block_size: int
+    rows: Mapping[str, slice]
+    changed: NDArray[np.float64]
+    delta_square: NDArray[np.float64]
+    base_square: NDArray[np.float64]
+    base_delta: NDArray[np.float64]
+    survives: NDArray[np.float32]
+    sketch: NDArray[np.float32]
+    sample: NDArray[np.float32]
+    cuts: KnownCuts
+
+
 def read_table(statistics: Path) -> DeltaTable:
-    """What planning needs of the blocks in a statistics file.
+    """What planning needs of a statistics file.
 
     Raises:
         CatalogError: the statistics are damaged or of another version.
     """
     about, arrays = _unpacked(statistics)
-    block_size = about["block_size"]
-    return DeltaTable(block_size, _rows(about["tensors"], block_size), **{name: arrays[name] for name in _BLOCKS})
-
-
-def read_cuts(statistics: Path) -> KnownCuts:
-    """The cuts that a statistics file holds.
-
-    Raises:
-        CatalogError: as `read_table`.
-    """
-    about, arrays = _unpacked(statistics)
-    return KnownCuts(about["tensors"], arrays["cut_keys"], arrays["cuts"])
+    block_size, tensors = about["block_size"], about["tensors"]
+    blocks = {name: arrays[name] for name in _BLOCKS}
+    cuts = KnownCuts(tensors, arrays["cut_keys"], arrays["cuts"])
+    return DeltaTable(block_size, _rows(tensors, block_size), **blocks, cuts=cuts)
 
 
 @lru_cache(maxsize=16)
@@ -126,8 +120,7 @@ def _unpacked(statistics: Path) -> _Unpacked:
     """What the table beside a statistics file says, which is written unless it is there."""
     path, stamp = statistics.with_suffix(TABLE), _stamp(statistics)
     with suppress(OSError, ValueError, KeyError, pa.ArrowException):
-        state = path.stat()
-        about, arrays = _map(path, (state.st_size, state.st_mtime_ns, state.st_ino))
+        about, arrays = _map(path)
         if about["stamp"] == stamp:
             return about, arrays
     about, arrays = _unpack(statistics)
@@ -146,10 +139,7 @@ def _stamp(statistics: Path) -> list[int]:
     return [_VERSION, FORMAT_VERSION, state.st_size, state.st_mtime_ns, state.st_ino]
 
 
-@lru_cache(maxsize=64)
-def _map(path: Path, state: tuple[int, int, int]) -> _Unpacked:
-    """What a table says, while it is as it is."""
-    del state
+def _map(path: Path) -> _Unpacked:
     with pa.memory_map(str(path)) as file:
         batch = pa.ipc.open_file(file).get_batch(0)
     about = json.loads(batch.schema.metadata[b"deltaworks"])

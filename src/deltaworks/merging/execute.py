@@ -22,10 +22,12 @@ from deltaworks.checkpoints.writer import OutputTensor, ShardLayout, ShardWriter
 from deltaworks.errors import CheckpointError, NonFiniteError, PlanError
 from deltaworks.layers.file import LayerFile
 from deltaworks.layers.source import LayerSource
+from deltaworks.merging.block_sizes import stream_block_sizes
 from deltaworks.merging.methods.operation import Block
 from deltaworks.merging.plan import Plan
 from deltaworks.merging.prepare import MergeOptions
-from deltaworks.merging.stream import Rows, Task, TensorStream, bytes_to_handle, in_order, stream_block_size
+from deltaworks.merging.stream import Rows, TensorStream
+from deltaworks.merging.tasks import Task, bytes_to_handle, in_order
 from deltaworks.progress import Progress
 
 Slot = TypeVar("Slot")
@@ -142,10 +144,10 @@ def execute(
         DeltaworksError: the output cannot be written.
     """
     with open_layers(plan, layers or {}, reads.expert) as opened:
-        block_size = stream_block_size(plan, min((f.block_size for f in opened.values()), default=options.block_size))
+        sizes = stream_block_sizes(plan, min((f.block_size for f in opened.values()), default=options.block_size))
         by_name = {t.name: t for t in plan.tensors}
         shard_of = {t.name: shard for shard in shards for t in shard.tensors}
-        streams = [TensorStream(plan, by_name[name], models, block_size, folder, opened) for name in shard_of]
+        streams = [TensorStream(plan, by_name[name], models, sizes[name], folder, opened) for name in shard_of]
         threads = options.threads or os.cpu_count() or 1
         stages = _Stages(plan, models, streams, shard_of, folder, reads, options, finished, progress, opened)
         out_bytes = max((s.tensor.dtype.nbytes(min(s.block_size, s.elements)) for s in streams), default=8)

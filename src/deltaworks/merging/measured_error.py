@@ -14,12 +14,14 @@ from deltaworks.checkpoints.dtypes import F32
 from deltaworks.checkpoints.pipeline import Pipeline
 from deltaworks.checkpoints.reader import ByteCounter
 from deltaworks.layers.file import LayerFile
+from deltaworks.merging.block_sizes import stream_block_sizes
 from deltaworks.merging.execute import Reads, make_slots, open_layers
 from deltaworks.merging.methods.copying import Copy
 from deltaworks.merging.methods.weighted import WeightedSum
 from deltaworks.merging.plan import Plan, PlannedTensor
 from deltaworks.merging.prepare import MergeOptions
-from deltaworks.merging.stream import Rows, Task, TensorStream, bytes_to_handle, in_order, stream_block_size
+from deltaworks.merging.stream import Rows, TensorStream
+from deltaworks.merging.tasks import Task, bytes_to_handle, in_order
 from deltaworks.progress import Progress, Silent
 
 
@@ -67,10 +69,10 @@ def measure_error(
     weighed = [t for t in plan.tensors if t.stand_in is not None and t.dtype.is_float]
     if not weighed:
         return MeasuredError({}, {})
-    block_size = stream_block_size(plan, options.block_size)
+    sizes = stream_block_sizes(plan, options.block_size)
     folder = spool or Path(tempfile.gettempdir())
     with open_layers(plan, layers or {}, ByteCounter()) as opened:
-        groups = [_group(plan, t, models, block_size, folder, opened) for t in weighed]
+        groups = [_group(plan, t, models, sizes[t.name], folder, opened) for t in weighed]
         streams = [s for group in groups for s in group]
         threads = options.threads or os.cpu_count() or 1
         stages = _Stages(plan, models, streams, progress, opened)

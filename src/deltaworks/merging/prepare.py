@@ -221,7 +221,8 @@ class Prepared:
         cuts: list[Cut | Interval] = [KEEP_ALL] * len(trims)
         for (expert, base), places in by_delta.items():
             wanted = [(trims[i].tensor, trims[i].keep) for i in places]
-            found = find_cuts(self._catalog, self.models[expert], self.models[base], wanted)
+            known = self._table(expert, base).cuts
+            found = find_cuts(self._catalog, self.models[expert], self.models[base], wanted, known)
             for i, cut in zip(places, found, strict=True):
                 cuts[i] = cut
         return cuts

@@ -3,19 +3,14 @@
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaworks.catalog.analyze import LARGEST_BLOCK, check_block_size
 from deltaworks.catalog.models import Model
-from deltaworks.catalog.statistics import DEFAULT_BLOCK_SIZE
-from deltaworks.catalog.storage import ReadCost
 from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.header import TensorInfo
@@ -31,15 +26,12 @@ from deltaworks.layers.source import LayerSource
 from deltaworks.merging.methods.operation import LAYERED, Block, Inputs, Operation
 from deltaworks.merging.plan import InputTensor, Plan, PlannedTensor
 
-_CACHED_BYTES = 6 << 20
-"""Of the inputs of one block."""
-
 
 class Rows:
     """The buffers of one block of one tensor: a row for each input that is read there, and one for what stands in.
 
     Attributes:
-        used: how many of the rows hold something.
+        raw: uint8, [rows, bytes]; of the block that they are laid out for.
         stand_in: the row of the stand-in.
         holds: earlier passes left here what they read of the block.
         stays: the next pass will find here what this one reads.
@@ -48,24 +40,28 @@ class Rows:
     def __init__(self, streams: Sequence["TensorStream"]) -> None:
         elements = max((min(s.block_size, s.elements) for s in streams), default=0)
         inputs = max((len(s.infos) for s in streams), default=1)
-        bits = max((t.dtype.bits for s in streams for t in s.infos), default=8)
-        opened = max((s.largest_opened for s in streams), default=0)
         rows = max((s.most_rows for s in streams), default=1)
-        # A block begins somewhere in the first page, and is loaded in whole vectors.
-        self.raw = page_aligned(rows, max(elements * bits // 8 + 2 * PAGE, opened))
+        self._buffer: NDArray[np.uint8] = page_aligned(
+            1, max((s.most_rows * s.row_bytes for s in streams), default=PAGE)
+        )[0]
+        self.raw: NDArray[np.uint8] = self._buffer[None]
         self.codes, self.places = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
         self.row_of = np.zeros(inputs, np.int64)
         self.present = np.ones((inputs, -(-elements // TILE) or 1), np.bool_)
         self.scratch = np.empty((inputs + 3, TILE), np.float32)
         drawing = inputs if any(s.operation.draws_masks for s in streams) else 0
         self.masks = np.empty((drawing, 2 * -(-elements // (2 * LANES))), np.uint16)
-        self.used = self.stand_in = 0
+        self.stand_in = 0
         self.holds = self.stays = False
+
+    def lay_out(self, rows: int, row_bytes: int) -> None:
+        """Cut the buffer into rows."""
+        self.raw = self._buffer[: rows * row_bytes].reshape(rows, row_bytes)
 
     @property
     def nbytes(self) -> int:
         """Size of the buffers."""
-        return self.raw.nbytes + self.scratch.nbytes + self.masks.nbytes
+        return self._buffer.nbytes + self.scratch.nbytes + self.masks.nbytes
 
 
 class TensorStream:
@@ -184,9 +180,12 @@ class TensorStream:
         return found
 
     @property
-    def largest_opened(self) -> int:
-        """The most that an opened block of layers takes."""
-        return max(self._reader.opened) if self._reader else 0
+    def row_bytes(self) -> int:
+        """What a row of a block takes, in whole pages."""
+        elements, bits = min(self.block_size, self.elements), max(t.dtype.bits for t in self.infos)
+        opened = max(self._reader.opened) if self._reader else 0
+        # A block begins somewhere in the first page, and is loaded in whole vectors.
+        return -(-max(elements * bits // 8 + 2 * PAGE, opened) // PAGE) * PAGE
 
     def _opened(self, r: int) -> int:
         assert self._reader is not None
@@ -225,7 +224,8 @@ class TensorStream:
         """Read a block of every input, as far as the plan reads it, and of the stand-in where it omits any."""
         start, count = index * self.block_size, self.count(index)
         parts, held = self._parts_of(index), self._held(index)
-        n, rows.used = len(held), max(1, len(held))
+        n = len(held)
+        rows.lay_out(max(1, n), self.row_bytes)
         rows.codes[:n], rows.places[:n] = self._codes[held], self._first[held]
         rows.stand_in = held.index(self._stand_in) if self._stand_in in held else 0
         rows.row_of[:] = rows.stand_in
@@ -366,10 +366,10 @@ class TensorStream:
 
     def block(self, rows: Rows, index: int, out: NDArray[np.uint8], out_code: int) -> Block:
         """A filled block as operations take it."""
-        n, inputs = rows.used, len(self.tensor.inputs)
+        n, inputs = len(rows.raw), len(self.tensor.inputs)
         return Block(
             Inputs(
-                rows.raw[:n],
+                rows.raw,
                 rows.codes[:n],
                 rows.places[:n],
                 rows.row_of[:inputs],
@@ -445,73 +445,3 @@ def _info(model: Model, name: str, tensor: PlannedTensor) -> TensorInfo:
     if info is None or info.shape != tensor.shape:
         raise CheckpointError(f"{model.name} no longer holds the tensor {name!r} that the plan reads")
     return info
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A block to be measured in pass `stage` of its one stream, or merged in all its streams at once."""
-
-    streams: tuple[TensorStream, ...]
-    index: int
-    stage: int | None
-
-    def is_ready(self, timeout: float) -> bool:
-        """Whether the passes before this one are through; waits for at most `timeout` seconds a stream."""
-        return all(s.is_settled(s.passes if self.stage is None else self.stage, timeout) for s in self.streams)
-
-    def fill(self, sources: Mapping[int, Source | LayerSource], rows: Sequence[Rows]) -> None:
-        """Read the block of every stream."""
-        for stream, own in zip(self.streams, rows, strict=False):
-            stream.fill(sources, own, self.index, stream.passes if self.stage is None else self.stage)
-
-
-def in_order(groups: Sequence[tuple[TensorStream, ...]]) -> Iterator[Task]:
-    """Blocks in the order of the output; between those of a tensor come the passes of the next.
-
-    So nobody waits for passes, and what stays in memory between them is about a tensor's blocks.
-    """
-    yield from (task for group in groups[:1] for task in _passes(group))
-    for i, group in enumerate(groups):
-        merged = (Task(group, index, None) for index in range(group[0].blocks))
-        ahead = (task for following in groups[i + 1 : i + 2] for task in _passes(following))
-        yield from (task for pair in zip_longest(ahead, merged) for task in pair if task)
-
-
-def _passes(group: tuple[TensorStream, ...]) -> Iterator[Task]:
-    return (Task((s,), index, stage) for s in group for stage in range(s.passes) for index in s.looked_at(stage))
-
-
-def bytes_to_handle(streams: Sequence[TensorStream]) -> int:
-    """Input bytes of all tasks, read or not: what progress is told of."""
-    merged = (s.input_bytes(i) for s in streams for i in range(s.blocks))
-    measured = (s.input_bytes(i) for s in streams for stage in range(s.passes) for i in s.looked_at(stage))
-    return sum(merged) + sum(measured)
-
-
-def stream_block_size(plan: Plan, wanted: int | None) -> int:
-    """The block size asked for, a power of two.
-
-    Where none is asked for, blocks are as large as a request has to be to be worth its price, and larger where little
-    is read for each element, as long as what is read for one block, on average, stays in a core's share of the cache.
-    """
-    if any(t.depths for t in plan.tensors):
-        return plan.block_size  # layers are read in their own blocks, or not at all
-    size = check_block_size(wanted or DEFAULT_BLOCK_SIZE)
-    if wanted is None:
-        worth = ReadCost(*plan.read_cost).request_bytes if plan.read_cost is not None else 0
-        elements = sum(t.count for t in plan.tensors) or 1
-        inputs = sum(t.count * _inputs_read(t, plan.block_size) for t in plan.tensors) / elements
-        # Two bytes an element.
-        while size < LARGEST_BLOCK and (2 * size < worth or 4 * size * inputs <= _CACHED_BYTES):
-            size *= 2
-    return size
-
-
-def _inputs_read(tensor: PlannedTensor, block_size: int) -> float:
-    """Of how many inputs an element is read, on average."""
-    if not tensor.reads or not tensor.count:
-        return len(tensor.inputs)
-    blocks = (
-        -(-tensor.count // block_size) if ranges is None else sum(b - a for a, b in ranges) for ranges in tensor.reads
-    )
-    return sum(blocks) * block_size / tensor.count
