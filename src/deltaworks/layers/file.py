@@ -272,10 +272,6 @@ class LayerIndex:
         nbytes: NDArray[np.int64] = _aligned(ends, alignment(self.block_size))
         return nbytes
 
-    def largest(self, tensor: LayeredTensor) -> int:
-        """Bytes of all layers of the largest block of a tensor."""
-        return int(self._ends_of(tensor)[:, -1].max())
-
     def _ends_of(self, tensor: LayeredTensor) -> NDArray[np.int64]:
         ends: NDArray[np.int64] = self.index["ends"][tensor.first : tensor.first + tensor.blocks].astype(np.int64)
         return ends

@@ -136,7 +136,7 @@ class TensorStream:
         self.passes = self.operation.passes
         # Only the first of several passes may pass over an input; whatever follows sees all.
         self._seen_first = [self.passes > 0 and self.operation.sees(k) for k in range(len(tensor.inputs))]
-        self._first_seen: Sequence[int] | None = None
+        self._looked_at: Sequence[int] | None = None
         self._most_rows: int | None = None
         self._spools = plan.budget_bytes is not None
         self._settled = [threading.Event() for _ in range(self.passes)]
@@ -263,11 +263,11 @@ class TensorStream:
         """The blocks that a pass looks at; see `Operation.measures_deltas`. One at least, so that every pass ends."""
         if stage > 0 or not self.operation.measures_deltas or self._stand_in:
             return range(self.blocks)
-        if self._first_seen is None:
+        if self._looked_at is None:
             whole = any(self._is_expert[r] and self._seen_first[r] for r in self._whole)
             seen = (any(self._seen_first[r] for r, _, _ in self._parts_of(i)) for i in range(self.blocks))
-            self._first_seen = range(self.blocks) if whole else [i for i, is_seen in enumerate(seen) if is_seen] or [0]
-        return self._first_seen
+            self._looked_at = range(self.blocks) if whole else [i for i, is_seen in enumerate(seen) if is_seen] or [0]
+        return self._looked_at
 
     def _parts_of(self, index: int) -> list[tuple[int, int, int]]:
         """What is read of a block of inputs not read whole: which input, first element, the one after the last."""

@@ -215,7 +215,9 @@ class DeltaSum(Operation):
         ties[:, 0] = tops[:, 0] = block.count
         if self.sparsify.trims:
             ceilings[:] = NEVER
-            for k, density in enumerate(self.densities):
+            # What reads as the base has no delta.
+            for k in np.flatnonzero(block.inputs.row_of[1:] != block.inputs.row_of[0]).tolist():
+                density = self.densities[k]
                 if density <= 0:
                     thresholds[k] = NEVER
                 elif density < 1:
