@@ -33,7 +33,7 @@ class MergeOptions:
     Attributes:
         shard_bytes: largest amount of data in one output file.
         seed: what random methods start from.
-        block_size: elements streamed at once, a power of two from 4 Ki to 4 Mi; None for 256 Ki.
+        block_size: elements streamed at once, a power of two from 4 Ki to 4 Mi; None for what suits each tensor.
         threads: compute threads; None for all cores.
         allow_nonfinite: write NaN and infinity instead of failing.
         budget: the most that may be read from experts; None for what the recipe says, or no budget.
