@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from budgets import enter, prepared, write_family
+from families import BF16 as BFLOAT16
 from families import read_model, recipe
 from merges import METHODS
+from merges import block as block_of
 
+from deltaworks.catalog.histogram import KEEP_ALL, Interval
 from deltaworks.catalog.statistics import DEFAULT_BLOCK_SIZE
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.codec import TILE
@@ -18,6 +21,9 @@ from deltaworks.checkpoints.source import Source
 from deltaworks.errors import UserError
 from deltaworks.merging.block_sizes import stream_block_sizes
 from deltaworks.merging.budget import parse_budget
+from deltaworks.merging.methods.delta import DeltaSum, Sparsify
+from deltaworks.merging.methods.operation import Block
+from deltaworks.merging.methods.sce import SelectedSum
 from deltaworks.merging.plan import InputTensor, Plan
 from deltaworks.merging.prepare import plan_inputs
 from deltaworks.merging.stream import Rows, TensorStream
@@ -91,6 +97,35 @@ def test_passes_look_at_what_is_read(catalog: Catalog, family: Path, tmp_path: P
         skipped += stream.blocks - len(stream.looked_at(0)) if stream.passes else 0
         stream.close()
     assert skipped
+
+
+@pytest.mark.parametrize("count", [0, 1, 5000])
+@pytest.mark.parametrize(
+    "operation",
+    [
+        DeltaSum((1.0, 1.0), (0.5, 0.5), Sparsify.MAGNITUDE, False, True, True, 1.0, (Interval(9, 1, 2), KEEP_ALL)),
+        DeltaSum((1.0, 1.0), (0.5, 0.5), Sparsify.RANDOM, True, True, True, 1.0, keys=(1, 2)),
+        SelectedSum(2, 0.3),
+        SelectedSum(2, 1.0),
+    ],
+)
+def test_what_is_not_read_is_known(operation: DeltaSum | SelectedSum, count: int) -> None:
+    rows, codes = np.zeros((3, 2 * count + 64), np.uint8), np.array([BF16.code] * 3)
+    block = block_of(rows, codes, 0, count, np.empty((6, TILE), np.float32), rows[0], BF16.code)
+    block.inputs.present[1:] = False
+    other = operation.measure(_changed(max(count, 1)))
+    measured, known = (
+        operation.settle([own, other], 8192) for own in (operation.measure(block), operation.unread(count))
+    )
+    assert measured == known
+
+
+def _changed(count: int) -> Block:
+    """A block in which the experts differ from the base."""
+    values = np.random.default_rng(0).standard_normal((3, count + 32)).astype(BFLOAT16)
+    codes = np.array([BF16.code] * 3)
+    raw = values.view(np.uint8).reshape(3, -1).copy()
+    return block_of(raw, codes, 8192, count, np.empty((6, TILE), np.float32), raw[0].copy(), BF16.code)
 
 
 def test_blocks_are_as_large_as_what_is_read_of_them_allows(catalog: Catalog, family: Path) -> None:

@@ -69,7 +69,9 @@ def measure_error(
     weighed = [t for t in plan.tensors if t.stand_in is not None and t.dtype.is_float]
     if not weighed:
         return MeasuredError({}, {})
-    sizes = stream_block_sizes(plan, options.block_size)
+    # All of every tensor is read, to be compared with.
+    whole = replace(plan, tensors=tuple(t if t.depths else replace(t, reads=()) for t in weighed))
+    sizes = stream_block_sizes(whole, options.block_size)
     folder = spool or Path(tempfile.gettempdir())
     with open_layers(plan, layers or {}, ByteCounter()) as opened:
         groups = [_group(plan, t, models, sizes[t.name], folder, opened) for t in weighed]

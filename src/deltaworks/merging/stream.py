@@ -385,18 +385,6 @@ class TensorStream:
             rows.holds,
         )
 
-    def _unread(self, count: int) -> Block:
-        """A block of so many elements, of which nothing is read but what stands in, which is zero."""
-        inputs, tiles = len(self.tensor.inputs), -(-count // TILE)
-        one = np.zeros((1, self.infos[0].dtype.nbytes(tiles * TILE)), np.uint8)
-        nothing = np.zeros(inputs, np.int64)
-        present = np.zeros((inputs, tiles), np.bool_)
-        masks = np.zeros((inputs if self.operation.draws_masks else 0, 2 * -(-count // (2 * LANES))), np.uint16)
-        scratch = np.empty((inputs + 3, TILE), np.float32)
-        return Block(
-            Inputs(one, self._codes[:1], nothing[:1], nothing, present, 0), 0, count, scratch, one[0], 0, masks
-        )
-
     def measure(self, rows: Rows, index: int, stage: int) -> None:
         """Take from a filled block what a pass is for; the last block of the pass settles the operation."""
         part = self.operation.measure(self.block(rows, index, rows.raw[0], 0))
@@ -408,11 +396,9 @@ class TensorStream:
             self._settle(stage)
 
     def _settle(self, stage: int) -> None:
-        # Of a block that was not looked at, a pass takes what hangs on its size alone.
-        unread = {}
-        for count in {self.count(i) for i in (0, self.blocks - 1)} if len(self._parts) < self.blocks else ():
-            unread[count] = self.operation.measure(self._unread(count))
-        parts = [self._parts[i] if i in self._parts else unread[self.count(i)] for i in range(self.blocks)]
+        parts = [
+            self._parts[i] if i in self._parts else self.operation.unread(self.count(i)) for i in range(self.blocks)
+        ]
         self._parts = {}
         self.operation = self.operation.settle(parts, self.block_size)
         self._settled[stage].set()

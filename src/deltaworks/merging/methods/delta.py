@@ -167,6 +167,13 @@ class DeltaSum(Operation):
         delta_masses(block.inputs, block.start, block.count, self._thinning(block), block.scratch, sums)
         return sums
 
+    def unread(self, count: int) -> list[list[NDArray[np.uint16]]] | NDArray[np.float64]:
+        """See `Operation`."""
+        del count
+        if self._has_open_cuts:
+            return [[np.empty(0, np.uint16) for _ in self._open_cuts(k)] for k in range(len(self.weights))]
+        return np.empty((0, 2 * len(self.weights)), np.float64)
+
     def settle(self, parts: Sequence[Any], block_size: int) -> Self:
         """This operation with its open cuts placed; or with the factors that restore each delta's sum of magnitudes."""
         if self._has_open_cuts:

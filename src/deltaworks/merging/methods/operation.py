@@ -139,6 +139,10 @@ class Operation(ABC):
         """What this pass takes from a block."""
         raise AssertionError(f"{self.kind} takes nothing from {block}")
 
+    def unread(self, count: int) -> Any:
+        """What the first pass takes from a block of `count` elements of which no delta is read."""
+        raise AssertionError(f"{self.kind} looks at more than deltas in blocks of {count} elements")
+
     def settle(self, parts: Sequence[Any], block_size: int) -> Self:
         """This operation with what a pass was for filled in, from the parts of all blocks in order."""
         raise AssertionError(f"{self.kind} has no use for {len(parts)} parts of {block_size} elements")

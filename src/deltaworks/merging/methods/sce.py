@@ -87,6 +87,15 @@ class SelectedSum(Operation):
         sums[0, -1] = block.count
         return _Squares(sums, lower[:, 0].copy(), squares.copy())
 
+    def unread(self, count: int) -> "Histogram | _Squares":
+        """See `Operation`."""
+        if self._selects and self.cut is None:
+            used = min(1, count)
+            return Histogram(np.zeros(used, np.uint16), np.full(used, count, np.int64))
+        sums = np.zeros((1, self.experts + 1), np.float64)
+        sums[0, -1] = count
+        return _Squares(sums, np.empty(0, np.uint16), np.empty((0, self.experts), np.float32))
+
     def settle(self, parts: Sequence[Any], block_size: int) -> Self:
         """This operation with its cut, as far as histograms tell; then with its exact place, and the shares."""
         if self._selects and self.cut is None:
