@@ -33,15 +33,15 @@ def number_at(place: Any, shift: Any) -> Any:
 
 @inlined
 def indices(i2: Any, i3: Any, i4: Any) -> Any:
-    """The cells (U32) that the bits of layers 2 to 4 (MASK) name."""
+    """The cells (U32) that the bits of layers 3 and 4 (MASK) name."""
     zero = splat(_ZERO)
     return select(i2, splat(np.uint32(4)), zero) | select(i3, splat(np.uint32(2)), zero) | select(i4, splat(_ONE), zero)
 
 
 @inlined
 def estimate(centres: Any, depth: int, cell: Any) -> Any:
-    """The magnitude that 2, 3 or 4 layers tell of the cell (U32) of each lane, from the scaled row of TOLD (F32)."""
-    return lookup(centres, (cell >> splat(np.uint32(4 - depth))) + splat(np.uint32((1 << (depth - 1)) - 2)))
+    """The magnitude that 3 or 4 layers tell of the cell (U32) of each lane, from the scaled row of TOLD (F32)."""
+    return lookup(centres, (cell >> splat(np.uint32(4 - depth))) + splat(np.uint32((1 << (depth - 1)) - 4)))
 
 
 @inlined
@@ -72,7 +72,7 @@ def factors_above(way: int, unchanged: int) -> Any:
 
 @inlined
 def means_of(top: int) -> Any:
-    """The mean magnitude (F32) that each code stands for in a block whose largest is `top` steps of an octave."""
+    """The mean (F32) that each code stands for in a block whose largest is `top` steps of an octave."""
     whole = np.float32(power_of_two(np.int64(top // STEPS)))
     return load(_MEANS, 0, 0) * splat(np.float32(whole * FRACTIONS[top % STEPS]))
 
@@ -81,13 +81,6 @@ def means_of(top: int) -> Any:
 def mean_code(codes: NDArray[np.uint8], first: int, group: int) -> np.uint32:
     """The code of the mean of a group; there is half a byte for each, from place `first` of `codes` on."""
     return np.uint32(np.int64(codes[first + group // 2]) >> (4 * (group & 1)) & 15)
-
-
-@inlined
-def share_above(unchanged: int) -> np.float32:
-    """The mean of what is not negative, where so many 256ths are unchanged, relative to that of what changed."""
-    share = np.float32(unchanged) / np.float32(256.0)
-    return (np.float32(1.0) - share) / (np.float32(1.0) + share)
 
 
 @inlined

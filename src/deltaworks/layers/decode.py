@@ -21,16 +21,18 @@ from deltaworks.checkpoints.vector import (
     load,
     lookup,
     splat,
-    unpacked,
+    store,
 )
-from deltaworks.layers.arithmetic import mean_code, means_of, scaled, share_above, signed
+from deltaworks.layers.arithmetic import mean_code, means_of, scaled, signed
 from deltaworks.layers.bitstream import count_ones
-from deltaworks.layers.cells import GROUP, RAW, TOLD, WAYS
+from deltaworks.layers.cells import DRAFTS, GROUP, RAW, TOLD, WAYS
 from deltaworks.layers.opened import (
     STRIDE,
     Parts,
     add_told,
     changed_of,
+    depth_of,
+    draft_of,
     factors_of,
     next_bits,
     parts_of,
@@ -38,6 +40,7 @@ from deltaworks.layers.opened import (
     write_told,
 )
 from deltaworks.layers.places import decode_places
+from deltaworks.layers.trellis import CODES, LENGTHS, path_at, window_of
 
 
 @kernel
@@ -53,13 +56,13 @@ def decode_tile(
         count: elements in the tile.
         out: float32, [TILE]; set, with zeros from `count` up to a whole vector and anything after that.
     """
-    parts = parts_of(row, tile)
-    if parts.depth == 1:
-        _decode_signs(row, parts, base, count, None, base, out)
-    elif parts.depth <= 4:
-        _decode_cells(row, parts, base, count, None, base, out)
+    depth = depth_of(row)
+    if depth <= DRAFTS:
+        _decode_draft(row, tile, base, count, np.float32(1.0), out)
+    elif depth <= 4:
+        _decode_cells(row, parts_of(row, tile), base, count, None, base, out)
     else:
-        decode_places(row, parts, base, count, out)
+        decode_places(row, parts_of(row, tile), base, count, out)
     for i in range(count, -(-count // LANES) * LANES):
         out[i] = np.float32(0.0)
 
@@ -86,12 +89,12 @@ def add_tile(
     Returns:
         Whether it was done.
     """
-    parts = parts_of(row, tile)
-    if parts.depth == 1:
-        _decode_signs(row, parts, base, count, weight, sums, sums[0])
-    elif parts.depth <= 4:
-        _decode_cells(row, parts, base, count, weight, sums, sums[0])
-    return parts.depth <= 4
+    depth = depth_of(row)
+    if depth <= DRAFTS:
+        _decode_draft(row, tile, sums, count, weight, sums[0])
+    elif depth <= 4:
+        _decode_cells(row, parts_of(row, tile), base, count, weight, sums, sums[0])
+    return depth <= 4
 
 
 @inlined
@@ -113,29 +116,35 @@ def _put(
 
 
 @kernel
-def _decode_signs(
+def _decode_draft(
     row: NDArray[np.uint8],
-    parts: Parts,
-    base: NDArray[np.float32],
+    tile: int,
+    before: NDArray[np.float32],
     count: int,
-    weight: np.float32 | None,
-    sums: NDArray[np.float32],
+    weight: np.float32,
     out: NDArray[np.float32],
 ) -> None:
-    """A tile of which layer 1 is there: signs, and means; see `_put`."""
-    sparse, at = parts.sparse, parts.signs
-    means = means_of(parts.mean_top)
-    means_above = means * splat(share_above(parts.unchanged))
-    for g in range(0, count, GROUP):
-        code = splat(mean_code(row, parts.means, g // GROUP))
-        below, above = lookup(means, code), lookup(means_above, code)
-        for i in range(g, min(g + GROUP, count), STRIDE):
-            where = changed_of(row, parts, i, count)
-            signs = next_bits(row, at, where, sparse)
-            for j in range(0, STRIDE, LANES):
-                told = load(base, 0, i + j) + signed(unpacked(np.uint32(signs >> np.uint64(j))), below, above)
-                _put(told, where, base, i, j, weight, sums, out)
-            at += count_ones(where) if sparse else STRIDE
+    """Add the delta that a draft tells of a tile, times a weight, to the elements of `before`, and write that to `out`.
+
+    The weight is multiplied into the few values that a draft can tell, so that each element takes a lookup and a sum.
+    """
+    draft = draft_of(row, tile)
+    means = means_of(draft.top) * splat(weight * (LENGTHS[0] if draft.depth == 1 else LENGTHS[1]))
+    for g in range(-(-count // GROUP)):
+        scale = lookup(means, splat(mean_code(row, draft.means, g)))
+        kind = int(row[draft.even + (g >> 3)]) >> (g & 7) & 1
+        first, path = load(CODES, kind, 0) * scale, path_at(row, draft.paths[0], g)
+        start = g * GROUP
+        if draft.depth == 1:
+            for step in range(min(GROUP, count - start + LANES - 1) // LANES):
+                i = start + step * LANES
+                store(out, i, load(before, 0, i) + lookup(first, window_of(path, step)))
+        else:
+            second, finer = load(CODES, 2 + kind, 0) * scale, path_at(row, draft.paths[1], g)
+            for step in range(min(GROUP, count - start + LANES - 1) // LANES):
+                i = start + step * LANES
+                told = lookup(first, window_of(path, step)) + lookup(second, window_of(finer, step))
+                store(out, i, load(before, 0, i) + told)
 
 
 @kernel
@@ -148,13 +157,13 @@ def _decode_cells(
     sums: NDArray[np.float32],
     out: NDArray[np.float32],
 ) -> None:
-    """A tile of which layers 1 to 2, 3 or 4 are there; see `_put`."""
+    """A tile of which 3 or 4 layers were asked for; see `_put`."""
     depth, top = parts.depth, parts.range_top
     sparse, at = parts.sparse, parts.signs
     bit2, bit3, bit4 = parts.planes[0] - at, parts.planes[1] - at, parts.planes[2] - at
     eight, cells = splat(np.uint32(8)), 1 << (depth - 1)
     half, quarter, eighth = np.uint8(cells >> 1), np.uint8(cells >> 2), np.uint8(cells >> 3)
-    own = (lanes() & splat(np.uint32(7))) + splat(np.uint32(cells - 2))
+    own = (lanes() & splat(np.uint32(7))) + splat(np.uint32(cells - 4))
     factors = factors_of(row)
     for g in range(0, count, GROUP):
         code = int(row[parts.ranges + g // GROUP])
@@ -168,8 +177,7 @@ def _decode_cells(
             if known:
                 cell = bytes_where(next_bits(row, at, where, sparse), np.uint8(8))
                 cell = cell | bytes_where(next_bits(row, at + bit2, where, sparse), half)
-                if depth > 2:
-                    cell = cell | bytes_where(next_bits(row, at + bit3, where, sparse), quarter)
+                cell = cell | bytes_where(next_bits(row, at + bit3, where, sparse), quarter)
                 if depth > 3:
                     cell = cell | bytes_where(next_bits(row, at + bit4, where, sparse), eighth)
                 a, b, c, d = widened(cell)

@@ -36,13 +36,13 @@ from deltaworks.layers.arithmetic import (
     number_at,
     places_of,
     scaled,
-    share_above,
     signed,
 )
 from deltaworks.layers.bitstream import SLACK, count_ones, interleaved, lanes_below, put, put_half
-from deltaworks.layers.cells import DEPTH, EDGES, GROUP, RAW, TOLD
-from deltaworks.layers.opened import HEAD, IS_SPARSE
+from deltaworks.layers.cells import DEPTH, DRAFTS, EDGES, GROUP, RAW, TOLD
+from deltaworks.layers.opened import DRAFT_HEAD, HEAD, IS_SPARSE
 from deltaworks.layers.survey import INFINITE, choose_range, survey, top_of, write_means
+from deltaworks.layers.trellis import CODES, LENGTHS, find_path
 
 _ZERO, _ONE, _ALL16 = np.uint32(0), np.uint32(1), np.uint32(0xFFFF)
 
@@ -52,9 +52,9 @@ SPARSE_FROM = 6
 
 def most_bytes(count: int) -> int:
     """Bytes that the layers of a block of `count` elements can come to, with slack for the kernels."""
-    tiles = -(-count // TILE)
-    first = HEAD + -(-count // (2 * GROUP)) + 4 * tiles + 2 * (count // 8 + 1) + -(-count // GROUP)
-    return first + 3 * (count // 8 + 1) + 3 * 3 * tiles + 4 * count + 16 * SLACK
+    tiles, groups = -(-count // TILE), -(-count // GROUP)
+    drafts = DRAFT_HEAD + groups + DRAFTS * groups * LANES
+    return drafts + HEAD + 4 * (tiles + 1) + groups + 5 * (count // 8 + 1) + 3 * 3 * tiles + 4 * count + 16 * SLACK
 
 
 class Residuals(NamedTuple):
@@ -110,26 +110,30 @@ def encode_block(
     residuals.samples[:] = np.float32(0.0)
     residual, sampled = np.zeros((DEPTH - 1, TILE), np.float32), 0
     b, x = np.zeros((1, TILE), np.float32), np.zeros((1, TILE), np.float32)
-    squares = np.zeros(-(-count // GROUP), np.float64)
+    squares, sizes = np.zeros(-(-count // GROUP), np.float64), np.zeros(-(-count // GROUP), np.float64)
     peaks = np.zeros(len(squares), np.uint32)
     ones = np.zeros(len(peaks), np.int64)
     changed = np.zeros(tiles + 1, np.int64)
     for t in range(tiles):
         n = _load_tiles(base, base_code, expert, expert_code, t, count, b, x)
-        changed[t + 1] = changed[t] + survey(b, x, n, t * TILE, squares, peaks, ones)
+        changed[t + 1] = changed[t] + survey(b, x, n, t * TILE, squares, sizes, peaks, ones)
+    groups = len(squares)
+    even = DRAFT_HEAD + -(-groups // 2)
+    paths = np.array([even + -(-groups // 8), 0])
+    ends[0] = paths[1] = paths[0] + groups * LANES
+    at = ends[1] = paths[1] + groups * LANES
+    out[: at + SLACK] = 0
+    mean_top = out[:DRAFT_HEAD].view(np.int16)
+    mean_top[0] = write_means(squares, sizes, count, out[DRAFT_HEAD:], out[even:])
+    head = at
     sparse = (count - changed[tiles]) * SPARSE_FROM > count
-    out[: HEAD + SLACK] = 0
-    out[0] = IS_SPARSE if sparse else 0
+    out[at : at + HEAD + SLACK] = 0
+    out[at] = IS_SPARSE if sparse else 0
     unchanged = 0 if sparse else min(255, (256 * (count - changed[tiles]) + count // 2) // max(1, count))
-    out[1] = unchanged
-    tops = out[4:8].view(np.int16)
-    at = HEAD
-    nbytes = -(-len(squares) // 2)
-    out[at : at + nbytes + SLACK] = 0
-    tops[0] = write_means(squares, ones, sparse, unchanged, count, out[at:])
-    at += nbytes
+    out[at + 1] = unchanged
+    at += HEAD
     if sparse:
-        for t in range(tiles):
+        for t in range(tiles + 1):
             for byte in range(4):
                 out[at] = changed[t] >> (8 * byte) & 0xFF
                 at += 1
@@ -137,23 +141,22 @@ def encode_block(
     if sparse:
         out[at : at + -(-count // 8) + SLACK] = 0
         at += -(-count // 8)
-    plane = -(-(changed[tiles] if sparse else count) // 8)
-    sign_bit = 8 * at
-    out[at : at + plane + SLACK] = 0
-    at += plane
-    ends[0] = at
     highest = _ZERO
     for peak in peaks:
         highest = max(highest, peak if peak < INFINITE else _ZERO)
-    tops[1] = top = top_of(highest)
+    top = top_of(highest)
+    _put_top(out, head + 2, top)
     ranges = at
-    at += len(peaks)
-    planes = np.empty(3, np.int64)
-    for layer in range(3):
-        planes[layer] = 8 * at
+    at += groups
+    plane = -(-(changed[tiles] if sparse else count) // 8)
+    # Of signs, and of layers 3 (two) and 4.
+    planes = np.empty(4, np.int64)
+    for i in range(4):
+        planes[i] = 8 * at
         out[at : at + plane + SLACK] = 0
         at += plane
-        ends[layer + 1] = at
+        if i >= 2:
+            ends[i] = at
     left[:] = 0.0
     lengths = at
     at += 2 * tiles
@@ -161,6 +164,7 @@ def encode_block(
     filled = np.zeros(3, np.int64)
     filled[0] = at
     active = 0
+    relative, steps = np.zeros((1, TILE), np.float32), np.zeros(TILE, np.uint16)
     for t in range(tiles):
         n = _load_tiles(base, base_code, expert, expert_code, t, count, b, x)
         out[filled[0] : filled[0] + n // 4 + SLACK] = 0
@@ -168,14 +172,15 @@ def encode_block(
             start = 2 * tiles + filled[layer + 1]
             scratch[layer, start : start + 4 * n + SLACK] = 0
         bit = np.array([8 * filled[0], 8 * (2 * tiles + filled[1]), 8 * (2 * tiles + filled[2])])
+        first = t * (TILE // GROUP)
+        _write_draft(b, x, n, out, even, mean_top[0], first, paths, relative, steps, left, residual)
         for g in range(0, n, GROUP):
-            place = (t * TILE + g) // GROUP
+            place = first + g // GROUP
             code = choose_range(peaks[place], ones[place] > 0, top, b, x, g, min(n, g + GROUP), shift)
             out[ranges + place] = code
-            mean = mean_code(out, HEAD, place)
             active = _write_group(
-                b, x, g, n, code, top, mean, tops[0], unchanged, shift, sparse, out, mask_bit + t * TILE, sign_bit,
-                planes, active, scratch, bit, left, residual,
+                b, x, g, n, code, top, unchanged, shift, sparse, out, mask_bit + t * TILE, planes, active, scratch, bit,
+                left, residual,
             )  # fmt: skip
         residual[:, -(-n // LANES) * LANES : -(-n // BUCKETS) * BUCKETS] = np.float32(0.0)
         for layer in range(DEPTH - 1):
@@ -223,6 +228,70 @@ def _load_tiles(
 
 
 @kernel
+def _put_top(out: NDArray[np.uint8], place: int, top: int) -> None:
+    """Write an int16."""
+    out[place], out[place + 1] = top & 0xFF, top >> 8 & 0xFF
+
+
+@kernel
+def _write_draft(
+    b: NDArray[np.float32],
+    x: NDArray[np.float32],
+    n: int,
+    out: NDArray[np.uint8],
+    even: int,
+    top: int,
+    first: int,
+    paths: NDArray[np.int64],
+    relative: NDArray[np.float32],
+    steps: NDArray[np.uint16],
+    left: NDArray[np.float64],
+    residual: NDArray[np.float32],
+) -> None:
+    """Write the drafts of a tile of `n` elements, and what they leave.
+
+    Args:
+        b: float32, [1, TILE]; of the base, as in `encode_block`, as are all that are not named here.
+        x: float32, [1, TILE]; of the expert.
+        n: see there.
+        out: holds the means and, from byte `even` on, which groups are even.
+        even: see there.
+        top: of the means.
+        first: the tile's first group in the block.
+        paths: int64, [DRAFTS]; where those of the block begin.
+        relative: float32, [1, TILE]; scratch.
+        steps: uint16, [TILE]; scratch.
+        left: of drafts; added to.
+        residual: of drafts; set.
+    """
+    groups, known, nothing = -(-n // GROUP), means_of(top), splat(np.float32(0.0))
+    relative[0, n:] = np.float32(0.0)
+    for layer in range(DRAFTS):
+        for g in range(groups):
+            mean = lookup(known, splat(mean_code(out, DRAFT_HEAD, first + g)))
+            for i in range(g * GROUP, min((g + 1) * GROUP, n), LANES):
+                delta = load(x, 0, i) - load(b, 0, i)
+                real = ((bits(delta) & splat(MAGNITUDE)) < splat(INFINITE)) & (mean > nothing)
+                if layer == 0:
+                    store(relative[0], i, select(real, delta / mean, nothing))
+        codes, place = CODES[2 * layer : 2 * layer + 2], paths[layer] + first * LANES
+        find_path(relative, groups, codes, out[even:], first, out, place, steps)
+        for g in range(groups):
+            mean = lookup(known, splat(mean_code(out, DRAFT_HEAD, first + g)))
+            length = splat(LENGTHS[0] if layer == 0 else LENGTHS[1])
+            missed = nothing
+            for i in range(g * GROUP, min((g + 1) * GROUP, n), LANES):
+                delta = load(x, 0, i) - load(b, 0, i)
+                real = unpacked(np.uint32(lanes_below(n - i))) & ((bits(delta) & splat(MAGNITUDE)) < splat(INFINITE))
+                # What is told, relative to the mean, is what there was to tell but for what is left of it.
+                told = select(mean > nothing, delta - load(relative, 0, i) * mean, nothing)
+                rest = select(real, delta - told * length, nothing)
+                store(residual[layer], i, rest)
+                missed = missed + _square(rest)
+            left[1 + layer] += sum_in_order(widen(missed))
+
+
+@kernel
 def _write_group(
     b: NDArray[np.float32],
     x: NDArray[np.float32],
@@ -230,14 +299,11 @@ def _write_group(
     n: int,
     code: int,
     top: int,
-    mean: np.uint32,
-    mean_top: int,
     unchanged: int,
     shift: int,
     sparse: bool,
     out: NDArray[np.uint8],
     mask_bit: int,
-    sign_bit: int,
     planes: NDArray[np.int64],
     active: int,
     scratch: NDArray[np.uint8],
@@ -245,12 +311,10 @@ def _write_group(
     left: NDArray[np.float64],
     residual: NDArray[np.float32],
 ) -> int:
-    """Write one group; returns how many elements of the block have bits so far."""
+    """Write the exact layers of one group; returns how many elements of the block have bits so far."""
     edges, below = scaled(EDGES, max(1, code), top), scaled(TOLD, max(1, code), top)
     above = centres_above(max(1, code), top, unchanged)
-    mean_negative = lookup(means_of(mean_top), splat(mean))
-    mean_positive = mean_negative * splat(share_above(unchanged))
-    left0 = left1 = left2 = left3 = left4 = left5 = left6 = splat(np.float32(0.0))
+    left0 = left3 = left4 = left5 = left6 = splat(np.float32(0.0))
     zeros, nothing, shifts = splat(_ZERO), splat(np.float32(0.0)), splat(np.uint32(shift))
     for i in range(start, min(start + GROUP, n), LANES):
         vb, vx = load(b, 0, i), load(x, 0, i)
@@ -261,34 +325,27 @@ def _write_group(
         changed = unpacked(where)
         place = places_of(vx, shifts)
         negative = place < places_of(vb, shifts)
-        _put_lanes(out, sign_bit + active, negative, where, sparse)
+        _put_lanes(out, planes[0] + active, negative, where, sparse)
         delta = vx - vb
-        told = signed(negative, mean_negative, mean_positive)
         finite = (bits(delta) & splat(MAGNITUDE)) < splat(INFINITE)
         real = changed & finite
         whole = select(real, delta, nothing)
         own = _square(whole)
         left0 = left0 + own
-        rest = select(real, delta - told, nothing)
-        store(residual[0], i, rest)
-        left1 = left1 + _square(rest)
         if code in (0, RAW):
-            for layer in range(1, DEPTH - 1):
+            for layer in range(DRAFTS, DEPTH - 1):
                 store(residual[layer], i, whole)
-            left2, left3, left4, left5, left6 = left2 + own, left3 + own, left4 + own, left5 + own, left6 + own
+            left3, left4, left5, left6 = left3 + own, left4 + own, left5 + own, left6 + own
             if code == RAW:
                 _write_rest(place, splat(np.uint32(32)) - shifts, changed, out, scratch, bit)
             active += count_ones(where)
             continue
         i2, i3, i4 = _cell(vb, place, negative, edges, shifts)
         cell = indices(i2, i3, i4)
-        _put_lanes(out, planes[0] + active, i2, where, sparse)
-        _put_lanes(out, planes[1] + active, i3, where, sparse)
-        _put_lanes(out, planes[2] + active, i4, where, sparse)
+        _put_lanes(out, planes[1] + active, i2, where, sparse)
+        _put_lanes(out, planes[2] + active, i3, where, sparse)
+        _put_lanes(out, planes[3] + active, i4, where, sparse)
         active += count_ones(where)
-        rest = _miss(delta, 2, cell, below, above, negative, changed)
-        store(residual[1], i, rest)
-        left2 = left2 + _square(rest)
         rest = _miss(delta, 3, cell, below, above, negative, changed)
         store(residual[2], i, rest)
         left3 = left3 + _square(rest)
@@ -308,8 +365,6 @@ def _write_group(
         store(residual[5], i, rest)
         left6 = left6 + _square(rest)
     left[0] += sum_in_order(widen(left0))
-    left[1] += sum_in_order(widen(left1))
-    left[2] += sum_in_order(widen(left2))
     left[3] += sum_in_order(widen(left3))
     left[4] += sum_in_order(widen(left4))
     left[5] += sum_in_order(widen(left5))
@@ -334,7 +389,7 @@ def _square(x: Any) -> Any:
 
 @inlined
 def _miss(delta: Any, depth: int, cell: Any, below: Any, above: Any, negative: Any, changed: Any) -> Any:
-    """What 2, 3 or 4 layers leave of a delta."""
+    """What 3 or 4 layers leave of a delta."""
     told = signed(negative, estimate(below, depth, cell), estimate(above, depth, cell))
     return select(changed, delta - told, splat(np.float32(0.0)))
 

@@ -21,7 +21,7 @@ from deltaworks.checkpoints.jit import kernel
 from deltaworks.checkpoints.reader import ByteCounter, RangeReader, page_aligned
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES
 from deltaworks.errors import CatalogError, CheckpointError
-from deltaworks.layers.cells import DEPTH, FORMAT_VERSION
+from deltaworks.layers.cells import DEPTH, DRAFTS, FORMAT_VERSION
 from deltaworks.layers.checksum import checksum_of, prefix_checksums
 from deltaworks.layers.decode import decode_block
 from deltaworks.layers.opened import layers_start, open_block, opened_bytes
@@ -113,18 +113,22 @@ class LayerWriter:
             ends: int64, [DEPTH]; where each ends.
             left: float64, [DEPTH + 1]; squares that so many layers leave of the delta.
         """
-        total = int(ends[-1])
-        padding = bytes(_aligned(total, self._unit) - total)
+        drafts, total, sums = int(ends[DRAFTS - 1]), int(ends[-1]), np.empty(DEPTH, np.uint64)
+        parts = layers[:drafts], layers[drafts:total]
+        room = [_aligned(len(p), self._unit) for p in parts]
         with self._lock:
-            offset, self._end = self._end, self._end + total + len(padding)
+            offset, self._end = self._end, self._end + sum(room)
         own = self._index[record]
         own["offset"], own["ends"], own["left"] = offset, ends, left
-        checked, sums = ends.astype(np.int64), np.empty(DEPTH, np.uint64)
-        checked[-1] += len(padding)
-        prefix_checksums(layers[:total], checked, sums)
+        for part, nbytes, which in zip(parts, room, (slice(DRAFTS), slice(DRAFTS, None)), strict=True):
+            checked = ends[which].astype(np.int64) - (0 if which.start is None else drafts)
+            # Padding is under the last checksum.
+            checked[-1] = nbytes
+            prefix_checksums(part, checked, sums[which])
+            self._write(part.data, offset)
+            self._write(bytes(nbytes - len(part)), offset + len(part))
+            offset += nbytes
         own["checksums"] = sums
-        self._write(layers[:total].data, offset)
-        self._write(padding, offset + total)
 
     def add_raw(self, record: int, elements: NDArray[np.uint8]) -> None:
         """Write a block of a tensor that is no delta: its elements (uint8) as they are."""
@@ -268,8 +272,13 @@ class LayerIndex:
         return int(self.read_bytes(self._ends_of(tensor))[read, depths[read] - 1].sum())
 
     def read_bytes(self, ends: NDArray[np.int64]) -> NDArray[np.int64]:
-        """What is read of blocks whose layers end at such places: whole pages where blocks take them."""
-        nbytes: NDArray[np.int64] = _aligned(ends, alignment(self.block_size))
+        """What is read of blocks whose layers end at such places ([blocks, DEPTH]), by how many layers are asked for.
+
+        Whole pages where blocks take them; no drafts where more is asked for.
+        """
+        own = ends.copy()
+        own[:, DRAFTS:] -= ends[:, DRAFTS - 1, None]
+        nbytes: NDArray[np.int64] = _aligned(own, alignment(self.block_size))
         return nbytes
 
     def _ends_of(self, tensor: LayeredTensor) -> NDArray[np.int64]:
@@ -315,11 +324,13 @@ class Places(NamedTuple):
     Attributes:
         ranges: int64, [blocks, 2]; the first byte, and how many are read.
         checksums: uint64, [blocks]; of what is read.
-        ends: int64, [blocks, DEPTH]; where in it each layer ends.
+        checked: int64, [blocks]; how many bytes of that the checksum is of.
+        ends: int64, [blocks, DEPTH]; where in the block each layer ends.
     """
 
     ranges: NDArray[np.int64]
     checksums: NDArray[np.uint64]
+    checked: NDArray[np.int64]
     ends: NDArray[np.int64]
 
 
@@ -345,15 +356,21 @@ class LayerFile(LayerIndex):
         self._offsets = self.index["offset"].astype(np.int64)
         self._ends = self.index["ends"].astype(np.int64)
         self._read_bytes = self.read_bytes(self._ends)
+        self._checked = self._ends.copy()
+        self._checked[:, DRAFTS:] -= self._ends[:, DRAFTS - 1, None]
+        for last in (DRAFTS - 1, DEPTH - 1):
+            self._checked[:, last] = self._read_bytes[:, last]
         self._checksums = np.ascontiguousarray(self.index["checksums"])
 
     def places(self, tensor: LayeredTensor, depths: NDArray[np.int64]) -> Places:
         """Where the first so many layers of each block of a tensor lie; of those without any, where they would."""
         own = slice(tensor.first, tensor.first + tensor.blocks)
         last = np.maximum(depths, 1)[:, None] - 1
-        nbytes = np.take_along_axis(self._read_bytes[own], last, 1)
-        sums = np.take_along_axis(self._checksums[own], last, 1)
-        return Places(np.concatenate([self._offsets[own, None], nbytes], axis=1), sums[:, 0], self._ends[own])
+        nbytes, sums, checked = (
+            np.take_along_axis(of[own], last, 1) for of in (self._read_bytes, self._checksums, self._checked)
+        )
+        first = self._offsets[own, None] + np.where(last >= DRAFTS, self._read_bytes[own, DRAFTS - 1, None], 0)
+        return Places(np.concatenate([first, nbytes], axis=1), sums[:, 0], checked[:, 0], self._ends[own])
 
     def open_block(
         self, tensor: LayeredTensor, block: int, depth: int, row: NDArray[np.uint8], done: int | None = None
@@ -386,6 +403,8 @@ class LayerFile(LayerIndex):
         """Read the first layers of a block to byte `place` of a row (see `RangeReader.read_row`), and check them."""
         record = tensor.first + block
         offset, nbytes = int(self._offsets[record]), int(self._read_bytes[record, depth - 1])
+        if depth > DRAFTS:
+            offset += int(self._read_bytes[record, DRAFTS - 1])
         try:
             if done is None:
                 self.reader.read_row(row, place, offset, nbytes)
@@ -394,14 +413,15 @@ class LayerFile(LayerIndex):
         except CheckpointError as error:
             raise CatalogError(f"layers of {tensor.name!r}, block {block}: {error}; {_REBUILD}") from error
         if not self._is_sound(record, depth, row[place:]):
-            layer = next(d for d in range(1, depth + 1) if not self._is_sound(record, d, row[place:]))
+            first = 1 if depth <= DRAFTS else DRAFTS + 1
+            layer = next(d for d in range(first, depth + 1) if not self._is_sound(record, d, row[place:]))
             raise CatalogError(
                 f"layer {layer} of {tensor.name!r}, block {block}, is damaged in {self.path}; {_REBUILD}"
             )
 
     def _is_sound(self, record: int, depth: int, layers: NDArray[np.uint8]) -> bool:
-        ends = self._read_bytes if depth == DEPTH else self._ends
-        found: bool = checksum_of(layers[: ends[record, depth - 1]]) == self._checksums[record, depth - 1]
+        checked = layers[: self._checked[record, depth - 1]]
+        found: bool = checksum_of(checked) == self._checksums[record, depth - 1]
         return found
 
     def restore(self, tensor: LayeredTensor, block: int, base: NDArray[np.float32] | None) -> NDArray[np.uint8]:
@@ -415,7 +435,7 @@ class LayerFile(LayerIndex):
         Raises:
             CatalogError: a layer is damaged.
         """
-        nbytes = int(self.index[tensor.first + block]["ends"][-1])
+        nbytes = int(self._ends[tensor.first + block, -1] - self._ends[tensor.first + block, DRAFTS - 1])
         if not tensor.is_delta:
             (whole,) = page_aligned(1, nbytes)
             self._read(tensor, block, DEPTH, whole, 0)

@@ -11,17 +11,24 @@ from deltaworks.checkpoints.jit import inlined, kernel
 from deltaworks.checkpoints.vector import LANES, load, select, splat, store, unpacked
 from deltaworks.layers.arithmetic import factors_above
 from deltaworks.layers.bitstream import SLACK, lanes_below, take_word, whole_bits
-from deltaworks.layers.cells import GROUP, WAYS
+from deltaworks.layers.cells import DRAFTS, GROUP, WAYS
 
 IS_SPARSE: Final = 1
-"""Flag of a block in which layers tell which elements changed at all."""
+"""Flag of a block in which exact layers tell which elements changed at all."""
 
-HEAD: Final = 8
-"""Bytes at the start of layer 1: flags; which share of the elements is unchanged, in 256ths; two of zeros; the tops of
-means and ranges (int16 each; steps of an octave and octaves)."""
+DRAFT_HEAD: Final = 2
+"""Bytes at the start of layer 1: the top of the means (int16, steps of an octave)."""
 
-_SHIFT, _TOPS, _STARTS, _UNCHANGED, _TILES, _FACTORS = 1, 3, 5, 12, 13, 16
+HEAD: Final = 4
+"""Bytes at the start of layer 3: flags; which share of the elements is unchanged, in 256ths; the top of the ranges
+(int16, octaves)."""
+
+_DEPTH, _SHIFT, _SPARSE, _UNCHANGED, _TILES, _TOP = range(6)
+_MEANS, _EVEN, _PATHS = 6, 7, 8
+_MASK, _SIGNS, _RANGES, _PLANES = 6, 7, 8, 9
+_FACTORS = 16
 _TABLES = _FACTORS + WAYS * LANES
+"""What the int32 at each place of an opened block are; drafts and exact layers share some."""
 
 STRIDE: Final = 4 * LANES
 """Elements that are decoded at once."""
@@ -48,42 +55,50 @@ def open_block(row: NDArray[np.uint8], count: int, ends: NDArray[np.int64], dept
         row: uint8; at least `opened_bytes`.
         count: elements in the block.
         ends: int64, [DEPTH]; the byte at which each layer ends, from the first's start.
-        depth: how many layers are there, one at least.
+        depth: how many layers were asked for, one at least; of more than DRAFTS, those after the drafts are there.
         shift: bits of a float32 that the expert's type leaves at zero.
     """
     tiles = -(-count // TILE)
     start = _layers_start(count)
     table = row[:start].view(np.int32)
-    table[0], table[_SHIFT], table[_TILES] = depth, shift, tiles
+    table[_DEPTH], table[_SHIFT], table[_TILES] = depth, shift, tiles
+    if depth <= DRAFTS:
+        groups = -(-count // GROUP)
+        table[_TOP] = row[start : start + DRAFT_HEAD].view(np.int16)[0]
+        at = start + DRAFT_HEAD
+        table[_MEANS] = at
+        at += -(-groups // 2)
+        table[_EVEN] = at
+        table[_PATHS] = at + -(-groups // 8)
+        table[_PATHS + 1] = start + ends[0]
+        return
     head = row[start : start + HEAD]
     sparse = head[0] & IS_SPARSE
-    table[2], table[_UNCHANGED] = sparse, head[1]
+    table[_SPARSE], table[_UNCHANGED] = sparse, head[1]
     factors = row[:start].view(np.float32)
     for way in range(WAYS):
         store(factors, _FACTORS + way * LANES, factors_above(way, head[1]))
-    tops = head[4:8].view(np.int16)
-    table[_TOPS], table[_TOPS + 1] = tops[0], tops[1]
+    table[_TOP] = head[2:4].view(np.int16)[0]
     at = start + HEAD
-    table[_STARTS] = at
-    at += -(-count // (2 * GROUP))
     active = table[_TABLES : _TABLES + tiles]
+    plane = -(-count // 8)
     if sparse:
-        # Where each tile's changed elements begin among those of the block.
+        # Where each tile's changed elements begin among those of the block, and how many there are.
         for t in range(tiles):
             active[t] = row[at] | row[at + 1] << 8 | row[at + 2] << 16 | row[at + 3] << 24
             at += 4
-        table[_STARTS + 1] = at
+        plane = -(-(row[at] | row[at + 1] << 8 | row[at + 2] << 16 | row[at + 3] << 24) // 8)
+        at += 4
+        table[_MASK] = at
         at += -(-count // 8)
     else:
         for t in range(tiles):
             active[t] = t * TILE
-    table[_STARTS + 2] = at
-    if depth >= 2:
-        at = start + ends[0]
-        table[_STARTS + 3] = at
-        table[_STARTS + 4] = at + -(-count // GROUP)
-    for layer in range(2, min(depth, 4)):
-        table[_STARTS + 3 + layer] = start + ends[layer - 1]
+    table[_RANGES] = at
+    at += -(-count // GROUP)
+    table[_SIGNS], table[_PLANES], table[_PLANES + 1] = at, at + plane, at + 2 * plane
+    start -= ends[DRAFTS - 1]
+    table[_PLANES + 2] = start + ends[DRAFTS]
     for layer in range(4, depth):
         at = start + ends[layer - 1]
         place = 8 * (at + 2 * tiles)
@@ -93,30 +108,62 @@ def open_block(row: NDArray[np.uint8], count: int, ends: NDArray[np.int64], dept
             place += 8 * (row[at + 2 * t] | row[at + 2 * t + 1] << 8)
 
 
-class Parts(NamedTuple):
-    """Where a tile begins in its opened block: bytes for means and ranges, bits for all else.
+@inlined
+def depth_of(row: NDArray[np.uint8]) -> int:
+    """How many layers were asked for of an opened block."""
+    return int(row[:8].view(np.int32)[_DEPTH])
+
+
+class Draft(NamedTuple):
+    """Where a tile begins in an opened block of which drafts were asked for: bytes.
 
     Attributes:
         depth: how many layers there are.
+        top: the exponent of the largest mean, in steps of an octave.
+        means: half a byte for every GROUP elements.
+        even: a bit for every GROUP elements, eight of which begin with a byte.
+        paths: of both layers; see `trellis`.
+    """
+
+    depth: int
+    top: int
+    means: int
+    even: int
+    paths: tuple[int, int]
+
+
+@inlined
+def draft_of(row: NDArray[np.uint8], tile: int) -> Draft:
+    """The parts of a tile of an opened block of which drafts were asked for."""
+    table = row[: len(row) // 4 * 4].view(np.int32)
+    groups = TILE // GROUP
+    return Draft(
+        int(table[_DEPTH]),
+        int(table[_TOP]),
+        int(table[_MEANS]) + tile * (groups // 2),
+        int(table[_EVEN]) + tile * (groups // 8),
+        (int(table[_PATHS]) + tile * groups * LANES, int(table[_PATHS + 1]) + tile * groups * LANES),
+    )
+
+
+class Parts(NamedTuple):
+    """Where a tile begins in an opened block of which exact layers were asked for: bytes for ranges, bits for all else.
+
+    Attributes:
+        depth: how many layers there are, more than DRAFTS.
         shift: bits of a float32 that the expert's type leaves at zero.
         sparse: whether only elements that changed have bits; `mask` tells which those are.
-        unchanged: their share of the elements, in 256ths.
-        means: half a byte for every GROUP elements.
-        mean_top: the exponent of the largest, in steps of an octave.
         ranges: a byte for every GROUP elements.
         range_top: the exponent of the largest.
         mask: a bit an element.
-        signs: of layer 1.
-        planes: of layers 2 to 4.
+        signs: of layer 3.
+        planes: of layers 3 (two) and 4.
         streams: of layers 5 to 7.
     """
 
     depth: int
     shift: np.uint32
     sparse: bool
-    unchanged: int
-    means: int
-    mean_top: int
     ranges: int
     range_top: int
     mask: int
@@ -127,25 +174,22 @@ class Parts(NamedTuple):
 
 @inlined
 def parts_of(row: NDArray[np.uint8], tile: int) -> Parts:
-    """The parts of a tile of an opened block."""
+    """The parts of a tile of an opened block of which exact layers were asked for."""
     table = row[: len(row) // 4 * 4].view(np.int32)
-    depth, tiles = int(table[0]), int(table[_TILES])
+    depth, tiles = int(table[_DEPTH]), int(table[_TILES])
     active, at = int(table[_TABLES + tile]), _TABLES + tiles + tile
     return Parts(
         depth,
         np.uint32(table[_SHIFT]),
-        table[2] != 0,
-        int(table[_UNCHANGED]),
-        int(table[_STARTS]) + tile * (TILE // (2 * GROUP)),
-        int(table[_TOPS]),
-        int(table[_STARTS + 3]) + tile * (TILE // GROUP),
-        int(table[_TOPS + 1]),
-        8 * int(table[_STARTS + 1]) + tile * TILE,
-        8 * int(table[_STARTS + 2]) + active,
+        table[_SPARSE] != 0,
+        int(table[_RANGES]) + tile * (TILE // GROUP),
+        int(table[_TOP]),
+        8 * int(table[_MASK]) + tile * TILE,
+        8 * int(table[_SIGNS]) + active,
         (
-            8 * int(table[_STARTS + 4]) + active,
-            8 * int(table[_STARTS + 5]) + active,
-            8 * int(table[_STARTS + 6]) + active,
+            8 * int(table[_PLANES]) + active,
+            8 * int(table[_PLANES + 1]) + active,
+            8 * int(table[_PLANES + 2]) + active,
         ),
         (
             int(table[at]) if depth > 4 else 0,

@@ -67,7 +67,7 @@ _SECOND_MIDDLES, _THIRD_MIDDLES = (_table_of(1 << n >> 1 for n in part) for part
 def decode_places(
     row: NDArray[np.uint8], parts: Parts, base: NDArray[np.float32], count: int, out: NDArray[np.float32]
 ) -> None:
-    """A tile of which layers 1 to 5, 6 or 7 are there; see `decode_tile`."""
+    """A tile of which 5, 6 or 7 layers were asked for; see `decode_tile`."""
     depth, top = parts.depth, parts.range_top
     sparse, at = parts.sparse, parts.signs
     bit2, bit3, bit4 = parts.planes[0] - at, parts.planes[1] - at, parts.planes[2] - at
@@ -237,7 +237,7 @@ def _decode_wide(
         code: of the range; RAW where numbers are kept as they are.
         top: of the ranges.
         where: which elements changed.
-        cells: what layers 1 to 4 tell of them.
+        cells: what layers 3 and 4 tell of them.
         type_shift: bits of a float32 that the expert's type leaves at zero.
         base: float32, [1, TILE].
         start: the first element.

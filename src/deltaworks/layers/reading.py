@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from deltaworks.checkpoints.dtypes import DTYPES
 from deltaworks.checkpoints.jit import kernel
-from deltaworks.layers.cells import DEPTH
 from deltaworks.layers.checksum import checksum_of
 from deltaworks.layers.file import SHIFTS, LayeredTensor, LayerFile
 from deltaworks.layers.opened import layers_start, open_block, opened_bytes
@@ -54,6 +53,7 @@ class BlockReader:
         largest = self._ranges[:, :, 1].max(axis=1).tolist()
         self.opened = [opened_bytes(i.file.count(i.tensor, 0), n) for i, n in zip(inputs, largest, strict=True)]
         self._sums = np.stack([p.checksums for p in places])
+        self._checked = np.stack([p.checked for p in places])
         self._ends = np.stack([p.ends for p in places])
 
     def open(self, block: int, which: Sequence[int], raw: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
@@ -79,6 +79,7 @@ class BlockReader:
             np.array(fds),
             ranges,
             self._sums[chosen, block],
+            self._checked[chosen, block],
             self._ends[chosen, block],
             self._depths[chosen, block],
             self._shifts[chosen],
@@ -101,6 +102,7 @@ def _open_rows(
     fds: NDArray[np.int64],
     ranges: NDArray[np.int64],
     sums: NDArray[np.uint64],
+    checked: NDArray[np.int64],
     ends: NDArray[np.int64],
     depths: NDArray[np.int64],
     shifts: NDArray[np.int64],
@@ -117,6 +119,7 @@ def _open_rows(
         fds: int64; of open files.
         ranges: int64, [experts, 2]; from which byte on to read, and how many.
         sums: uint64; checksums of what is there.
+        checked: int64; of how many bytes of it.
         ends: int64, [experts, DEPTH]; see `open_block`.
         depths: int64; likewise.
         shifts: int64; likewise.
@@ -131,9 +134,6 @@ def _open_rows(
         row, nbytes = raw[rows[k]], ranges[k, 1]
         got[k] = _pread(np.int32(fds[k]), np.intp(row.ctypes.data) + place, nbytes, ranges[k, 0])
         sound[k] = False
-        if got[k] == nbytes:
-            # Padding comes after all layers, and is under their checksum.
-            checked = nbytes if depths[k] == DEPTH else ends[k, depths[k] - 1]
-            if checksum_of(row[place : place + checked]) == sums[k]:
-                open_block(row, count, ends[k], depths[k], shifts[k])
-                sound[k] = True
+        if got[k] == nbytes and checksum_of(row[place : place + checked[k]]) == sums[k]:
+            open_block(row, count, ends[k], depths[k], shifts[k])
+            sound[k] = True

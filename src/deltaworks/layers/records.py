@@ -3,13 +3,15 @@
 ::
 
     magic, 8 bytes, and zeros to the end of a page where blocks take whole pages
-    the layers of each block, the first to the last, block after block in any order
+    the layers of each block, the first to the last, block after block in any order; zeros to the end of a page, where
+    blocks take whole pages, come after the drafts and after the last
     the index: one INDEX record a block, in the order of the tensors
     the residuals: one record for every so many blocks of a delta, in the same order
     the contents: JSON
     the end: END, which says where those three stand and what their checksums are
 
-Whoever reads the first so many layers of a block reads one range of the file. Numbers are little-endian; checksums are
+Whoever asks for so many layers of a block reads one range of the file: the drafts from its start on, or what comes after
+them. Numbers are little-endian; checksums are
 those of `deltaworks.layers.checksum`. See ``docs/layers.md`` for what is inside a block.
 
 Imports nothing heavy.
@@ -26,8 +28,8 @@ MAGIC: Final = b"DWLAYERS"
 INDEX: Final = np.dtype(
     [("offset", "<u8"), ("ends", "<u4", DEPTH), ("checksums", "<u8", DEPTH), ("left", "<f4", DEPTH + 1)]
 )
-"""Of each block: its place in the file, where in it each layer ends, the checksum of all up to there, and the squares
-that remain of the delta where so many layers are read, none first."""
+"""Of each block: its place in the file, where each layer would end if there were no zeros between them, the checksum of
+what is read of so many layers, and the squares that remain of the delta then, none first."""
 END: Final = np.dtype(
     [
         ("index", "<u8"),

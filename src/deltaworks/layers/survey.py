@@ -23,6 +23,7 @@ from deltaworks.checkpoints.vector import (
 )
 from deltaworks.layers.arithmetic import cells_of, places_of, scaled
 from deltaworks.layers.cells import EDGES, GROUP, HIGHEST, OCTAVES, RANGES, RAW, STEPS, WAYS
+from deltaworks.layers.trellis import EVEN_FROM
 
 INFINITE = np.uint32(0x7F800000)
 """Bits of the least float32 magnitude that is not finite."""
@@ -42,6 +43,7 @@ def survey(
     n: int,
     start: int,
     squares: NDArray[np.float64],
+    sizes: NDArray[np.float64],
     peaks: NDArray[np.uint32],
     ones: NDArray[np.int64],
 ) -> int:
@@ -53,6 +55,7 @@ def survey(
         n: elements in the tile.
         start: the first's place in the block.
         squares: float64; set to the sum of squares of what is finite in every GROUP.
+        sizes: float64; set to the sum of its magnitudes.
         peaks: uint32; set to the bits of the largest magnitude of every GROUP.
         ones: int64; set to how many elements of the group changed.
 
@@ -61,16 +64,17 @@ def survey(
     """
     changed, magnitude = 0, splat(MAGNITUDE)
     for g in range(0, n, GROUP):
-        energy, peak, own = splat(0.0), splat(_ZERO), 0
+        energy, total, peak, own = splat(0.0), splat(0.0), splat(_ZERO), 0
         for i in range(g, min(g + GROUP, n), LANES):
             vb, vx = load(b, 0, i), load(x, 0, i)
             size = bits(vx - vb) & magnitude
             own += lanes_set(bits(vb) != bits(vx))
             peak = maximum(peak, size)
             wide = widen(select(size < splat(INFINITE), floats(size), splat(np.float32(0.0))))
-            energy = energy + wide * wide
+            energy, total = energy + wide * wide, total + wide
         place = (start + g) // GROUP
         peaks[place], ones[place], squares[place] = largest(peak), own, sum_in_order(energy)
+        sizes[place] = sum_in_order(total)
         changed += own
     return changed
 
@@ -83,34 +87,30 @@ def top_of(highest: np.uint32) -> int:
 
 @kernel
 def write_means(
-    squares: NDArray[np.float64],
-    ones: NDArray[np.int64],
-    sparse: bool,
-    unchanged: int,
-    count: int,
-    out: NDArray[np.uint8],
+    squares: NDArray[np.float64], sizes: NDArray[np.float64], count: int, means: NDArray[np.uint8], even: NDArray[np.uint8]
 ) -> int:
-    """Turn sums of squares into quadratic means of what changed, and write their codes; returns their top.
+    """Turn sums of squares into quadratic means, and write their codes and which groups are even; returns their top.
 
     Args:
         squares: float64; of every group.
-        ones: int64; how many elements of each changed.
-        sparse: whether only those have bits.
-        unchanged: where it is not, the share of the elements that did not change, in 256ths.
+        sizes: float64; sums of magnitudes of every group.
         count: elements in the block.
-        out: uint8, zeros; set to half a byte a group.
+        means: uint8, zeros; set to half a byte a group.
+        even: uint8, zeros; set to a bit a group.
     """
     steps = np.empty(len(squares), np.int64)
     top = _LEAST_TOP
     for g in range(len(steps)):
-        many = max(1, ones[g]) if sparse else min(GROUP, count - g * GROUP) * (1.0 - unchanged / 256.0)
-        steps[g] = _nearest_step(math.sqrt(squares[g] / many)) if many > 0 and squares[g] > 0 else _NO_STEP
+        many = min(GROUP, count - g * GROUP)
+        steps[g] = _nearest_step(math.sqrt(squares[g] / many)) if squares[g] > 0 else _NO_STEP
         top = max(top, steps[g])
+        if sizes[g] ** 2 > EVEN_FROM * many * squares[g]:
+            even[g >> 3] |= 1 << (g & 7)
     top = min(top, _LARGEST_TOP)
     for g in range(len(steps)):
         below = top - steps[g]
         code = max(1, HIGHEST - max(0, below)) if below <= HIGHEST + 1 else 0
-        out[g >> 1] |= code << (4 * (g & 1))
+        means[g >> 1] |= code << (4 * (g & 1))
     return top
 
 

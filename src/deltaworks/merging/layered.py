@@ -150,7 +150,8 @@ def make_menu(
             continue
         tensors.append((index, tensor))
         left[:, e, 1:] = records["left"][:, 1:]
-        known = np.concatenate([ends[:, :-1] < ends[:, 1:], np.ones((len(ends), 1), bool)], axis=1)
+        deeper = np.minimum.accumulate(ends[:, :0:-1], axis=1)[:, ::-1]
+        known = np.concatenate([ends[:, :-1] < deeper, np.ones((len(ends), 1), bool)], axis=1)
         cost[:, e, 1:] = np.where(known, ends, UNKNOWN)
         cost[whole[:, e] == 0, e, 1:] = UNKNOWN
         cost[whole[:, e] == 0, e, DEPTH] = 0

@@ -1,0 +1,182 @@
+"""The trellis code of drafts: a bit an element, each of which counts for four elements, inside compiled kernels.
+
+What an element is told to be hangs on its own bit and on those of the three elements before it that stand in the same
+lane of a vector: four bits name one of sixteen values. An encoder that looks for the best path through all of them
+(Viterbi, IEEE Transactions on Information Theory 1967) leaves 0.31 of the squares of a normal delta, where a sign and
+one size leave 0.36 (Max, IRE Transactions on Information Theory 1960), and a second bit that codes what the first
+leaves, 0.10. Nothing is decoded in turn: every value is looked up by itself. Source: trellis-coded quantisation (Marcellin
+and Fischer, IEEE Transactions on Communications 1990) with a shift register for a trellis (Tseng et al., "QTIP", NeurIPS
+2024, section 3).
+
+A tile has one path a lane, which begins with zeros; the bits of GROUP elements are sixteen bytes, one a lane, the first
+element's bit the lowest.
+"""
+
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltaworks.checkpoints.codec import TILE
+from deltaworks.checkpoints.jit import inlined, kernel
+from deltaworks.checkpoints.vector import (
+    LANES,
+    bits,
+    from_bytes,
+    load,
+    lookup,
+    lower_bytes,
+    select,
+    splat,
+    store,
+    upper_bytes,
+)
+from deltaworks.layers.bitstream import put, whole_bits
+from deltaworks.layers.cells import GROUP
+
+CODES: Final = np.array(
+    [
+        [1.018, -0.455, 0.434, -1.070, 0.028, -1.628, -0.734, 0.842]
+        + [-0.641, 0.825, -0.856, 0.539, 1.748, 0.055, 0.706, -0.721],
+        [-0.930] * 8 + [0.930] * 8,
+        [0.742, -0.289, -0.633, 0.190, -0.290, 0.495, 0.546, -0.273]
+        + [-0.374, 0.332, 0.189, -0.971, 0.317, -0.455, -0.182, 0.687],
+        [-0.512, -0.044, -0.084, 0.472, 0.147, -0.394, -0.454, 0.124]
+        + [0.075, 0.524, 0.480, -0.141, -0.312, 0.249, 0.154, -0.318],
+    ],
+    np.float32,
+)
+"""What four bits, the element's own the highest, tell of an element whose group has a quadratic mean of one, by the first
+layer in groups that are normally distributed and in even ones, and what the second adds to that: float32, [4, 16]. See
+``benchmarks/make_trellis.py``."""
+
+EVEN_FROM: Final = 0.74
+"""A group is even whose mean magnitude, squared, is so much of its mean square; it is 0.64 where all is normal."""
+
+LENGTHS: Final = (np.float32(1.22), np.float32(1.07))
+"""By how much drafts of one layer and of two are longer than what is nearest to the delta. Models depend on how far a
+draft goes along the delta more than on what it leaves across."""
+
+STATES: Final = 8
+_STEPS = GROUP // LANES
+_ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
+_FAR = np.float32(1e30)
+
+
+@kernel
+def find_path(
+    values: NDArray[np.float32],
+    groups: int,
+    codes: NDArray[np.float32],
+    even: NDArray[np.uint8],
+    first: int,
+    out: NDArray[np.uint8],
+    place: int,
+    steps: NDArray[np.uint16],
+) -> None:
+    """Write the bits of the path that is nearest to the values of a tile, and take what they tell from these.
+
+    Args:
+        values: float32, [1, TILE]; relative to the quadratic means of their groups. What is left of them is set.
+        groups: how many there are.
+        codes: float32, [2, 16]; the rows of CODES of this layer.
+        even: uint8; a bit for each group of the block, that of the tile's first is `first`.
+        first: see there.
+        out: uint8, zeros from `place` on; the bits are set.
+        place: of their first byte.
+        steps: uint16, [TILE]; scratch.
+    """
+    table = steps.reshape((1, len(steps)))
+    far, zero, one = splat(_FAR), splat(np.uint32(0)), splat(np.uint32(1))
+    a, b, c, d, e, f, g, h = splat(np.float32(0.0)), far, far, far, far, far, far, far
+    for group in range(groups):
+        row = codes[_is_even(even, first + group)]
+        for i in range(group * GROUP, (group + 1) * GROUP, LANES):
+            v = load(values, 0, i)
+            na, da = _nearer(a, b, v, row, 0)
+            nb, db = _nearer(c, d, v, row, 1)
+            nc, dc = _nearer(e, f, v, row, 2)
+            nd, dd = _nearer(g, h, v, row, 3)
+            ne, de = _nearer(a, b, v, row, 4)
+            nf, df = _nearer(c, d, v, row, 5)
+            ng, dg = _nearer(e, f, v, row, 6)
+            nh, dh = _nearer(g, h, v, row, 7)
+            a, b, c, d, e, f, g, h = na, nb, nc, nd, ne, nf, ng, nh
+            store(steps, i, (da | db) | (dc | dd) | ((de | df) | (dg | dh)))
+    best, state = a, zero
+    best, state = _least(best, state, b, 1)
+    best, state = _least(best, state, c, 2)
+    best, state = _least(best, state, d, 3)
+    best, state = _least(best, state, e, 4)
+    best, state = _least(best, state, f, 5)
+    best, state = _least(best, state, g, 6)
+    best, state = _least(best, state, h, 7)
+    for group in range(groups - 1, -1, -1):
+        row = codes[_is_even(even, first + group) : _is_even(even, first + group) + 1]
+        told, word = load(row, 0, 0), zero
+        for step in range(_STEPS - 1, -1, -1):
+            i = group * GROUP + step * LANES
+            taken = (bits(load(table, 0, i)) >> splat(np.uint32(16))) >> state
+            word = word | ((state >> splat(np.uint32(2))) << splat(np.uint32(step)))
+            window = (state << one) | (taken & one)
+            store(values[0], i, load(values, 0, i) - lookup(told, window))
+            state = window & splat(np.uint32(STATES - 1))
+        at = 8 * (place + group * LANES)
+        put(out, at, lower_bytes(word), _ALL)
+        put(out, at + 64, upper_bytes(word), _ALL)
+
+
+@inlined
+def _is_even(even: NDArray[np.uint8], group: int) -> int:
+    return int(even[group >> 3]) >> (group & 7) & 1
+
+
+@inlined
+def _nearer(x: Any, y: Any, value: Any, row: NDArray[np.float32], state: int) -> Any:
+    """How far the better way to a state is, from the two before it, and in the state's bit which of them it is."""
+    first, second = value - splat(row[2 * state]), value - splat(row[2 * state + 1])
+    x, y = x + first * first, y + second * second
+    taken = y < x
+    return select(taken, y, x), select(taken, splat(np.uint32(1 << state)), splat(np.uint32(0)))
+
+
+@inlined
+def _least(best: Any, state: Any, distance: Any, number: int) -> Any:
+    nearer = distance < best
+    return select(nearer, distance, best), select(nearer, splat(np.uint32(number)), state)
+
+
+@inlined
+def path_at(row: NDArray[np.uint8], byte: int, group: int) -> Any:
+    """The bits of a group of a tile whose own begin at a byte, and those of the group before: U32 for `window_of`."""
+    at = 8 * (byte + group * LANES)
+    word = from_bytes(whole_bits(row, at), whole_bits(row, at + 64)) << splat(np.uint32(8))
+    if group > 0:
+        word = word | from_bytes(whole_bits(row, at - 128), whole_bits(row, at - 64))
+    return word
+
+
+@inlined
+def window_of(path: Any, step: int) -> Any:
+    """The four bits, beside others above, that name the values of the vector number `step` of a group."""
+    return path >> splat(np.uint32(5 + step))
+
+
+def told_reference(packed: NDArray[np.uint8], groups: int, even: NDArray[np.bool_], layer: int) -> NDArray[np.float32]:
+    """What the bits of a tile tell, with NumPy: float32, [groups * GROUP], for quadratic means of one.
+
+    Args:
+        packed: uint8, [groups * 16].
+        groups: how many there are.
+        even: which are even.
+        layer: 0 or 1.
+    """
+    own = np.unpackbits(packed.reshape(groups, LANES, 1), axis=2, bitorder="little")
+    path = np.pad(own.transpose(0, 2, 1).reshape(-1, LANES).astype(np.int64), ((3, 0), (0, 0)))
+    window = sum(path[k : len(path) - 3 + k] << k for k in range(4))
+    rows = CODES[2 * layer + np.repeat(even, _STEPS).astype(np.int64)]
+    told: NDArray[np.float32] = np.take_along_axis(rows, np.asarray(window), 1).ravel()
+    return told
+
+
+assert TILE % GROUP == 0
