@@ -20,7 +20,7 @@ from deltaworks.checkpoints.vector import LANES
 from deltaworks.errors import CatalogError
 from deltaworks.layers.bitstream import gather, gather_reference, scatter, scatter_reference
 from deltaworks.layers.cells import CENTRES, DEPTH, DRAFTS, EDGES, GROUP, MEANS, RANGES, SHARES, STEPS, WAYS
-from deltaworks.layers.decode import add_tile, decode_block
+from deltaworks.layers.decode import add_drafts, add_tile, decode_block
 from deltaworks.layers.encode import Residuals, encode_block, most_bytes
 from deltaworks.layers.file import SHIFTS, LayeredTensor, LayerFile, LayerWriter, exact_elements, is_layered
 from deltaworks.layers.opened import layers_start, open_block, opened_bytes
@@ -228,12 +228,34 @@ def test_few_layers_are_added_as_they_would_be_decoded(unchanged: float, count: 
         row = opened(layers, ends, depth, count, SHIFTS[BF16])
         before = rng.normal(size=(1, TILE)).astype(np.float32)
         sums, weight = before.copy(), np.float32(-0.7)
-        assert add_tile(row, b, 0, count, weight, sums) == (depth <= 4)
+        assert add_tile(row, b, 0, count, weight, sums) == (depth in (3, 4))
         delta = told(layers, ends, depth, b[0, :count], SHIFTS[BF16]) - b[0, :count]
-        expected = before[0, :count] + delta * weight if depth <= 4 else before[0, :count]
-        # Drafts are not rounded to what the base and they add up to.
-        bound = np.spacing(np.abs(b).max() + np.abs(before).max()) * 2 if depth <= DRAFTS else 0.0
-        np.testing.assert_allclose(sums[0, :count], expected, rtol=0, atol=bound)
+        expected = before[0, :count] + delta * weight if depth in (3, 4) else before[0, :count]
+        np.testing.assert_array_equal(sums[0, :count], expected)
+
+
+@pytest.mark.parametrize("count", [TILE, TILE - 1, 1000, 130, 1])
+def test_drafts_of_several_experts_are_added_at_once(count: int) -> None:
+    rng = np.random.default_rng(4)
+    b = np.zeros((1, TILE), np.float32)
+    b[0, :count] = rng.normal(0, 0.02, count)
+    expected = before = rng.normal(size=(1, TILE)).astype(np.float32)
+    rows, weights = np.full((5, opened_bytes(count, 4096)), 0x33, np.uint8), np.array([0.3, -1.7, 1.0], np.float32)
+    which = np.array([4, 0, 2])
+    for k, depth in enumerate((1, 2, 2)):
+        delta = rng.normal(0, 0.01, count) * (rng.random(count) < 0.8)
+        delta[200:400] = np.copysign(0.01, delta[200:400])
+        expert = (b[0, :count] + delta).astype(np.float32)
+        own = np.ascontiguousarray(b[0, :count])
+        layers, ends, *_ = layers_of(own.view(np.uint8), F32, expert.view(np.uint8), F32, count)
+        row = opened(layers, ends, depth, count, 0)
+        rows[which[k], : len(row)] = row
+        got = told(layers, ends, depth, own, 0) - own
+        expected = expected + weights[k] * np.pad(got, (0, TILE - count))
+    sums = before.copy()
+    add_drafts(rows, which, weights, 3, 0, count, sums)
+    # They are not rounded to what the base and they add up to.
+    np.testing.assert_allclose(sums[0, :count], expected[0, :count], rtol=0, atol=2e-6)
 
 
 def test_what_each_depth_leaves() -> None:

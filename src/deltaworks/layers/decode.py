@@ -23,7 +23,7 @@ from deltaworks.checkpoints.vector import (
     splat,
     store,
 )
-from deltaworks.layers.arithmetic import mean_code, means_of, scaled, signed
+from deltaworks.layers.arithmetic import scaled, signed
 from deltaworks.layers.bitstream import count_ones
 from deltaworks.layers.cells import DRAFTS, GROUP, RAW, TOLD, WAYS
 from deltaworks.layers.opened import (
@@ -32,15 +32,18 @@ from deltaworks.layers.opened import (
     add_told,
     changed_of,
     depth_of,
-    draft_of,
+    draft_at,
     factors_of,
+    is_even,
+    mean_at,
     next_bits,
     parts_of,
+    table_of,
     write_base,
     write_told,
 )
 from deltaworks.layers.places import decode_places
-from deltaworks.layers.trellis import CODES, LENGTHS, path_at, window_of
+from deltaworks.layers.trellis import CODES, LENGTHS, path_of, window_of
 
 
 @kernel
@@ -58,7 +61,7 @@ def decode_tile(
     """
     depth = depth_of(row)
     if depth <= DRAFTS:
-        _decode_draft(row, tile, base, count, np.float32(1.0), out)
+        _decode_draft(row, tile, base, count, out)
     elif depth <= 4:
         _decode_cells(row, parts_of(row, tile), base, count, None, base, out)
     else:
@@ -76,7 +79,7 @@ def add_tile(
     weight: np.float32,
     sums: NDArray[np.float32],
 ) -> bool:
-    """Add the delta of a tile that its layers tell, times a weight, to sums, where that takes no more than four layers.
+    """Add the delta of a tile that its layers tell, times a weight, to sums, where that takes 3 or 4 layers.
 
     Args:
         row: as in `decode_tile`, as are the next three.
@@ -89,12 +92,69 @@ def add_tile(
     Returns:
         Whether it was done.
     """
-    depth = depth_of(row)
-    if depth <= DRAFTS:
-        _decode_draft(row, tile, sums, count, weight, sums[0])
-    elif depth <= 4:
+    wanted = DRAFTS < depth_of(row) <= 4
+    if wanted:
         _decode_cells(row, parts_of(row, tile), base, count, weight, sums, sums[0])
-    return depth <= 4
+    return wanted
+
+
+@kernel
+def add_drafts(
+    rows: NDArray[np.uint8],
+    which: NDArray[np.int64],
+    weights: NDArray[np.float32],
+    many: int,
+    tile: int,
+    count: int,
+    sums: NDArray[np.float32],
+) -> None:
+    """Add the deltas that the drafts of several experts tell of a tile, each times a weight, to sums.
+
+    A weight is multiplied into the few values that a draft can tell, so that an element takes a shift, a lookup and a
+    sum, in registers.
+
+    Args:
+        rows: uint8, [rows, bytes]; opened blocks among them.
+        which: int64; rows of blocks of which drafts were asked for.
+        weights: float32; of each.
+        many: how many there are.
+        tile: which.
+        count: elements in the tile.
+        sums: float32, [1, TILE]; what to add to. Anything is added to what is beyond the tile.
+    """
+    width, flat = rows.shape[1], rows.reshape(-1)
+    table, places, units = table_of(flat), np.empty((many, 4), np.int64), np.empty(many, np.float32)
+    for x in range(many):
+        draft = draft_at(table, which[x] * width, tile)
+        places[x, 0], places[x, 1], places[x, 2] = draft.means, draft.even, draft.paths[0]
+        places[x, 3] = 0 if draft.depth == 1 else draft.paths[1]
+        units[x] = draft.unit * (weights[x] * (LENGTHS[0] if draft.depth == 1 else LENGTHS[1]))
+    for g in range(-(-count // GROUP)):
+        i = g * GROUP
+        a, b, c, d = load(sums, 0, i), load(sums, 0, i + 16), load(sums, 0, i + 32), load(sums, 0, i + 48)
+        e, f, h, k = load(sums, 0, i + 64), load(sums, 0, i + 80), load(sums, 0, i + 96), load(sums, 0, i + 112)
+        for x in range(many):
+            scale, kind = splat(mean_at(flat, places[x, 0], g) * units[x]), is_even(flat, places[x, 1], g)
+            path, codes = path_of(flat, places[x, 2], g), load(CODES, kind, 0) * scale
+            a, b = a + lookup(codes, window_of(path, 0)), b + lookup(codes, window_of(path, 1))
+            c, d = c + lookup(codes, window_of(path, 2)), d + lookup(codes, window_of(path, 3))
+            e, f = e + lookup(codes, window_of(path, 4)), f + lookup(codes, window_of(path, 5))
+            h, k = h + lookup(codes, window_of(path, 6)), k + lookup(codes, window_of(path, 7))
+            if places[x, 3] > 0:
+                path, codes = path_of(flat, places[x, 3], g), load(CODES, 2 + kind, 0) * scale
+                a, b = a + lookup(codes, window_of(path, 0)), b + lookup(codes, window_of(path, 1))
+                c, d = c + lookup(codes, window_of(path, 2)), d + lookup(codes, window_of(path, 3))
+                e, f = e + lookup(codes, window_of(path, 4)), f + lookup(codes, window_of(path, 5))
+                h, k = h + lookup(codes, window_of(path, 6)), k + lookup(codes, window_of(path, 7))
+        own = sums[0]
+        store(own, i, a)
+        store(own, i + 16, b)
+        store(own, i + 32, c)
+        store(own, i + 48, d)
+        store(own, i + 64, e)
+        store(own, i + 80, f)
+        store(own, i + 96, h)
+        store(own, i + 112, k)
 
 
 @inlined
@@ -117,34 +177,23 @@ def _put(
 
 @kernel
 def _decode_draft(
-    row: NDArray[np.uint8],
-    tile: int,
-    before: NDArray[np.float32],
-    count: int,
-    weight: np.float32,
-    out: NDArray[np.float32],
+    row: NDArray[np.uint8], tile: int, base: NDArray[np.float32], count: int, out: NDArray[np.float32]
 ) -> None:
-    """Add the delta that a draft tells of a tile, times a weight, to the elements of `before`, and write that to `out`.
-
-    The weight is multiplied into the few values that a draft can tell, so that each element takes a lookup and a sum.
-    """
-    draft = draft_of(row, tile)
-    means = means_of(draft.top) * splat(weight * (LENGTHS[0] if draft.depth == 1 else LENGTHS[1]))
+    """A tile of which drafts were asked for; see `decode_tile`."""
+    draft = draft_at(table_of(row), 0, tile)
+    length = LENGTHS[0] if draft.depth == 1 else LENGTHS[1]
     for g in range(-(-count // GROUP)):
-        scale = lookup(means, splat(mean_code(row, draft.means, g)))
-        kind = int(row[draft.even + (g >> 3)]) >> (g & 7) & 1
-        first, path = load(CODES, kind, 0) * scale, path_at(row, draft.paths[0], g)
-        start = g * GROUP
-        if draft.depth == 1:
-            for step in range(min(GROUP, count - start + LANES - 1) // LANES):
-                i = start + step * LANES
-                store(out, i, load(before, 0, i) + lookup(first, window_of(path, step)))
-        else:
-            second, finer = load(CODES, 2 + kind, 0) * scale, path_at(row, draft.paths[1], g)
-            for step in range(min(GROUP, count - start + LANES - 1) // LANES):
-                i = start + step * LANES
-                told = lookup(first, window_of(path, step)) + lookup(second, window_of(finer, step))
-                store(out, i, load(before, 0, i) + told)
+        scale, kind = splat(mean_at(row, draft.means, g) * (draft.unit * length)), is_even(row, draft.even, g)
+        codes, path = load(CODES, kind, 0) * scale, path_of(row, draft.paths[0], g)
+        # Whole groups: there is room for them, and what is beyond the tile counts for nothing.
+        for step in range(GROUP // LANES):
+            i = g * GROUP + step * LANES
+            store(out, i, load(base, 0, i) + lookup(codes, window_of(path, step)))
+        if draft.depth == 2:
+            codes, path = load(CODES, 2 + kind, 0) * scale, path_of(row, draft.paths[1], g)
+            for step in range(GROUP // LANES):
+                i = g * GROUP + step * LANES
+                store(out, i, load(out.reshape((1, len(out))), 0, i) + lookup(codes, window_of(path, step)))
 
 
 @kernel

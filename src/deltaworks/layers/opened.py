@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.jit import inlined, kernel
-from deltaworks.checkpoints.vector import LANES, load, select, splat, store, unpacked
+from deltaworks.checkpoints.vector import LANES, load, power_of_two, select, splat, store, unpacked
 from deltaworks.layers.arithmetic import factors_above
 from deltaworks.layers.bitstream import SLACK, lanes_below, take_word, whole_bits
-from deltaworks.layers.cells import DRAFTS, GROUP, WAYS
+from deltaworks.layers.cells import DRAFTS, FRACTIONS, GROUP, MEANS, STEPS, WAYS
 
 IS_SPARSE: Final = 1
 """Flag of a block in which exact layers tell which elements changed at all."""
@@ -109,9 +109,21 @@ def open_block(row: NDArray[np.uint8], count: int, ends: NDArray[np.int64], dept
 
 
 @inlined
+def table_of(flat: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """An opened block, or several one after the other, as int32."""
+    return flat[: len(flat) // 4 * 4].view(np.int32)
+
+
+@inlined
 def depth_of(row: NDArray[np.uint8]) -> int:
     """How many layers were asked for of an opened block."""
     return int(row[:8].view(np.int32)[_DEPTH])
+
+
+@inlined
+def is_draft(row: NDArray[np.uint8]) -> bool:
+    """Whether drafts were asked for of an opened block."""
+    return depth_of(row) <= DRAFTS
 
 
 class Draft(NamedTuple):
@@ -119,31 +131,47 @@ class Draft(NamedTuple):
 
     Attributes:
         depth: how many layers there are.
-        top: the exponent of the largest mean, in steps of an octave.
+        unit: the largest mean.
         means: half a byte for every GROUP elements.
         even: a bit for every GROUP elements, eight of which begin with a byte.
         paths: of both layers; see `trellis`.
     """
 
     depth: int
-    top: int
+    unit: np.float32
     means: int
     even: int
     paths: tuple[int, int]
 
 
 @inlined
-def draft_of(row: NDArray[np.uint8], tile: int) -> Draft:
-    """The parts of a tile of an opened block of which drafts were asked for."""
-    table = row[: len(row) // 4 * 4].view(np.int32)
-    groups = TILE // GROUP
+def draft_at(table: NDArray[np.int32], start: int, tile: int) -> Draft:
+    """The parts of a tile of an opened block of which drafts were asked for, and which begins at a byte of `table`."""
+    at, groups = start >> 2, TILE // GROUP
+    top = np.int64(table[at + _TOP])
     return Draft(
-        int(table[_DEPTH]),
-        int(table[_TOP]),
-        int(table[_MEANS]) + tile * (groups // 2),
-        int(table[_EVEN]) + tile * (groups // 8),
-        (int(table[_PATHS]) + tile * groups * LANES, int(table[_PATHS + 1]) + tile * groups * LANES),
+        np.int64(table[at + _DEPTH]),
+        np.float32(power_of_two(top // STEPS) * FRACTIONS[top % STEPS]),
+        start + np.int64(table[at + _MEANS]) + tile * (groups // 2),
+        start + np.int64(table[at + _EVEN]) + tile * (groups // 8),
+        (
+            start + np.int64(table[at + _PATHS]) + tile * groups * LANES,
+            start + np.int64(table[at + _PATHS + 1]) + tile * groups * LANES,
+        ),
     )
+
+
+@inlined
+def mean_at(flat: NDArray[np.uint8], means: int, group: int) -> np.float32:
+    """The mean of a group of a tile whose means begin at a byte, relative to the block's largest."""
+    pair = whole_bits(flat, 8 * (means + (group >> 1)))
+    return MEANS[pair >> np.uint64(4 * (group & 1)) & np.uint64(15)]  # type: ignore[no-any-return]
+
+
+@inlined
+def is_even(flat: NDArray[np.uint8], even: int, group: int) -> int:
+    """Whether a group of a tile is even, as a number."""
+    return np.int64(whole_bits(flat, 8 * even) >> np.uint64(group) & np.uint64(1))
 
 
 class Parts(NamedTuple):
@@ -175,7 +203,7 @@ class Parts(NamedTuple):
 @inlined
 def parts_of(row: NDArray[np.uint8], tile: int) -> Parts:
     """The parts of a tile of an opened block of which exact layers were asked for."""
-    table = row[: len(row) // 4 * 4].view(np.int32)
+    table = table_of(row)
     depth, tiles = int(table[_DEPTH]), int(table[_TILES])
     active, at = int(table[_TABLES + tile]), _TABLES + tiles + tile
     return Parts(

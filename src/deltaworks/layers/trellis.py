@@ -90,7 +90,7 @@ def find_path(
     far, zero, one = splat(_FAR), splat(np.uint32(0)), splat(np.uint32(1))
     a, b, c, d, e, f, g, h = splat(np.float32(0.0)), far, far, far, far, far, far, far
     for group in range(groups):
-        row = codes[_is_even(even, first + group)]
+        row = codes[_kind(even, first + group)]
         for i in range(group * GROUP, (group + 1) * GROUP, LANES):
             v = load(values, 0, i)
             na, da = _nearer(a, b, v, row, 0)
@@ -112,7 +112,7 @@ def find_path(
     best, state = _least(best, state, g, 6)
     best, state = _least(best, state, h, 7)
     for group in range(groups - 1, -1, -1):
-        row = codes[_is_even(even, first + group) : _is_even(even, first + group) + 1]
+        row = codes[_kind(even, first + group) : _kind(even, first + group) + 1]
         told, word = load(row, 0, 0), zero
         for step in range(_STEPS - 1, -1, -1):
             i = group * GROUP + step * LANES
@@ -127,7 +127,7 @@ def find_path(
 
 
 @inlined
-def _is_even(even: NDArray[np.uint8], group: int) -> int:
+def _kind(even: NDArray[np.uint8], group: int) -> int:
     return int(even[group >> 3]) >> (group & 7) & 1
 
 
@@ -147,13 +147,13 @@ def _least(best: Any, state: Any, distance: Any, number: int) -> Any:
 
 
 @inlined
-def path_at(row: NDArray[np.uint8], byte: int, group: int) -> Any:
-    """The bits of a group of a tile whose own begin at a byte, and those of the group before: U32 for `window_of`."""
+def path_of(row: NDArray[np.uint8], byte: int, group: int) -> Any:
+    """The bits of a group of a tile whose own begin at a byte, above those of the group before: U32 for `window_of`."""
     at = 8 * (byte + group * LANES)
-    word = from_bytes(whole_bits(row, at), whole_bits(row, at + 64)) << splat(np.uint32(8))
-    if group > 0:
-        word = word | from_bytes(whole_bits(row, at - 128), whole_bits(row, at - 64))
-    return word
+    # Before the first group there are zeros, where other bytes stand.
+    kept = _ALL if group > 0 else np.uint64(0)
+    before = from_bytes(whole_bits(row, at - 128) & kept, whole_bits(row, at - 64) & kept)
+    return from_bytes(whole_bits(row, at), whole_bits(row, at + 64)) << splat(np.uint32(8)) | before
 
 
 @inlined

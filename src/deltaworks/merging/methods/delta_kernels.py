@@ -27,7 +27,8 @@ from deltaworks.checkpoints.vector import (
     unpacked,
     widen,
 )
-from deltaworks.layers.decode import add_tile
+from deltaworks.layers.decode import add_drafts, add_tile
+from deltaworks.layers.opened import is_draft
 from deltaworks.merging.methods.delta_tiles import (
     Thinning,
     Tile,
@@ -42,6 +43,8 @@ from deltaworks.merging.methods.delta_tiles import (
 from deltaworks.merging.methods.operation import LAYERED, Inputs, find_rows, stage, stage_stand_in
 
 _BF16 = BF16.code
+_DONE = -1
+"""Stands for the row of an expert that is added already."""
 
 
 @kernel
@@ -305,9 +308,25 @@ def _add_tile(
     for i in range(0, n, LANES):
         store(out, i, zero)
     added = scratch[total : total + 1]
+    # Nothing is lost on `top`: where the base is not finite, neither is the sum.
+    drafts = 0
     for a in range(found):
         k, row = tile.experts[a], tile.rows[a + 1]
-        # Nothing is lost on `top`: where the base is not finite, neither is the sum.
+        if (
+            over_base
+            and inputs.codes[row] >= LAYERED
+            and not thinning.at_random
+            and scales[k] == ONE
+            and is_draft(inputs.rows[row])
+        ):
+            # They come first. Whatever takes the place of the tile's first parts is through with them.
+            tile.places[drafts], tile.weights[drafts], tile.rows[a + 1] = row, weights[k], _DONE
+            drafts += 1
+    add_drafts(inputs.rows, tile.places, tile.weights, drafts, start // TILE, n, added)
+    for a in range(found):
+        k, row = tile.experts[a], tile.rows[a + 1]
+        if row == _DONE:
+            continue
         if (
             over_base
             and inputs.codes[row] >= LAYERED

@@ -53,6 +53,7 @@ class Tile(NamedTuple):
         ceilings: uint32, [experts]; likewise.
         equals: int64, [experts]; how many magnitudes of each that equal its threshold stay.
         densities: uint32, [experts]; see `round_density`.
+        weights: float32, [experts]; room for those of the experts that are added together.
     """
 
     rows: NDArray[np.int64]
@@ -62,6 +63,7 @@ class Tile(NamedTuple):
     ceilings: NDArray[np.uint32]
     equals: NDArray[np.int64]
     densities: NDArray[np.uint32]
+    weights: NDArray[np.float32]
 
 
 @kernel
@@ -69,7 +71,8 @@ def make_tile(experts: int) -> Tile:
     """One that is not filled in."""
     places = np.empty((4, experts + 1), np.int64)
     limits = np.empty((3, experts), np.uint32)
-    return Tile(places[0], places[1], places[2], limits[0], limits[1], places[3], limits[2])
+    weights = np.empty(experts, np.float32)
+    return Tile(places[0], places[1], places[2], limits[0], limits[1], places[3], limits[2], weights)
 
 
 @kernel
