@@ -57,13 +57,18 @@ def register_experts(catalog: Path, family: Path, experts: int) -> list[str]:
     return names
 
 
-def measured(command: list[str], out: Path | None = None) -> dict[str, Any]:
-    """Run a command: seconds of wall and processor, peak memory, and what it read from and wrote to devices."""
+def measured(command: list[str], out: Path | None = None, folder: Path | None = None) -> dict[str, Any]:
+    """Run a command: seconds of wall and processor, peak memory, and what it read from and wrote to devices.
+
+    What it prints goes to `out`; it runs in `folder`, or here.
+    """
     # Without it, a program may have to compile its own modules in every run.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     launcher = [sys.executable, "-S", "-c", LAUNCHER, *command]
     with (out or Path(os.devnull)).open("w") as stream:
-        done = subprocess.run(launcher, stdout=stream, stderr=subprocess.PIPE, env=environment, text=True, check=False)
+        done = subprocess.run(
+            launcher, stdout=stream, stderr=subprocess.PIPE, env=environment, cwd=folder, text=True, check=False
+        )
     if done.returncode:
         raise SystemExit(f"{' '.join(command)[:200]} failed with {done.returncode}:\n{done.stderr[-2000:]}")
     result: dict[str, Any] = json.loads(done.stderr[done.stderr.rindex("{") :])

@@ -4,11 +4,16 @@
     make bench                                                    # everything, into .bench
     python benchmarks/speed.py .bench [--mergekit .venv-peers/bin/python] [--only ties-8-warm ...] [--rounds 5]
     python benchmarks/speed.py .bench --render                    # write the docs from what was measured
+    python benchmarks/speed.py .bench --only ties-8-cold --reference CHECKOUT --reference-command "..."
 
 Runs are interleaved: each round runs every case once, and in each case every program and the bare reading and writing
 of the same bytes, one after the other; runs of mergekit that take longer than two minutes are not repeated.
 Medians over the rounds are reported, and how many runs they are of. What was measured is kept after every run
 (benchmarks/results/speed.json), so an interrupted benchmark goes on where it was.
+
+The reference code of the MergePipe paper runs beside them where a checkout of it is given. How its command is called
+changes with its version, so that is given too: words in braces stand for {base} and {experts} (folders), {method},
+{budget} (bytes, all of the experts' where a case has none) and {out}; it runs in the checkout.
 
 A cold run begins with none of the models' files in the page cache, a warm one with all of them; the programs' own files
 are warm. Read and written bytes are those of the device, as the kernel accounts them to the process (/proc/PID/io).
@@ -23,6 +28,7 @@ import mmap
 import multiprocessing
 import os
 import platform
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -45,6 +51,7 @@ from deltaworks.checkpoints.cached import PAGE, cached_bytes
 from deltaworks.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from deltaworks.checkpoints.codec import decode_reference
 from deltaworks.checkpoints.reader import ByteCounter, RangeReader
+from deltaworks.merging.budget import parse_budget
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
@@ -110,11 +117,30 @@ CASES = (
 )
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A checkout of the reference MergePipe code, and how it is called there."""
+
+    checkout: Path
+    command: str
+
+    def words(self, case: Case, family: Path, out: Path) -> list[str]:
+        """The command for a case."""
+        experts = [family / f"expert_{i:02d}" for i in range(case.experts)]
+        whole = sum(p.stat().st_size for e in experts for p in e.glob("*.safetensors"))
+        limit = parse_budget(case.budget or "100%").of(whole)
+        known = {"base": family / "base", "method": case.method, "budget": limit, "out": out}
+        words: list[str] = []
+        for word in shlex.split(self.command):
+            words += map(str, experts) if word == "{experts}" else [word.format(**known)]
+        return words
+
+
 class Bench:
     """A folder with the family, a catalog that knows it, recipes and outputs."""
 
-    def __init__(self, folder: Path, mergekit: Path | None) -> None:
-        self.folder, self.mergekit = folder.resolve(), mergekit
+    def __init__(self, folder: Path, mergekit: Path | None, reference: Reference | None) -> None:
+        self.folder, self.mergekit, self.reference = folder.resolve(), mergekit, reference
         self.family = self.folder / "family"
         self.catalog = self.folder / "catalog"
         self.command = [str(Path(sys.executable).with_name("deltaworks"))]
@@ -184,6 +210,11 @@ class Bench:
     def theirs(self, case: Case, out: Path) -> dict[str, Any]:
         """One run of mergekit."""
         return measured([str(self.mergekit), "-c", MERGEKIT, str(self.recipe(case)), str(out)])
+
+    def references(self, case: Case, out: Path) -> dict[str, Any]:
+        """One run of the reference MergePipe code."""
+        assert self.reference is not None
+        return measured(self.reference.words(case, self.family, out), folder=self.reference.checkout)
 
 
 def _in_memory(path: Path) -> int:
@@ -296,6 +327,11 @@ def run(bench: Bench, cases: list[Case], rounds: int, known: dict[str, Any]) -> 
                 # In a process of its own: children are charged with what their parent held when they began.
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                     agreement[case.name] = pool.submit(distance, out, other, bench.family / "base").result()
+        reference = own.setdefault("reference", []) if bench.reference and case.peer else None
+        if reference is not None and len(reference) <= number and not _is_long_enough(reference):
+            bench.temper(case)
+            shutil.rmtree(other, ignore_errors=True)
+            reference.append(bench.references(case, other))
         RESULTS.write_text(json.dumps(known, indent=1) + "\n")
         ours, theirs = (own[t][-1]["wall_s"] if own[t] else None for t in ("ours", "mergekit"))
         print(f"{number + 1} {case.name}: {ours} s, mergekit {theirs} s, limit {own['limit'][-1]}", flush=True)
@@ -372,7 +408,21 @@ def beside_lines(known: dict[str, Any]) -> list[str]:
             "" if apart is None else "at random" if case.method.startswith(("dare", "della")) else f"{apart:.2%}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
+    return [*lines, "", *reference_lines(known)]
+
+
+def reference_lines(known: dict[str, Any]) -> list[str]:
+    """A row for each case that the reference MergePipe code ran too; nothing where there is none."""
+    lines = []
+    for case in CASES:
+        own = known["runs"].get(case.name, {})
+        if own.get("reference") and own["ours"]:
+            walls = [median(own[t], "wall_s") for t in ("ours", "reference")]
+            read = median(own["reference"], "device_read") / 1e9
+            name = case.name.replace("-", " ")
+            lines.append(f"| {name} | {walls[0]:.2f} s | {walls[1]:.1f} s, {read:.1f} GB | {walls[1] / walls[0]:.1f} |")
+    head = ["| | deltaworks | reference MergePipe, read of devices | times faster |", "|---|---|---|---|"]
+    return [*head, *lines, ""] if lines else []
 
 
 def limit_lines(known: dict[str, Any]) -> list[str]:
@@ -426,12 +476,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", metavar="CASE", help=", ".join(c.name for c in CASES).replace("%", "%%"))
     parser.add_argument("--render", action="store_true", help="measure nothing")
+    parser.add_argument("--reference", type=Path, metavar="CHECKOUT", help="of the reference MergePipe code")
+    parser.add_argument("--reference-command", metavar="WORDS", help="how it is called; see above")
     args = parser.parse_args()
+    if (args.reference is None) != (args.reference_command is None):
+        parser.error("--reference and --reference-command go together")
     known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     if not args.render:
         known["machine"] = machine()
         args.folder.mkdir(parents=True, exist_ok=True)
-        bench = Bench(args.folder, args.mergekit)
+        reference = Reference(args.reference.resolve(), args.reference_command) if args.reference else None
+        bench = Bench(args.folder, args.mergekit, reference)
         cases = [c for c in CASES if not args.only or c.name in args.only]
         bench.prepare(max(c.experts for c in cases))
         run(bench, list(dict.fromkeys(cases)), args.rounds, known)

@@ -158,9 +158,9 @@ def test_layer_one_tells_the_mean_of_each_even_group(size: float) -> None:
     expert = (rng.choice([-1.0, 1.0], len(base)) * np.repeat(means, GROUP)).astype(np.float32)
     layers, ends, *_ = layers_of(base.view(np.uint8), F32, expert.view(np.uint8), F32, len(base))
     got = told(layers, ends, 1, base, 0).reshape(len(means), GROUP)
-    near = np.abs(got[:11]) / means[:11, None] / (-CODES[1, 0] * LENGTHS[0])
-    assert near.max() < 2 ** (1 / 8) * 1.001
-    assert near.min() > 2 ** (-1 / 8) / 1.001
+    near = np.abs(got[:11]) / means[:11, None] / (np.abs(CODES[1]).mean() * LENGTHS[0])
+    assert near.max() < 2 ** (1 / 8) * 1.03
+    assert near.min() > 2 ** (-1 / 8) / 1.03
     assert (np.sign(got[:11]) == np.sign(expert.reshape(got.shape)[:11])).all()
     assert not got[11:].any()
 
@@ -184,7 +184,7 @@ def test_drafts_tell_what_the_reference_says(count: int, unchanged: float) -> No
         for g in range(0, groups, tile):
             n = min(tile, groups - g)
             packed = layers[first + g * LANES : first + (g + n) * LANES]
-            wanted[g * GROUP : (g + n) * GROUP] += told_reference(packed, n, even[g : g + n], layer)
+            wanted[g * GROUP : (g + n) * GROUP] += told_reference(packed, n, even[g : g + n], CODES[2 * layer :])
         own = wanted * np.repeat(means, GROUP) * LENGTHS[layer]
         np.testing.assert_allclose(told(layers, ends, 1 + layer, b, 0), own[:count], rtol=1e-5, atol=1e-6)
 
@@ -206,7 +206,7 @@ def test_no_path_is_nearer_than_the_one_that_is_found(seed: int, layer: int) -> 
     out = np.zeros(64, np.uint8)
     codes = CODES[2 * layer : 2 * layer + 2]
     find_path(values, 1, codes, even, 0, out, 3, np.empty(TILE, np.uint16))
-    told = told_reference(out[3 : 3 + LANES], 1, even.astype(bool), layer)
+    told = told_reference(out[3 : 3 + LANES], 1, even.astype(bool), codes)
     np.testing.assert_array_equal(values[0, :GROUP], before[0, :GROUP] - told)
     for lane in range(0, LANES, 5):
         own = values[0, lane:GROUP:LANES].astype(np.float64)

@@ -121,9 +121,9 @@ def depth_of(row: NDArray[np.uint8]) -> int:
 
 
 @inlined
-def is_draft(row: NDArray[np.uint8]) -> bool:
-    """Whether drafts were asked for of an opened block."""
-    return depth_of(row) <= DRAFTS
+def is_draft(table: NDArray[np.int32], start: int) -> bool:
+    """Whether drafts were asked for of the opened block that begins at a byte of `table`."""
+    return int(table[start >> 2]) <= DRAFTS
 
 
 class Draft(NamedTuple):
@@ -148,15 +148,15 @@ class Draft(NamedTuple):
 def draft_at(table: NDArray[np.int32], start: int, tile: int) -> Draft:
     """The parts of a tile of an opened block of which drafts were asked for, and which begins at a byte of `table`."""
     at, groups = start >> 2, TILE // GROUP
-    top = np.int64(table[at + _TOP])
+    top = int(table[at + _TOP])
     return Draft(
-        np.int64(table[at + _DEPTH]),
+        int(table[at + _DEPTH]),
         np.float32(power_of_two(top // STEPS) * FRACTIONS[top % STEPS]),
-        start + np.int64(table[at + _MEANS]) + tile * (groups // 2),
-        start + np.int64(table[at + _EVEN]) + tile * (groups // 8),
+        start + int(table[at + _MEANS]) + tile * (groups // 2),
+        start + int(table[at + _EVEN]) + tile * (groups // 8),
         (
-            start + np.int64(table[at + _PATHS]) + tile * groups * LANES,
-            start + np.int64(table[at + _PATHS + 1]) + tile * groups * LANES,
+            start + int(table[at + _PATHS]) + tile * groups * LANES,
+            start + int(table[at + _PATHS + 1]) + tile * groups * LANES,
         ),
     )
 
@@ -171,7 +171,7 @@ def mean_at(flat: NDArray[np.uint8], means: int, group: int) -> np.float32:
 @inlined
 def is_even(flat: NDArray[np.uint8], even: int, group: int) -> int:
     """Whether a group of a tile is even, as a number."""
-    return np.int64(whole_bits(flat, 8 * even) >> np.uint64(group) & np.uint64(1))
+    return int(whole_bits(flat, 8 * even) >> np.uint64(group) & np.uint64(1))
 
 
 class Parts(NamedTuple):

@@ -10,9 +10,9 @@
     the contents: JSON
     the end: END, which says where those three stand and what their checksums are
 
-Whoever asks for so many layers of a block reads one range of the file: the drafts from its start on, or what comes after
-them. Numbers are little-endian; checksums are
-those of `deltaworks.layers.checksum`. See ``docs/layers.md`` for what is inside a block.
+Whoever asks for so many layers of a block reads one range of the file: the drafts from its start on, or what comes
+after them. Numbers are little-endian; checksums are those of `deltaworks.layers.checksum`. See ``docs/layers.md`` for
+what is inside a block.
 
 Imports nothing heavy.
 """

@@ -87,7 +87,11 @@ def top_of(highest: np.uint32) -> int:
 
 @kernel
 def write_means(
-    squares: NDArray[np.float64], sizes: NDArray[np.float64], count: int, means: NDArray[np.uint8], even: NDArray[np.uint8]
+    squares: NDArray[np.float64],
+    sizes: NDArray[np.float64],
+    count: int,
+    means: NDArray[np.uint8],
+    even: NDArray[np.uint8],
 ) -> int:
     """Turn sums of squares into quadratic means, and write their codes and which groups are even; returns their top.
 

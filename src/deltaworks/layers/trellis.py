@@ -4,9 +4,10 @@ What an element is told to be hangs on its own bit and on those of the three ele
 lane of a vector: four bits name one of sixteen values. An encoder that looks for the best path through all of them
 (Viterbi, IEEE Transactions on Information Theory 1967) leaves 0.31 of the squares of a normal delta, where a sign and
 one size leave 0.36 (Max, IRE Transactions on Information Theory 1960), and a second bit that codes what the first
-leaves, 0.10. Nothing is decoded in turn: every value is looked up by itself. Source: trellis-coded quantisation (Marcellin
-and Fischer, IEEE Transactions on Communications 1990) with a shift register for a trellis (Tseng et al., "QTIP", NeurIPS
-2024, section 3).
+leaves, 0.10. Nothing is decoded in turn: every value is looked up by itself.
+
+Source: trellis-coded quantisation (Marcellin and Fischer, IEEE Transactions on Communications 1990), with a shift
+register for a trellis (Tseng et al., "QTIP", NeurIPS 2024, section 3).
 
 A tile has one path a lane, which begins with zeros; the bits of GROUP elements are sixteen bytes, one a lane, the first
 element's bit the lowest.
@@ -34,21 +35,32 @@ from deltaworks.checkpoints.vector import (
 from deltaworks.layers.bitstream import put, whole_bits
 from deltaworks.layers.cells import GROUP
 
+# fmt: off
 CODES: Final = np.array(
     [
-        [1.018, -0.455, 0.434, -1.070, 0.028, -1.628, -0.734, 0.842]
-        + [-0.641, 0.825, -0.856, 0.539, 1.748, 0.055, 0.706, -0.721],
-        [-0.930] * 8 + [0.930] * 8,
-        [0.742, -0.289, -0.633, 0.190, -0.290, 0.495, 0.546, -0.273]
-        + [-0.374, 0.332, 0.189, -0.971, 0.317, -0.455, -0.182, 0.687],
-        [-0.512, -0.044, -0.084, 0.472, 0.147, -0.394, -0.454, 0.124]
-        + [0.075, 0.524, 0.480, -0.141, -0.312, 0.249, 0.154, -0.318],
+        (
+            -0.706, 0.761, 0.407, -1.051, 0.982, -0.533, 1.729, 0.137,
+            0.709, -0.731, -1.213, 0.491, -0.474, 0.891, -0.008, -1.523,
+        ),
+        (
+            0.92, -0.925, -0.936, -0.906, -0.93, -0.938, 0.915, 0.929,
+            -0.941, 0.925, 0.94, 0.937, 0.939, 0.923, -0.927, -0.922,
+        ),
+        (
+            0.639, -0.177, 0.191, -0.849, -0.38, 0.386, 0.386, -0.337,
+            -0.3, 0.855, -0.798, 0.178, 0.357, -0.343, -0.332, 0.476,
+        ),
+        (
+            -0.395, 0.211, -0.138, 0.33, 0.288, -0.19, 0.119, -0.547,
+            0.206, -0.279, 0.576, -0.176, -0.142, 0.494, -0.46, 0.133,
+        ),
     ],
     np.float32,
 )
-"""What four bits, the element's own the highest, tell of an element whose group has a quadratic mean of one, by the first
-layer in groups that are normally distributed and in even ones, and what the second adds to that: float32, [4, 16]. See
-``benchmarks/make_trellis.py``."""
+# fmt: on
+"""What four bits, the element's own the highest, tell of an element whose group has a quadratic mean of one: by the
+first layer in groups that are normally distributed and in even ones, and what the second adds to that. float32,
+[4, 16]; see ``benchmarks/make_trellis.py``."""
 
 EVEN_FROM: Final = 0.74
 """A group is even whose mean magnitude, squared, is so much of its mean square; it is 0.64 where all is normal."""
@@ -162,20 +174,26 @@ def window_of(path: Any, step: int) -> Any:
     return path >> splat(np.uint32(5 + step))
 
 
-def told_reference(packed: NDArray[np.uint8], groups: int, even: NDArray[np.bool_], layer: int) -> NDArray[np.float32]:
+def windows_reference(packed: NDArray[np.uint8], groups: int) -> NDArray[np.int64]:
+    """The four bits, as a number, that name the values of a tile of so many groups, with NumPy: [groups * GROUP]."""
+    own = np.unpackbits(packed.reshape(groups, LANES, 1), axis=2, bitorder="little")
+    path = np.pad(own.transpose(0, 2, 1).reshape(-1, LANES).astype(np.int64), ((3, 0), (0, 0)))
+    windows: NDArray[np.int64] = np.sum([path[k : len(path) - 3 + k] << k for k in range(4)], axis=0).ravel()
+    return windows
+
+
+def told_reference(
+    packed: NDArray[np.uint8], groups: int, even: NDArray[np.bool_], codes: NDArray[np.float32]
+) -> NDArray[np.float32]:
     """What the bits of a tile tell, with NumPy: float32, [groups * GROUP], for quadratic means of one.
 
     Args:
         packed: uint8, [groups * 16].
         groups: how many there are.
         even: which are even.
-        layer: 0 or 1.
+        codes: float32, [2, 16]; the rows of CODES of the layer.
     """
-    own = np.unpackbits(packed.reshape(groups, LANES, 1), axis=2, bitorder="little")
-    path = np.pad(own.transpose(0, 2, 1).reshape(-1, LANES).astype(np.int64), ((3, 0), (0, 0)))
-    window = sum(path[k : len(path) - 3 + k] << k for k in range(4))
-    rows = CODES[2 * layer + np.repeat(even, _STEPS).astype(np.int64)]
-    told: NDArray[np.float32] = np.take_along_axis(rows, np.asarray(window), 1).ravel()
+    told: NDArray[np.float32] = codes[np.repeat(even, GROUP).astype(np.int64), windows_reference(packed, groups)]
     return told
 
 

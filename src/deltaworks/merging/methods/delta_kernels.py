@@ -28,7 +28,7 @@ from deltaworks.checkpoints.vector import (
     widen,
 )
 from deltaworks.layers.decode import add_drafts, add_tile
-from deltaworks.layers.opened import is_draft
+from deltaworks.layers.opened import is_draft, table_of
 from deltaworks.merging.methods.delta_tiles import (
     Thinning,
     Tile,
@@ -309,7 +309,7 @@ def _add_tile(
         store(out, i, zero)
     added = scratch[total : total + 1]
     # Nothing is lost on `top`: where the base is not finite, neither is the sum.
-    drafts = 0
+    drafts, width, table = 0, inputs.rows.shape[1], table_of(inputs.rows.reshape(-1))
     for a in range(found):
         k, row = tile.experts[a], tile.rows[a + 1]
         if (
@@ -317,12 +317,13 @@ def _add_tile(
             and inputs.codes[row] >= LAYERED
             and not thinning.at_random
             and scales[k] == ONE
-            and is_draft(inputs.rows[row])
+            and is_draft(table, row * width)
         ):
             # They come first. Whatever takes the place of the tile's first parts is through with them.
             tile.places[drafts], tile.weights[drafts], tile.rows[a + 1] = row, weights[k], _DONE
             drafts += 1
-    add_drafts(inputs.rows, tile.places, tile.weights, drafts, start // TILE, n, added)
+    if drafts > 0:
+        add_drafts(inputs.rows, tile.places, tile.weights, drafts, start // TILE, n, added)
     for a in range(found):
         k, row = tile.experts[a], tile.rows[a + 1]
         if row == _DONE:
