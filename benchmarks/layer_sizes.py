@@ -28,7 +28,7 @@ from deltaworks.catalog.register import register
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from deltaworks.checkpoints.reader import ByteCounter, RangeReader
-from deltaworks.layers.cells import DEPTH
+from deltaworks.layers.cells import DEPTH, DRAFTS
 from deltaworks.layers.file import LayerFile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,15 +66,17 @@ def measure(family: Path) -> dict[str, Any]:
             file = LayerFile(catalog.layers_file(expert.fingerprint, base.fingerprint), ByteCounter())
             count = expert.checkpoint.count
             left = file.index["left"].astype(np.float64).sum(axis=0)
-            ends = file.index["ends"].astype(np.int64).sum(axis=0)
+            read = file.read_bytes(file.index["ends"].astype(np.int64)).sum(axis=0)
+            on_disk = file.path.stat().st_size - file.residuals.nbytes
             old, new = (open_checkpoint(m.path, ByteCounter()) for m in (base, expert))
             distance = np.concatenate([(places(new, n) - places(old, n)).ravel() for n in new.tensors]).astype(np.int16)
             split = distance.view(np.uint8).reshape(-1, 2).T.copy()
             rows[path.name] = {
                 "parameters": count,
-                "file_bits": 8 * (file.path.stat().st_size - file.residuals.nbytes) / count,
+                "exact_bits": 8 * (on_disk - int(read[DRAFTS - 1])) / count,
+                "disk_bits": 8 * on_disk / count,
                 "sketch_bits": 8 * file.residuals.nbytes / count,
-                "bits": [8 * int(e) / count for e in ends],
+                "bits": [8 * int(n) / count for n in read],
                 "left": [float(np.sqrt(v / left[0])) for v in left[1:]],
                 "entropy": entropy(distance),
                 "zstd": {str(k): 8 * len(_zstd(k).compress(distance, asbytes=True)) / count for k in LEVELS},
@@ -90,17 +92,18 @@ def _zstd(level: int) -> pa.Codec:
 
 def render(known: dict[str, Any]) -> None:
     """Write the tables of docs/layers.md."""
-    columns = "family | expert | layers | entropy | zstd -3 | -19 | bytes split, -3 | -19 | sketches"
-    lines = ["", f"| {columns} |", "|---|" + "---|" * 8]
+    columns = "family | expert | exact layers | entropy | zstd -3 | -19 | bytes split, -3 | -19 | with drafts | sketches"
+    lines = ["", f"| {columns} |", "|---|" + "---|" * 9]
     depths = [f"{d} layer{'s' if d > 1 else ''}" for d in range(1, DEPTH)]
     near = ["", f"| family | expert | {' | '.join(depths)} |", "|---|---|" + "---|" * len(depths)]
     for family, experts in known.items():
         for name, row in experts.items():
             sizes = [
-                row["file_bits"],
+                row["exact_bits"],
                 row["entropy"],
                 *row["zstd"].values(),
                 *row["split_zstd"].values(),
+                row["disk_bits"],
                 row["sketch_bits"],
             ]
             lines.append(

@@ -34,7 +34,7 @@ from deltaworks.checkpoints.dtypes import BF16
 from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES
 
-BLOCK = 1 << 18
+BLOCK = 1 << 20
 PLAN = """
 import json, sys, time
 started = time.monotonic()

@@ -73,4 +73,4 @@ def test_twelve_experts_need_little_more_than_two(tmp_path: Path) -> None:
     many = peak(tmp_path, "ties", 12)
     tensor = 4096 * 4096 * 2
     # Blocks kept between passes take up to 80 MiB, which two experts do not fill.
-    assert many - few < 4 * tensor, "ten more experts hold 336 MB in this one tensor"
+    assert many - few < 3.5 * tensor, "ten more experts hold 336 MB in this one tensor"

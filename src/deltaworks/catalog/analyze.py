@@ -17,7 +17,6 @@ from deltaworks.catalog.layering import LayerBuffers, Layering
 from deltaworks.catalog.models import Model
 from deltaworks.catalog.statistics import (
     BLOCK_FIELDS,
-    DEFAULT_BLOCK_SIZE,
     BlockStatistics,
     StatisticsWriter,
     TensorStatistics,
@@ -39,7 +38,8 @@ from deltaworks.layers.file import LayerIndex
 from deltaworks.progress import Progress, Silent
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 1 << 12, 1 << 22
-_BLOCKS_A_MODEL = 512
+_USUAL_BLOCK = 1 << 20
+_BLOCKS_A_MODEL = 256
 _UNFINISHED = 4
 FAR_FROM_BASE = 1.0
 """Relative norm of a delta from which on an expert is no plausible fine-tune: two unrelated models differ by 1.4."""
@@ -59,12 +59,12 @@ def check_block_size(block_size: int) -> int:
 
 
 def default_block_size(base: Model) -> int:
-    """256 Ki elements; smaller for a model so small that it would have fewer than 512 blocks.
+    """1 Mi elements; fewer for a model so small that it would have less than 256 blocks.
 
     All experts of a base get the same, so that their blocks can be weighed against each other.
     """
     small = base.checkpoint.count // _BLOCKS_A_MODEL
-    return min(DEFAULT_BLOCK_SIZE, max(SMALLEST_BLOCK, 1 << max(0, small).bit_length() - 1 if small else 0))
+    return min(_USUAL_BLOCK, max(SMALLEST_BLOCK, 1 << max(0, small).bit_length() - 1 if small else 0))
 
 
 @dataclass(frozen=True, slots=True)

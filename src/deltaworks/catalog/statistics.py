@@ -46,7 +46,7 @@ from deltaworks.checkpoints.vector import (
 )
 from deltaworks.errors import CatalogError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DEFAULT_BLOCK_SIZE = 1 << 18
 
 BLOCK_FIELDS = ("zeros", "changed", "nonfinite", "delta_square", "base_square", "base_delta")

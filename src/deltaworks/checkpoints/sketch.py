@@ -13,14 +13,14 @@ from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.jit import kernel
 
 BUCKETS = 128
-SAMPLES = 64
+SAMPLES = 128
 _PERIOD = 1 << 13
 
 
 def sample_places(block: int, count: int) -> NDArray[np.int64]:
     """The elements sampled of block number `block` of a tensor, which has `count`: int64, [SAMPLES], ascending.
 
-    One at random from each of 64 equal stretches; in a block of fewer elements some come more than once.
+    One at random from each of as many equal stretches; in a block of fewer elements some come more than once.
     """
     strata = np.arange(SAMPLES, dtype=np.uint64)
     z = np.uint64(_mix(block)) + (strata + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)

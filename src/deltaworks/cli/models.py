@@ -70,7 +70,7 @@ def analyze(
         bool | None,
         typer.Option(
             "--layers/--no-layers",
-            help="Keep each expert as well, as layers over its base: about 45% of its bytes, to the last bit. Merges"
+            help="Keep each expert as well, as layers over its base: about 57% of its bytes, to the last bit. Merges"
             " within a budget then read the layers that matter most.  [default: where they take less than half of the"
             " disk that is left]",
             show_default=False,

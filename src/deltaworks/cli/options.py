@@ -27,7 +27,7 @@ BlockSize = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="Elements handled at once, a power of two from 4096 to 4194304; memory grows with it. [default: 262144]",
+        help="Elements handled at once, a power of two from 4096 to 4194304; memory grows with it. [default: by size]",
         show_default=False,
     ),
 ]

@@ -65,7 +65,7 @@ first layer in groups that are normally distributed and in even ones, and what t
 EVEN_FROM: Final = 0.74
 """A group is even whose mean magnitude, squared, is so much of its mean square; it is 0.64 where all is normal."""
 
-LENGTHS: Final = (np.float32(1.22), np.float32(1.07))
+LENGTHS: Final = (np.float32(1.22), np.float32(1.06))
 """By how much drafts of one layer and of two are longer than what is nearest to the delta. Models depend on how far a
 draft goes along the delta more than on what it leaves across."""
 
