@@ -92,7 +92,7 @@ def _zstd(level: int) -> pa.Codec:
 
 def render(known: dict[str, Any]) -> None:
     """Write the tables of docs/layers.md."""
-    columns = "family | expert | exact layers | entropy | zstd -3 | -19 | bytes split, -3 | -19 | with drafts | sketches"
+    columns = "family | expert | exact layers | entropy | zstd -3 | -19 | split, -3 | -19 | with drafts | sketches"
     lines = ["", f"| {columns} |", "|---|" + "---|" * 9]
     depths = [f"{d} layer{'s' if d > 1 else ''}" for d in range(1, DEPTH)]
     near = ["", f"| family | expert | {' | '.join(depths)} |", "|---|---|" + "---|" * len(depths)]
