@@ -266,14 +266,13 @@ def _write_draft(
     """
     groups, known, nothing = -(-n // GROUP), means_of(top), splat(np.float32(0.0))
     relative[0, n:] = np.float32(0.0)
+    for g in range(groups):
+        mean = lookup(known, splat(mean_code(out, DRAFT_HEAD, first + g)))
+        for i in range(g * GROUP, min((g + 1) * GROUP, n), LANES):
+            delta = load(x, 0, i) - load(b, 0, i)
+            real = ((bits(delta) & splat(MAGNITUDE)) < splat(INFINITE)) & (mean > nothing)
+            store(relative[0], i, select(real, delta / mean, nothing))
     for layer in range(DRAFTS):
-        for g in range(groups):
-            mean = lookup(known, splat(mean_code(out, DRAFT_HEAD, first + g)))
-            for i in range(g * GROUP, min((g + 1) * GROUP, n), LANES):
-                delta = load(x, 0, i) - load(b, 0, i)
-                real = ((bits(delta) & splat(MAGNITUDE)) < splat(INFINITE)) & (mean > nothing)
-                if layer == 0:
-                    store(relative[0], i, select(real, delta / mean, nothing))
         codes, place = CODES[2 * layer : 2 * layer + 2], paths[layer] + first * LANES
         find_path(relative, groups, codes, out[even:], first, out, place, steps)
         for g in range(groups):
