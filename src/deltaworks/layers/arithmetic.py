@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 
 from deltaworks.checkpoints.jit import inlined
 from deltaworks.checkpoints.vector import bits, floats, load, lookup, power_of_two, select, splat
+from deltaworks.layers.bitstream import whole_bits
 from deltaworks.layers.cells import FRACTIONS, MEANS, OCTAVES, SHARES, STEPS, TOLD, WAYS
 
-_MEANS = MEANS.reshape(1, -1)
 _SIGN = np.uint32(0x80000000)
 _ZERO, _ONE, _ALL = np.uint32(0), np.uint32(1), np.uint32(0xFFFFFFFF)
 
@@ -71,16 +71,16 @@ def factors_above(way: int, unchanged: int) -> Any:
 
 
 @inlined
-def means_of(top: int) -> Any:
-    """The mean (F32) that each code stands for in a block whose largest is `top` steps of an octave."""
-    whole = np.float32(power_of_two(np.int64(top // STEPS)))
-    return load(_MEANS, 0, 0) * splat(np.float32(whole * FRACTIONS[top % STEPS]))
+def unit_of(top: int) -> np.float32:
+    """The largest mean of a block, `top` steps of an octave."""
+    return np.float32(power_of_two(top // STEPS) * FRACTIONS[top % STEPS])
 
 
 @inlined
-def mean_code(codes: NDArray[np.uint8], first: int, group: int) -> np.uint32:
-    """The code of the mean of a group; there is half a byte for each, from place `first` of `codes` on."""
-    return np.uint32(np.int64(codes[first + group // 2]) >> (4 * (group & 1)) & 15)
+def mean_at(codes: NDArray[np.uint8], first: int, group: int) -> np.float32:
+    """The mean of a group, relative to the block's largest; there is half a byte for each from byte `first` on."""
+    pair = whole_bits(codes, 8 * (first + (group >> 1)))
+    return MEANS[pair >> np.uint64(4 * (group & 1)) & np.uint64(15)]  # type: ignore[no-any-return]
 
 
 @inlined

@@ -23,7 +23,7 @@ from deltaworks.checkpoints.vector import (
     splat,
     store,
 )
-from deltaworks.layers.arithmetic import scaled, signed
+from deltaworks.layers.arithmetic import mean_at, scaled, signed
 from deltaworks.layers.bitstream import count_ones
 from deltaworks.layers.cells import DRAFTS, GROUP, RAW, TOLD, WAYS
 from deltaworks.layers.opened import (
@@ -35,7 +35,6 @@ from deltaworks.layers.opened import (
     draft_at,
     factors_of,
     is_even,
-    mean_at,
     next_bits,
     parts_of,
     table_of,

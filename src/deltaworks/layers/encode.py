@@ -31,12 +31,12 @@ from deltaworks.layers.arithmetic import (
     centres_above,
     estimate,
     indices,
-    mean_code,
-    means_of,
+    mean_at,
     number_at,
     places_of,
     scaled,
     signed,
+    unit_of,
 )
 from deltaworks.layers.bitstream import SLACK, count_ones, interleaved, lanes_below, put, put_half
 from deltaworks.layers.cells import DEPTH, DRAFTS, EDGES, GROUP, RAW, TOLD
@@ -145,7 +145,7 @@ def encode_block(
     for peak in peaks:
         highest = max(highest, peak if peak < INFINITE else _ZERO)
     top = top_of(highest)
-    _put_top(out, head + 2, top)
+    out[head + 2], out[head + 3] = top & 0xFF, top >> 8 & 0xFF
     ranges = at
     at += groups
     plane = -(-(changed[tiles] if sparse else count) // 8)
@@ -228,12 +228,6 @@ def _load_tiles(
 
 
 @kernel
-def _put_top(out: NDArray[np.uint8], place: int, top: int) -> None:
-    """Write an int16."""
-    out[place], out[place + 1] = top & 0xFF, top >> 8 & 0xFF
-
-
-@kernel
 def _write_draft(
     b: NDArray[np.float32],
     x: NDArray[np.float32],
@@ -264,10 +258,10 @@ def _write_draft(
         left: of drafts; added to.
         residual: of drafts; set.
     """
-    groups, known, nothing = -(-n // GROUP), means_of(top), splat(np.float32(0.0))
+    groups, unit, nothing = -(-n // GROUP), unit_of(top), splat(np.float32(0.0))
     relative[0, n:] = np.float32(0.0)
     for g in range(groups):
-        mean = lookup(known, splat(mean_code(out, DRAFT_HEAD, first + g)))
+        mean = splat(mean_at(out, DRAFT_HEAD, first + g) * unit)
         for i in range(g * GROUP, min((g + 1) * GROUP, n), LANES):
             delta = load(x, 0, i) - load(b, 0, i)
             real = ((bits(delta) & splat(MAGNITUDE)) < splat(INFINITE)) & (mean > nothing)
@@ -276,7 +270,7 @@ def _write_draft(
         codes, place = CODES[2 * layer : 2 * layer + 2], paths[layer] + first * LANES
         find_path(relative, groups, codes, out[even:], first, out, place, steps)
         for g in range(groups):
-            mean = lookup(known, splat(mean_code(out, DRAFT_HEAD, first + g)))
+            mean = splat(mean_at(out, DRAFT_HEAD, first + g) * unit)
             length = splat(LENGTHS[0] if layer == 0 else LENGTHS[1])
             missed = nothing
             for i in range(g * GROUP, min((g + 1) * GROUP, n), LANES):

@@ -84,6 +84,13 @@ def _aligned(nbytes: Any, unit: int) -> Any:
     return -(-nbytes // unit) * unit
 
 
+def _ends_in_part(ends: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of where the layers of a block end ([..., DEPTH]), where they do in the drafts, or in what comes after those."""
+    own = ends.copy()
+    own[..., DRAFTS:] -= ends[..., DRAFTS - 1, None]
+    return own
+
+
 class LayerWriter:
     """Writes a file of layers; nothing stands under its name before `commit`. Threads may share it.
 
@@ -114,6 +121,7 @@ class LayerWriter:
             left: float64, [DEPTH + 1]; squares that so many layers leave of the delta.
         """
         drafts, total, sums = int(ends[DRAFTS - 1]), int(ends[-1]), np.empty(DEPTH, np.uint64)
+        checked = _ends_in_part(ends.astype(np.int64))
         parts = layers[:drafts], layers[drafts:total]
         room = [_aligned(len(p), self._unit) for p in parts]
         with self._lock:
@@ -121,10 +129,9 @@ class LayerWriter:
         own = self._index[record]
         own["offset"], own["ends"], own["left"] = offset, ends, left
         for part, nbytes, which in zip(parts, room, (slice(DRAFTS), slice(DRAFTS, None)), strict=True):
-            checked = ends[which].astype(np.int64) - (0 if which.start is None else drafts)
             # Padding is under the last checksum.
-            checked[-1] = nbytes
-            prefix_checksums(part, checked, sums[which])
+            checked[which][-1] = nbytes
+            prefix_checksums(part, checked[which], sums[which])
             self._write(part.data, offset)
             self._write(bytes(nbytes - len(part)), offset + len(part))
             offset += nbytes
@@ -276,9 +283,7 @@ class LayerIndex:
 
         Whole pages where blocks take them; no drafts where more is asked for.
         """
-        own = ends.copy()
-        own[:, DRAFTS:] -= ends[:, DRAFTS - 1, None]
-        nbytes: NDArray[np.int64] = _aligned(own, alignment(self.block_size))
+        nbytes: NDArray[np.int64] = _aligned(_ends_in_part(ends), alignment(self.block_size))
         return nbytes
 
     def _ends_of(self, tensor: LayeredTensor) -> NDArray[np.int64]:
@@ -356,8 +361,7 @@ class LayerFile(LayerIndex):
         self._offsets = self.index["offset"].astype(np.int64)
         self._ends = self.index["ends"].astype(np.int64)
         self._read_bytes = self.read_bytes(self._ends)
-        self._checked = self._ends.copy()
-        self._checked[:, DRAFTS:] -= self._ends[:, DRAFTS - 1, None]
+        self._checked = _ends_in_part(self._ends)
         for last in (DRAFTS - 1, DEPTH - 1):
             self._checked[:, last] = self._read_bytes[:, last]
         self._checksums = np.ascontiguousarray(self.index["checksums"])

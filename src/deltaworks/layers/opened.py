@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.jit import inlined, kernel
-from deltaworks.checkpoints.vector import LANES, load, power_of_two, select, splat, store, unpacked
-from deltaworks.layers.arithmetic import factors_above
+from deltaworks.checkpoints.vector import LANES, load, select, splat, store, unpacked
+from deltaworks.layers.arithmetic import factors_above, unit_of
 from deltaworks.layers.bitstream import SLACK, lanes_below, take_word, whole_bits
-from deltaworks.layers.cells import DRAFTS, FRACTIONS, GROUP, MEANS, STEPS, WAYS
+from deltaworks.layers.cells import DRAFTS, GROUP, WAYS
 
 IS_SPARSE: Final = 1
 """Flag of a block in which exact layers tell which elements changed at all."""
@@ -148,10 +148,9 @@ class Draft(NamedTuple):
 def draft_at(table: NDArray[np.int32], start: int, tile: int) -> Draft:
     """The parts of a tile of an opened block of which drafts were asked for, and which begins at a byte of `table`."""
     at, groups = start >> 2, TILE // GROUP
-    top = int(table[at + _TOP])
     return Draft(
         int(table[at + _DEPTH]),
-        np.float32(power_of_two(top // STEPS) * FRACTIONS[top % STEPS]),
+        unit_of(int(table[at + _TOP])),
         start + int(table[at + _MEANS]) + tile * (groups // 2),
         start + int(table[at + _EVEN]) + tile * (groups // 8),
         (
@@ -159,13 +158,6 @@ def draft_at(table: NDArray[np.int32], start: int, tile: int) -> Draft:
             start + int(table[at + _PATHS + 1]) + tile * groups * LANES,
         ),
     )
-
-
-@inlined
-def mean_at(flat: NDArray[np.uint8], means: int, group: int) -> np.float32:
-    """The mean of a group of a tile whose means begin at a byte, relative to the block's largest."""
-    pair = whole_bits(flat, 8 * (means + (group >> 1)))
-    return MEANS[pair >> np.uint64(4 * (group & 1)) & np.uint64(15)]  # type: ignore[no-any-return]
 
 
 @inlined

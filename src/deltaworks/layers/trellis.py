@@ -18,7 +18,6 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.jit import inlined, kernel
 from deltaworks.checkpoints.vector import (
     LANES,
@@ -124,8 +123,7 @@ def find_path(
     best, state = _least(best, state, g, 6)
     best, state = _least(best, state, h, 7)
     for group in range(groups - 1, -1, -1):
-        row = codes[_kind(even, first + group) : _kind(even, first + group) + 1]
-        told, word = load(row, 0, 0), zero
+        told, word = load(codes, _kind(even, first + group), 0), zero
         for step in range(_STEPS - 1, -1, -1):
             i = group * GROUP + step * LANES
             taken = (bits(load(table, 0, i)) >> splat(np.uint32(16))) >> state
@@ -195,6 +193,3 @@ def told_reference(
     """
     told: NDArray[np.float32] = codes[np.repeat(even, GROUP).astype(np.int64), windows_reference(packed, groups)]
     return told
-
-
-assert TILE % GROUP == 0

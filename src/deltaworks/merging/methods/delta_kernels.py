@@ -309,16 +309,12 @@ def _add_tile(
         store(out, i, zero)
     added = scratch[total : total + 1]
     # Nothing is lost on `top`: where the base is not finite, neither is the sum.
+    adds_layers = over_base and not thinning.at_random
     drafts, width, table = 0, inputs.rows.shape[1], table_of(inputs.rows.reshape(-1))
     for a in range(found):
         k, row = tile.experts[a], tile.rows[a + 1]
-        if (
-            over_base
-            and inputs.codes[row] >= LAYERED
-            and not thinning.at_random
-            and scales[k] == ONE
-            and is_draft(table, row * width)
-        ):
+        is_told = adds_layers and inputs.codes[row] >= LAYERED and scales[k] == ONE
+        if is_told and is_draft(table, row * width):
             # They come first. Whatever takes the place of the tile's first parts is through with them.
             tile.places[drafts], tile.weights[drafts], tile.rows[a + 1] = row, weights[k], _DONE
             drafts += 1
@@ -328,13 +324,8 @@ def _add_tile(
         k, row = tile.experts[a], tile.rows[a + 1]
         if row == _DONE:
             continue
-        if (
-            over_base
-            and inputs.codes[row] >= LAYERED
-            and not thinning.at_random
-            and scales[k] == ONE
-            and add_tile(inputs.rows[row], below, start // TILE, n, weights[k], added)
-        ):
+        is_told = adds_layers and inputs.codes[row] >= LAYERED and scales[k] == ONE
+        if is_told and add_tile(inputs.rows[row], below, start // TILE, n, weights[k], added):
             continue
         stage(inputs, row, start, n, scratch[1], below)
         factor, weight = splat(scales[k]), splat(weights[k])
