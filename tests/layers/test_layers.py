@@ -253,7 +253,7 @@ def test_drafts_of_several_experts_are_added_at_once(count: int) -> None:
         got = told(layers, ends, depth, own, 0) - own
         expected = expected + weights[k] * np.pad(got, (0, TILE - count))
     sums = before.copy()
-    add_drafts(rows, which, weights, 3, 0, count, sums)
+    add_drafts(rows, which, weights.copy(), 3, 0, count, np.empty((3, 4), np.int64), sums)
     # They are not rounded to what the base and they add up to.
     np.testing.assert_allclose(sums[0, :count], expected[0, :count], rtol=0, atol=2e-6)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaworks.checkpoints.jit import kernel
+from deltaworks.checkpoints.jit import inner
 
 BINS = 1 << 16
 
@@ -185,7 +185,7 @@ def _energy(bins: NDArray[np.uint16]) -> NDArray[np.float64]:
     return np.square(bits.view(np.float32).astype(np.float64))
 
 
-@kernel
+@inner
 def count_magnitudes(delta: NDArray[np.float32], count: int, histogram: NDArray[np.uint32]) -> None:
     """Add the first `count` of `delta` (float32) to `histogram` (uint32, [BINS])."""
     bits = delta.view(np.uint32)
@@ -195,7 +195,7 @@ def count_magnitudes(delta: NDArray[np.float32], count: int, histogram: NDArray[
         histogram[((magnitude >> np.uint32(16)) << np.uint32(1)) | odd] += np.uint32(1)
 
 
-@kernel
+@inner
 def drain(histogram: NDArray[np.uint32], bins: NDArray[np.uint16], counts: NDArray[np.int64]) -> int:
     """Empty `histogram` (uint32, [BINS]) into `bins` and `counts` (uint16 and int64, [BINS]); returns how many."""
     found = 0

@@ -30,7 +30,7 @@ from deltaworks.catalog.histogram import (
     surviving_energy,
 )
 from deltaworks.checkpoints.codec import TILE, decode
-from deltaworks.checkpoints.jit import kernel
+from deltaworks.checkpoints.jit import inner
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES, add_to_sketch, sketch_reference
 from deltaworks.checkpoints.vector import (
     LANES,
@@ -81,7 +81,7 @@ SCHEMA = pa.schema(
 )
 
 
-@kernel
+@inner
 def measure_block(
     base: NDArray[np.uint8],
     base_code: int,
@@ -135,7 +135,7 @@ def measure_block(
         add_to_sketch(d, n, (first + start) // TILE, table, sketch)
 
 
-@kernel
+@inner
 def add_differences(tile: NDArray[np.float32], count: int, out: NDArray[np.float64]) -> None:
     """Add to `out` what the first `count` elements of a tile make of its numbers.
 

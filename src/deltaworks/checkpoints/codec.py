@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
-from deltaworks.checkpoints.jit import kernel
+from deltaworks.checkpoints.jit import inner, kernel
 from deltaworks.checkpoints.vector import (
     LANES,
     MAGNITUDE,
@@ -50,7 +50,7 @@ def encode_reference(values: NDArray[np.float32], dtype: DType) -> NDArray[np.ui
         return np.ascontiguousarray(values.astype(_NUMPY[dtype])).view(np.uint8)
 
 
-@kernel
+@inner
 def decode(raw: NDArray[np.uint8], code: int, start: int, count: int, out: NDArray[np.float32]) -> None:
     """Write elements `start` to `start + count` of `raw` (uint8, a multiple of 8 bytes) to `out` as float32."""
     # Slices first: inside a loop, an index with an offset would be checked for being negative, which stops SIMD.
@@ -88,7 +88,7 @@ def decode(raw: NDArray[np.uint8], code: int, start: int, count: int, out: NDArr
             _widen_half(np.uint32(bytes_[i]) << np.uint32(8), i, bits, values)
 
 
-@kernel
+@inner
 def _widen_half(half: np.uint32, i: int, bits: NDArray[np.uint32], values: NDArray[np.float32]) -> None:
     """Write the F16 number with the bits `half` to place `i`, seen as bits and as values."""
     bits[i] = (half & np.uint32(0x7FFF)) << np.uint32(13)
@@ -98,7 +98,7 @@ def _widen_half(half: np.uint32, i: int, bits: NDArray[np.uint32], values: NDArr
     bits[i] |= (half & np.uint32(0x8000)) << np.uint32(16)
 
 
-@kernel
+@inner
 def encode(values: NDArray[np.float32], count: int, code: int, raw: NDArray[np.uint8], start: int) -> int:
     """Write `count` float32 `values`, rounded, to `raw` (uint8, a multiple of 8 bytes) from element `start`.
 
@@ -151,7 +151,7 @@ def encode(values: NDArray[np.float32], count: int, code: int, raw: NDArray[np.u
     return int(wrong)
 
 
-@kernel
+@inner
 def _encode_bf16(values: NDArray[np.float32], whole: int, out: NDArray[np.uint16]) -> np.uint32:
     """The first `whole` (a multiple of LANES) of `values` as BF16; returns how many of them are not finite."""
     wrong, table = 0, values.reshape(1, values.size)

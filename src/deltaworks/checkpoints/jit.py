@@ -30,12 +30,12 @@ class _Cache(FunctionCache):
             del target_context.refresh
 
 
-def kernel(function: F, *, forceinline: bool = False) -> F:
+def kernel(function: F, *, forceinline: bool = False, counts: bool = True) -> F:
     """Compile with Numba: without the GIL, cached on disk where there is a place, IEEE arithmetic as written.
 
     No `fastmath`: a result must not hang on how a loop was vectorised. Division by zero gives infinity as in NumPy.
     """
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "forceinline": forceinline}
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "forceinline": forceinline, "_nrt": counts}
     compiled: Any = numba.njit(**options)(function)
     # Without, where neither the package's folder nor the user's cache can be written.
     with suppress(RuntimeError):
@@ -44,9 +44,21 @@ def kernel(function: F, *, forceinline: bool = False) -> F:
     return cast("F", compiled)
 
 
+def inner(function: F) -> F:
+    """A kernel that makes no array, returns none and counts no references.
+
+    Counting takes an atomic operation for every array, and every field of a named tuple, that a call is given: over the
+    calls of a tile, as long as some of them work. Numba refuses to compile one that makes an array.
+    """
+    return kernel(function, counts=False)
+
+
 def inlined(function: F) -> F:
-    """A kernel that becomes part of whatever kernel calls it: for small ones that take or return vectors."""
-    return kernel(function, forceinline=True)
+    """A kernel that becomes part of whatever kernel calls it: for small ones that take or return vectors.
+
+    It counts no references, so only a kernel that counts none either may be given an array by it; see `inner`.
+    """
+    return kernel(function, forceinline=True, counts=False)
 
 
 def forget_stale_kernels(package: Path) -> None:

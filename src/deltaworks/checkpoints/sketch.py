@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.codec import TILE
-from deltaworks.checkpoints.jit import kernel
+from deltaworks.checkpoints.jit import inner
 
 BUCKETS = 128
 SAMPLES = 128
@@ -46,7 +46,7 @@ def _mix(value: int) -> int:
     return z ^ z >> 31
 
 
-@kernel
+@inner
 def add_to_sketch(
     delta: NDArray[np.float32], count: int, tile: int, table: NDArray[np.float32], sketch: NDArray[np.float32]
 ) -> None:

@@ -291,6 +291,7 @@ def _sum_in_order(builder: ir.IRBuilder, value: Any) -> Any:
 
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
 _WORDS = ir.VectorType(ir.IntType(64), 2)
+_PLACE = ir.IntType(64)
 
 
 def _bytes(builder: ir.IRBuilder, value: Any, half: int) -> Any:
@@ -381,6 +382,28 @@ def _load(context: Any, array: Any, row: Any, place: Any) -> Any:
 
 
 @intrinsic
+def _load_each(context: Any, array: Any, index: Any) -> Any:
+    del context, index
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Any]) -> Any:
+        word = ir.IntType(32)
+        start = _address(context, builder, signature.args[0], (values[0], ir.Constant(_PLACE, 0)), ir.FloatType())
+        if machine_has("avx512f"):
+            every, scale = ir.Constant(MASK.ir, [1] * LANES), ir.Constant(word, 4)
+            kept, first = ir.Constant(F32.ir, ir.Undefined), builder.bitcast(start, ir.IntType(8).as_pointer())
+            gather = llvm_function("llvm.x86.avx512.mask.gather.dps.512", F32.ir)
+            return gather(builder, kept, first, values[1], every, scale)
+        found = ir.Constant(F32.ir, ir.Undefined)
+        for lane in range(LANES):
+            at = ir.Constant(word, lane)
+            place = builder.zext(builder.extract_element(values[1], at), _PLACE)
+            found = builder.insert_element(found, builder.load(builder.gep(start, [place])), at)
+        return found
+
+    return F32(array, U32), generate
+
+
+@intrinsic
 def _store(context: Any, array: Any, place: Any, value: Any) -> Any:
     del context, place
 
@@ -396,6 +419,8 @@ def _store(context: Any, array: Any, place: Any, value: Any) -> Any:
 
 load: Any = _load
 """``load(table, row, place)``: F32 from a contiguous table ([rows, elements]) of float32, or of BF16 as uint16."""
+load_each: Any = _load_each
+"""``load_each(array, index)``: F32 of the elements of float32, in one dimension, that each U32 names."""
 store: Any = _store
 """``store(array, place, x)``, in one dimension: F32 to float32, the lower halves of U32 or all of U64 to uint16."""
 

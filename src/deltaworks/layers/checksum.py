@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaworks.checkpoints.jit import inlined, kernel
+from deltaworks.checkpoints.jit import inlined, inner, kernel
 from deltaworks.checkpoints.vector import LANES, bits, floats, lanes, load, splat, store
 
 _STEP = 4 * LANES
@@ -25,7 +25,7 @@ def _take_in(state: Any, words: Any) -> Any:
     return ((mixed << splat(_TURN)) | (mixed >> splat(_BACK))) * splat(_ODD)
 
 
-@kernel
+@inner
 def _finish(state: NDArray[np.uint32], nbytes: int) -> np.uint64:
     """64 bits of the lanes and of how many bytes they took in."""
     h = np.uint64(nbytes)

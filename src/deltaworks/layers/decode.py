@@ -14,7 +14,7 @@ from deltaworks.checkpoints.byte_vector import (
     widened,
 )
 from deltaworks.checkpoints.codec import TILE
-from deltaworks.checkpoints.jit import inlined, kernel
+from deltaworks.checkpoints.jit import inlined, inner, kernel
 from deltaworks.checkpoints.vector import (
     LANES,
     lanes,
@@ -33,11 +33,10 @@ from deltaworks.layers.opened import (
     changed_of,
     depth_of,
     draft_at,
-    factors_of,
     is_even,
+    load_factors,
     next_bits,
     parts_of,
-    table_of,
     write_base,
     write_told,
 )
@@ -45,7 +44,7 @@ from deltaworks.layers.places import decode_places
 from deltaworks.layers.trellis import CODES, LENGTHS, path_of, window_of
 
 
-@kernel
+@inner
 def decode_tile(
     row: NDArray[np.uint8], base: NDArray[np.float32], tile: int, count: int, out: NDArray[np.float32]
 ) -> None:
@@ -69,7 +68,7 @@ def decode_tile(
         out[i] = np.float32(0.0)
 
 
-@kernel
+@inner
 def add_tile(
     row: NDArray[np.uint8],
     base: NDArray[np.float32],
@@ -97,7 +96,7 @@ def add_tile(
     return wanted
 
 
-@kernel
+@inner
 def add_drafts(
     rows: NDArray[np.uint8],
     which: NDArray[np.int64],
@@ -105,6 +104,7 @@ def add_drafts(
     many: int,
     tile: int,
     count: int,
+    places: NDArray[np.int64],
     sums: NDArray[np.float32],
 ) -> None:
     """Add the deltas that the drafts of several experts tell of a tile, each times a weight, to sums.
@@ -115,19 +115,20 @@ def add_drafts(
     Args:
         rows: uint8, [rows, bytes]; opened blocks among them.
         which: int64; rows of blocks of which drafts were asked for.
-        weights: float32; of each.
+        weights: float32; of each; what takes their place is of no use.
         many: how many there are.
         tile: which.
         count: elements in the tile.
+        places: int64, [at least that many, 4]; room for where the drafts lie.
         sums: float32, [1, TILE]; what to add to. Anything is added to what is beyond the tile.
     """
     width, flat = rows.shape[1], rows.reshape(-1)
-    table, places, units = table_of(flat), np.empty((many, 4), np.int64), np.empty(many, np.float32)
+    units = weights
     for x in range(many):
-        draft = draft_at(table, which[x] * width, tile)
+        draft = draft_at(flat, which[x] * width, tile)
         places[x, 0], places[x, 1], places[x, 2] = draft.means, draft.even, draft.paths[0]
         places[x, 3] = 0 if draft.depth == 1 else draft.paths[1]
-        units[x] = draft.unit * (weights[x] * (LENGTHS[0] if draft.depth == 1 else LENGTHS[1]))
+        units[x] = draft.unit * (units[x] * (LENGTHS[0] if draft.depth == 1 else LENGTHS[1]))
     for g in range(-(-count // GROUP)):
         i = g * GROUP
         a, b, c, d = load(sums, 0, i), load(sums, 0, i + 16), load(sums, 0, i + 32), load(sums, 0, i + 48)
@@ -174,12 +175,12 @@ def _put(
         add_told(told, where, base, i, j, weight, sums, out)
 
 
-@kernel
+@inner
 def _decode_draft(
     row: NDArray[np.uint8], tile: int, base: NDArray[np.float32], count: int, out: NDArray[np.float32]
 ) -> None:
     """A tile of which drafts were asked for; see `decode_tile`."""
-    draft = draft_at(table_of(row), 0, tile)
+    draft = draft_at(row, 0, tile)
     length = LENGTHS[0] if draft.depth == 1 else LENGTHS[1]
     for g in range(-(-count // GROUP)):
         scale, kind = splat(mean_at(row, draft.means, g) * (draft.unit * length)), is_even(row, draft.even, g)
@@ -195,7 +196,7 @@ def _decode_draft(
                 store(out, i, load(out.reshape((1, len(out))), 0, i) + lookup(codes, window_of(path, step)))
 
 
-@kernel
+@inner
 def _decode_cells(
     row: NDArray[np.uint8],
     parts: Parts,
@@ -212,13 +213,12 @@ def _decode_cells(
     eight, cells = splat(np.uint32(8)), 1 << (depth - 1)
     half, quarter, eighth = np.uint8(cells >> 1), np.uint8(cells >> 2), np.uint8(cells >> 3)
     own = (lanes() & splat(np.uint32(7))) + splat(np.uint32(cells - 4))
-    factors = factors_of(row)
     for g in range(0, count, GROUP):
         code = int(row[parts.ranges + g // GROUP])
         known = code not in (0, RAW)
         # What the cells tell, those of positive deltas in the first eight lanes: one lookup gives a delta.
         below = scaled(TOLD, max(1, code), top)
-        above = below * load(factors, 0, (max(1, code) - 1) % WAYS * LANES)
+        above = below * load_factors(row, (max(1, code) - 1) % WAYS)
         deltas = signed(lanes() >= eight, lookup(below, own), lookup(above, own))
         for i in range(g, min(g + GROUP, count), STRIDE):
             where = changed_of(row, parts, i, count)

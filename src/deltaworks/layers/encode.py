@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.codec import TILE, decode
-from deltaworks.checkpoints.jit import inlined, kernel
+from deltaworks.checkpoints.jit import inlined, inner, kernel
 from deltaworks.checkpoints.sketch import BUCKETS, add_to_sketch
 from deltaworks.checkpoints.vector import (
     LANES,
@@ -205,7 +205,7 @@ def encode_block(
         ends[layer + 5] = at
 
 
-@kernel
+@inner
 def _load_tiles(
     base: NDArray[np.uint8],
     base_code: int,
@@ -227,7 +227,7 @@ def _load_tiles(
     return n
 
 
-@kernel
+@inner
 def _write_draft(
     b: NDArray[np.float32],
     x: NDArray[np.float32],
@@ -284,7 +284,7 @@ def _write_draft(
             left[1 + layer] += sum_in_order(widen(missed))
 
 
-@kernel
+@inner
 def _write_group(
     b: NDArray[np.float32],
     x: NDArray[np.float32],

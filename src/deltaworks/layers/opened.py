@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.codec import TILE
-from deltaworks.checkpoints.jit import inlined, kernel
+from deltaworks.checkpoints.jit import inlined, inner, kernel
 from deltaworks.checkpoints.vector import LANES, load, select, splat, store, unpacked
 from deltaworks.layers.arithmetic import factors_above, unit_of
 from deltaworks.layers.bitstream import SLACK, lanes_below, take_word, whole_bits
@@ -47,7 +47,7 @@ def layers_start(count: int) -> int:
 _layers_start = kernel(layers_start)
 
 
-@kernel
+@inner
 def open_block(row: NDArray[np.uint8], count: int, ends: NDArray[np.int64], depth: int, shift: int) -> None:
     """Work out where everything lies in a block whose layers stand in `row` from byte `layers_start(count)` on.
 
@@ -109,21 +109,15 @@ def open_block(row: NDArray[np.uint8], count: int, ends: NDArray[np.int64], dept
 
 
 @inlined
-def table_of(flat: NDArray[np.uint8]) -> NDArray[np.int32]:
-    """An opened block, or several one after the other, as int32."""
-    return flat[: len(flat) // 4 * 4].view(np.int32)
-
-
-@inlined
 def depth_of(row: NDArray[np.uint8]) -> int:
     """How many layers were asked for of an opened block."""
     return int(row[:8].view(np.int32)[_DEPTH])
 
 
 @inlined
-def is_draft(table: NDArray[np.int32], start: int) -> bool:
-    """Whether drafts were asked for of the opened block that begins at a byte of `table`."""
-    return int(table[start >> 2]) <= DRAFTS
+def is_draft(flat: NDArray[np.uint8], start: int) -> bool:
+    """Whether drafts were asked for of the opened block that begins at a byte of `flat`."""
+    return int(flat[start : start + 4].view(np.int32)[_DEPTH]) <= DRAFTS
 
 
 class Draft(NamedTuple):
@@ -145,9 +139,9 @@ class Draft(NamedTuple):
 
 
 @inlined
-def draft_at(table: NDArray[np.int32], start: int, tile: int) -> Draft:
-    """The parts of a tile of an opened block of which drafts were asked for, and which begins at a byte of `table`."""
-    at, groups = start >> 2, TILE // GROUP
+def draft_at(flat: NDArray[np.uint8], start: int, tile: int) -> Draft:
+    """The parts of a tile of an opened block of which drafts were asked for, and which begins at a byte of `flat`."""
+    table, at, groups = flat[: len(flat) // 4 * 4].view(np.int32), start >> 2, TILE // GROUP
     return Draft(
         int(table[at + _DEPTH]),
         unit_of(int(table[at + _TOP])),
@@ -195,7 +189,7 @@ class Parts(NamedTuple):
 @inlined
 def parts_of(row: NDArray[np.uint8], tile: int) -> Parts:
     """The parts of a tile of an opened block of which exact layers were asked for."""
-    table = table_of(row)
+    table = row[: len(row) // 4 * 4].view(np.int32)
     depth, tiles = int(table[_DEPTH]), int(table[_TILES])
     active, at = int(table[_TABLES + tile]), _TABLES + tiles + tile
     return Parts(
@@ -220,9 +214,10 @@ def parts_of(row: NDArray[np.uint8], tile: int) -> Parts:
 
 
 @inlined
-def factors_of(row: NDArray[np.uint8]) -> Any:
-    """What `factors_above` gave when the block was opened: a float32 table of one row, LANES for each way."""
-    return row[4 * _FACTORS : 4 * _TABLES].view(np.float32).reshape((1, WAYS * LANES))
+def load_factors(row: NDArray[np.uint8], way: int) -> Any:
+    """What `factors_above` gave for a way when the block was opened."""
+    factors = row[4 * _FACTORS : 4 * _TABLES].view(np.float32)
+    return load(factors.reshape((1, len(factors))), 0, way * LANES)
 
 
 @inlined

@@ -17,7 +17,7 @@ from deltaworks.checkpoints.byte_vector import (
     widened,
     words_of,
 )
-from deltaworks.checkpoints.jit import inlined, kernel
+from deltaworks.checkpoints.jit import inlined, inner
 from deltaworks.checkpoints.vector import (
     LANES,
     from_bytes,
@@ -63,7 +63,7 @@ _SECOND_MIDDLES, _THIRD_MIDDLES = (_table_of(1 << n >> 1 for n in part) for part
 """Of places of every width: how many bits are in layers 6 and 7, as many ones, and the middle of what they can say."""
 
 
-@kernel
+@inner
 def decode_places(
     row: NDArray[np.uint8], parts: Parts, base: NDArray[np.float32], count: int, out: NDArray[np.float32]
 ) -> None:
@@ -214,7 +214,7 @@ def _with_plane(rest: Any, wanted: np.uint64, plane: np.uint64) -> Any:
     return rest + bytes_where(wanted, rest) + bytes_where(plane, np.uint8(1))
 
 
-@kernel
+@inner
 def _decode_wide(
     row: NDArray[np.uint8],
     streams: tuple[int, int, int],

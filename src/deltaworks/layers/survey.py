@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaworks.checkpoints.jit import kernel
+from deltaworks.checkpoints.jit import inner, kernel
 from deltaworks.checkpoints.vector import (
     LANES,
     MAGNITUDE,
@@ -79,7 +79,7 @@ def survey(
     return changed
 
 
-@kernel
+@inner
 def top_of(highest: np.uint32) -> int:
     """The least power of two, as exponent, that is above the float32 with these bits."""
     return max(-126, (int(highest) >> 23) - 126)
@@ -118,7 +118,7 @@ def write_means(
     return top
 
 
-@kernel
+@inner
 def _nearest_step(mean: float) -> int:
     """The exponent of the power of two, in steps of an octave, that is next to a positive number by ratio."""
     fraction, octave = math.frexp(mean)

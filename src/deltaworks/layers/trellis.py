@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaworks.checkpoints.jit import inlined, kernel
+from deltaworks.checkpoints.jit import inlined, inner
 from deltaworks.checkpoints.vector import (
     LANES,
     bits,
@@ -74,7 +74,7 @@ _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 _FAR = np.float32(1e30)
 
 
-@kernel
+@inner
 def find_path(
     values: NDArray[np.float32],
     groups: int,

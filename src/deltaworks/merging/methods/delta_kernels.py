@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from deltaworks.checkpoints.codec import TILE, encode
 from deltaworks.checkpoints.dtypes import BF16
-from deltaworks.checkpoints.jit import inlined, kernel
+from deltaworks.checkpoints.jit import inlined, inner, kernel
 from deltaworks.checkpoints.vector import (
     LANES,
     MAGNITUDE,
@@ -28,7 +28,7 @@ from deltaworks.checkpoints.vector import (
     widen,
 )
 from deltaworks.layers.decode import add_drafts, add_tile
-from deltaworks.layers.opened import is_draft, table_of
+from deltaworks.layers.opened import is_draft
 from deltaworks.merging.methods.delta_tiles import (
     Thinning,
     Tile,
@@ -86,7 +86,7 @@ def delta_masses(
             own[::2] = before[::2]
 
 
-@kernel
+@inner
 def _masses_tile(
     table: NDArray[Any],
     n: int,
@@ -207,7 +207,7 @@ def _outcome(sums: Any, how: tuple[bool, bool, np.float32, np.float32]) -> Any:
     return total * splat(scale)
 
 
-@kernel
+@inner
 def _keep_tile(
     table: NDArray[np.uint16],
     n: int,
@@ -229,7 +229,7 @@ def _keep_tile(
     return largest(top)
 
 
-@kernel
+@inner
 def _merge_tile(
     table: NDArray[Any],
     n: int,
@@ -276,7 +276,7 @@ def _merge_tile(
     return largest(top)
 
 
-@kernel
+@inner
 def _add_tile(
     inputs: Inputs,
     n: int,
@@ -298,28 +298,26 @@ def _add_tile(
     zero, magnitude = splat(ZERO), splat(MAGNITUDE)
     top = splat(np.uint32(0))
     last = len(scratch) - 1
-    over_base = tile.rows[0] == inputs.stand_in
-    if over_base:
-        base, below = last, scratch[last:]
-        stage(inputs, tile.rows[0], start, n, scratch[last], below)
-    else:
-        base, below = 0, stage_stand_in(inputs, start, n, scratch)
-        stage(inputs, tile.rows[0], start, n, scratch[0], below)
+    over_base, below = tile.rows[0] == inputs.stand_in, scratch[last:]
+    base = last if over_base else 0
+    if not over_base:
+        stage_stand_in(inputs, start, n, below)
+    stage(inputs, tile.rows[0], start, n, scratch[base], below)
     for i in range(0, n, LANES):
         store(out, i, zero)
     added = scratch[total : total + 1]
     # Nothing is lost on `top`: where the base is not finite, neither is the sum.
     adds_layers = over_base and not thinning.at_random
-    drafts, width, table = 0, inputs.rows.shape[1], table_of(inputs.rows.reshape(-1))
+    drafts, width, flat = 0, inputs.rows.shape[1], inputs.rows.reshape(-1)
     for a in range(found):
         k, row = tile.experts[a], tile.rows[a + 1]
         is_told = adds_layers and inputs.codes[row] >= LAYERED and scales[k] == ONE
-        if is_told and is_draft(table, row * width):
+        if is_told and is_draft(flat, row * width):
             # They come first. Whatever takes the place of the tile's first parts is through with them.
             tile.places[drafts], tile.weights[drafts], tile.rows[a + 1] = row, weights[k], _DONE
             drafts += 1
     if drafts > 0:
-        add_drafts(inputs.rows, tile.places, tile.weights, drafts, start // TILE, n, added)
+        add_drafts(inputs.rows, tile.places, tile.weights, drafts, start // TILE, n, tile.drafts, added)
     for a in range(found):
         k, row = tile.experts[a], tile.rows[a + 1]
         if row == _DONE:
@@ -353,7 +351,8 @@ def collect_lower_bits(
     for start in range(0, count, TILE):
         n = min(TILE, count - start)
         find_rows(inputs, start // TILE, rows)
-        below = stage_stand_in(inputs, start, n, scratch)
+        below = scratch[len(scratch) - 1 :]
+        stage_stand_in(inputs, start, n, below)
         stage(inputs, rows[0], start, n, scratch[0], below)
         stage(inputs, rows[k], start, n, scratch[1], below)
         for i in range(0, n, LANES):

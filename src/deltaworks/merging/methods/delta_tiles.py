@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.codec import TILE
-from deltaworks.checkpoints.jit import kernel
+from deltaworks.checkpoints.jit import inner, kernel
 from deltaworks.checkpoints.vector import LANES, MAGNITUDE, bits, lanes_set, load, splat
 from deltaworks.merging.methods.operation import Inputs, find_rows, stage, stage_stand_in
 from deltaworks.merging.methods.random_mask import draw_masks, round_density
@@ -54,6 +54,7 @@ class Tile(NamedTuple):
         equals: int64, [experts]; how many magnitudes of each that equal its threshold stay.
         densities: uint32, [experts]; see `round_density`.
         weights: float32, [experts]; room for those of the experts that are added together.
+        drafts: int64, [experts, 4]; room for where their drafts lie.
     """
 
     rows: NDArray[np.int64]
@@ -64,6 +65,7 @@ class Tile(NamedTuple):
     equals: NDArray[np.int64]
     densities: NDArray[np.uint32]
     weights: NDArray[np.float32]
+    drafts: NDArray[np.int64]
 
 
 @kernel
@@ -71,11 +73,11 @@ def make_tile(experts: int) -> Tile:
     """One that is not filled in."""
     places = np.empty((4, experts + 1), np.int64)
     limits = np.empty((3, experts), np.uint32)
-    weights = np.empty(experts, np.float32)
-    return Tile(places[0], places[1], places[2], limits[0], limits[1], places[3], limits[2], weights)
+    weights, drafts = np.empty(experts, np.float32), np.empty((experts, 4), np.int64)
+    return Tile(places[0], places[1], places[2], limits[0], limits[1], places[3], limits[2], weights, drafts)
 
 
-@kernel
+@inner
 def find_tile(
     inputs: Inputs, first: int, start: int, n: int, thinning: Thinning, rows: NDArray[np.int64], tile: Tile
 ) -> tuple[int, bool]:
@@ -94,7 +96,7 @@ def find_tile(
     return found, half
 
 
-@kernel
+@inner
 def draw_tile(thinning: Thinning, first: int, start: int, n: int, found: int, tile: Tile) -> None:
     """Draw who stays by chance in a tile."""
     for a in range(found):
@@ -102,16 +104,17 @@ def draw_tile(thinning: Thinning, first: int, start: int, n: int, found: int, ti
         draw_masks(thinning.keys[k], tile.densities[a], first + start, n, thinning.masks, k, start // LANES)
 
 
-@kernel
+@inner
 def stage_tile(inputs: Inputs, start: int, n: int, found: int, tile: Tile, scratch: NDArray[np.float32]) -> None:
     """Bring what a tile is made of to `scratch`, base first, and have it loaded from there."""
-    below = stage_stand_in(inputs, start, n, scratch)
+    below = scratch[len(scratch) - 1 :]
+    stage_stand_in(inputs, start, n, below)
     for a in range(found + 1):
         stage(inputs, tile.rows[a], start, n, scratch[a], below)
         tile.rows[a], tile.places[a] = a, 0
 
 
-@kernel
+@inner
 def set_thresholds(
     table: NDArray[Any], start: int, n: int, found: int, thinning: Thinning, quotas: NDArray[np.int64], tile: Tile
 ) -> bool:
@@ -138,7 +141,7 @@ def set_thresholds(
     return torn
 
 
-@kernel
+@inner
 def set_ceilings(start: int, n: int, found: int, thinning: Thinning, tile: Tile) -> bool:
     """Fill in the ceilings of `tile`.
 
@@ -156,7 +159,7 @@ def set_ceilings(start: int, n: int, found: int, thinning: Thinning, tile: Tile)
     return torn
 
 
-@kernel
+@inner
 def _equals(table: NDArray[Any], n: int, a: int, tile: Tile) -> int:
     """How many magnitudes of a delta in the tile equal its threshold."""
     found = 0

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from deltaworks.checkpoints.codec import TILE, decode, decode_reference, encode_reference
 from deltaworks.checkpoints.dtypes import BF16, BY_CODE, DType
-from deltaworks.checkpoints.jit import kernel
+from deltaworks.checkpoints.jit import inner
 from deltaworks.checkpoints.vector import LANES, ZERO
 from deltaworks.layers.decode import decode_block, decode_tile
 from deltaworks.layers.file import exact_elements
@@ -165,7 +165,7 @@ class Operation(ABC):
         """The inverse of `to_json`."""
 
 
-@kernel
+@inner
 def find_rows(inputs: Inputs, tile: int, rows: NDArray[np.int64]) -> bool:
     """Write to `rows` (int64, [inputs]) the row that each input is taken from in a tile of the block.
 
@@ -180,11 +180,11 @@ def find_rows(inputs: Inputs, tile: int, rows: NDArray[np.int64]) -> bool:
     return half
 
 
-@kernel
+@inner
 def stage(inputs: Inputs, row: int, start: int, n: int, out: NDArray[np.float32], below: NDArray[np.float32]) -> None:
     """Elements `start` to `start + n` of a row as float32 in `out` ([TILE]), with zeros up to a whole vector.
 
-    `below` is what `stage_stand_in` gave for the same elements.
+    `below` ([1, TILE]) is what `stage_stand_in` brought there of the same elements.
     """
     if inputs.codes[row] >= LAYERED:
         decode_tile(inputs.rows[row], below, start // TILE, n, out)
@@ -194,19 +194,13 @@ def stage(inputs: Inputs, row: int, start: int, n: int, out: NDArray[np.float32]
         out[i] = ZERO
 
 
-@kernel
-def stage_stand_in(inputs: Inputs, start: int, n: int, scratch: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What `stage` decodes layers over: a tile of the stand-in, in the last row of `scratch`, where any row has layers.
-
-    Returns:
-        That row: [1, TILE].
-    """
-    last = len(scratch) - 1
+@inner
+def stage_stand_in(inputs: Inputs, start: int, n: int, below: NDArray[np.float32]) -> None:
+    """Bring a tile of the stand-in to `below` ([1, TILE]), where any row has layers: `stage` decodes them over it."""
     for code in inputs.codes:
         if code >= LAYERED:
-            stage(inputs, inputs.stand_in, start, n, scratch[last], scratch[last:])
+            stage(inputs, inputs.stand_in, start, n, below[0], below)
             break
-    return scratch[last:]
 
 
 def exact_sums(parts: Sequence[NDArray[np.float64]]) -> list[float]:

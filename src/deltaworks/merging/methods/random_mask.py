@@ -13,7 +13,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.codec import TILE
-from deltaworks.checkpoints.jit import kernel
+from deltaworks.checkpoints.jit import inner, kernel
 from deltaworks.checkpoints.vector import LANES, bits_below, ramp
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -58,14 +58,14 @@ def split_density(density: float) -> tuple[int, int]:
     return units, int((density * 2.0**16 - units) * 2.0**64)
 
 
-@kernel
+@inner
 def round_density(key: int, density: NDArray[np.uint64], place: int) -> Any:
     """The density (see `split_density`) in a tile that begins at a flat index, rounded by chance: uint32."""
     number = split_mix(key - np.uint64(place // TILE) * GOLDEN)
     return np.uint32(density[0] + np.uint64(number < density[1]))
 
 
-@kernel
+@inner
 def draw_masks(key: int, density: int, place: int, n: int, masks: NDArray[np.uint16], k: int, start: int) -> None:
     """Which of the `n` elements of the tile at the flat index `place` stay, a bit each, to `masks[k, start:]`.
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.codec import TILE
-from deltaworks.checkpoints.jit import kernel
+from deltaworks.checkpoints.jit import inner, kernel
 from deltaworks.checkpoints.vector import (
     LANES,
     MAGNITUDE,
@@ -28,7 +28,9 @@ from deltaworks.checkpoints.vector import (
     lanes_set,
     largest,
     load,
+    load_each,
     maximum,
+    packed,
     ramp,
     splat,
     store,
@@ -44,6 +46,7 @@ LARGEST_ROWS_BLOCK = 1 << 24
 
 _WORD = 2 * LANES
 _BINS = 512
+_EXACT, _EXACT_BITS = np.float32(1 << 23), np.uint32(0x4B000000)
 _LEAST_SPAN = np.float32(1e-20)
 
 
@@ -110,10 +113,11 @@ class _Row(NamedTuple):
     Attributes:
         sizes: float32, [1, room]; magnitudes.
         patterns: uint32, [room]; their bits.
-        numbers: uint16, [room]; what is drawn for each element.
+        numbers: uint16, [1, room]; what is drawn for each element.
         open: uint16, [room / LANES]; a bit for each element whose number asks for a rank.
-        bins: uint16, [room]; of each element of the row, from its first on.
-        counts: uint32, [2, _BINS + 1]; first the elements of the row in each bin, twice; then those in bins below.
+        bins: uint16, [1, room]; of each element of the row, from its first on.
+        counts: uint32, [2, _BINS]; the elements of the row in each bin, in two parts.
+        below: float32, [_BINS + 1]; how many elements of the row are in bins below each.
         known: int64, [_BINS]; the last magnitude of each bin that was ranked, and in which row.
         ranks: float32, [_BINS]; its rank.
     """
@@ -124,6 +128,7 @@ class _Row(NamedTuple):
     open: NDArray[np.uint16]
     bins: NDArray[np.uint16]
     counts: NDArray[np.uint32]
+    below: NDArray[np.float32]
     known: NDArray[np.int64]
     ranks: NDArray[np.float32]
 
@@ -135,10 +140,11 @@ def _make_row(row: int) -> _Row:
     return _Row(
         sizes,
         sizes[0].view(np.uint32),
-        halves[0],
+        halves[:1],
         np.zeros(room // LANES, np.uint16),
-        halves[1],
-        np.zeros((2, _BINS + 1), np.uint32),
+        halves[1:],
+        np.zeros((2, _BINS), np.uint32),
+        np.zeros(_BINS + 1, np.float32),
         np.full(_BINS, -1, np.int64),
         np.zeros(_BINS, np.float32),
     )
@@ -188,7 +194,8 @@ def draw_ranked_masks(
                     places = inputs.places[own] + start, inputs.places[base] + start
                     _measure_tile(halves, own, places[0], base, places[1], n, part.sizes[0], at)
                 else:
-                    below = stage_stand_in(inputs, start, n, scratch)
+                    below = scratch[len(scratch) - 1 :]
+                    stage_stand_in(inputs, start, n, below)
                     stage(inputs, base, start, n, scratch[0], below)
                     stage(inputs, own, start, n, scratch[1], below)
                     _measure_tile(scratch, 1, 0, 0, 0, n, part.sizes[0], at)
@@ -202,7 +209,7 @@ def draw_ranked_masks(
             origin = _move_up(part, origin, done, filled)
 
 
-@kernel
+@inner
 def _move_up(part: _Row, origin: int, done: int, filled: int) -> int:
     """Move what follows the rows that are done to the front; returns where in the block that begins."""
     front = done // _WORD * _WORD
@@ -210,13 +217,13 @@ def _move_up(part: _Row, origin: int, done: int, filled: int) -> int:
     if moved > 0:
         for i in range(left):
             part.sizes[0, i] = part.sizes[0, i + moved]
-            part.numbers[i] = part.numbers[i + moved]
+            part.numbers[0, i] = part.numbers[0, i + moved]
         for i in range(-(-left // LANES)):
             part.open[i] = part.open[i + moved // LANES]
     return front
 
 
-@kernel
+@inner
 def _measure_tile(
     table: NDArray[Any], own: int, place: int, base: int, base_place: int, n: int, out: NDArray[np.float32], at: int
 ) -> None:
@@ -227,7 +234,7 @@ def _measure_tile(
         store(out, at + i, floats(bits(d) & magnitude))
 
 
-@kernel
+@inner
 def _draw_tile(
     key: int,
     place: int,
@@ -245,7 +252,7 @@ def _draw_tile(
     for v in range(0, -(-n // LANES), 2):
         drawn = split_mix(ramp(counter, GOLDEN))
         stay, maybe = bits_below(drawn, np.uint32(always)), bits_below(drawn, np.uint32(never))
-        store(part.numbers, at + v * LANES, drawn)
+        store(part.numbers[0], at + v * LANES, drawn)
         masks[k, start + v], masks[k, start + v + 1] = np.uint16(stay), np.uint16(stay >> np.uint32(16))
         maybe ^= stay
         part.open[at // LANES + v] = np.uint16(maybe)
@@ -253,7 +260,7 @@ def _draw_tile(
         counter += np.uint64(8) * GOLDEN
 
 
-@kernel
+@inner
 def _rank_row(
     part: _Row,
     origin: int,
@@ -268,42 +275,47 @@ def _rank_row(
     """Decide for the open elements of a row, from `begin` to `end` of the block, of which `part` begins at `origin`."""
     low, n = begin - origin, end - begin
     per_unit = _ranks_per_unit(n, span)
-    shift, bins = (17, _BINS) if n >= 2048 else (19, 128) if n >= 128 else (21, 16)
-    floor = _fill_bins(part, low, n, shift, bins)
-    if floor < 0:
+    shift, bins = (17, _BINS) if n >= 8192 else (18, 256) if n >= 512 else (20, 64) if n >= 128 else (21, 16)
+    if not _fill_bins(part, low, n, shift, bins):
         return
-    for word in range(low // _WORD, (low + n - 1) // _WORD + 1):
-        left = np.int64(part.open[2 * word]) | np.int64(part.open[2 * word + 1]) << 16
-        if word * _WORD < low:
-            left &= -1 << (low - word * _WORD)
-        if word * _WORD + _WORD > low + n:
-            left &= (1 << (low + n - word * _WORD)) - 1
+    exact, offset, sixteen = splat(_EXACT_BITS), splat(_EXACT), splat(np.uint32(16))
+    for i in range(0, n, LANES):
+        at, inside = low + i, min(n - i, LANES)
+        shared = np.uint32(at % LANES)
+        word = np.uint32(part.open[at // LANES]) | np.uint32(part.open[at // LANES + 1]) << np.uint32(16)
+        asks = word >> shared & np.uint32((1 << inside) - 1)
+        # A number of 16 bits after those of 2^23 is one more float32 by as much.
+        number = floats((bits(load(part.numbers, 0, at)) >> sixteen) | exact) - offset
+        asked = (number + splat(line)) * splat(per_unit)
+        bin_ = bits(load(part.bins, 0, i)) >> sixteen
+        stays = packed(load_each(part.below, bin_) > asked) & asks
+        left = np.int64(packed(load_each(part.below[1:], bin_) > asked) & asks & ~stays)
         while left:
-            i = word * _WORD + trailing_zeros(left)
+            lane = trailing_zeros(left)
             left &= left - 1
-            asked = (np.float32(part.numbers[i]) + line) * per_unit
-            size = np.int64(part.patterns[i])
-            bin_ = max((size >> shift) - floor, 0)
-            stays = np.float32(part.counts[0, bin_]) > asked
-            if stays != (np.float32(part.counts[0, bin_ + 1]) > asked):
-                # What was ranked last in this bin may have been as large.
-                tag = ranked << 32 | size
-                if part.known[bin_] != tag:
-                    part.known[bin_] = tag
-                    part.ranks[bin_] = _mean_rank(part, low, n, part.patterns[i])
-                stays = part.ranks[bin_] > asked
-            # Nobody can foresee who stays, so there is no branch.
-            place = origin + i
-            masks[k, place // LANES] |= np.uint16(np.int64(stays) << (place % LANES))
+            if _is_above(part, low, n, i + lane, line, per_unit, ranked):
+                stays |= np.uint32(1) << np.uint32(lane)
+        place, stays = origin + at, stays << shared
+        masks[k, place // LANES] |= np.uint16(stays)
+        if stays >> np.uint32(16):
+            masks[k, place // LANES + 1] |= np.uint16(stays >> np.uint32(16))
 
 
-@kernel
-def _fill_bins(part: _Row, low: int, n: int, shift: int, bins: int) -> Any:
-    """Count how many elements of a row are in bins below each.
+@inner
+def _is_above(part: _Row, low: int, n: int, i: int, line: np.float32, per_unit: np.float32, ranked: int) -> bool:
+    """Whether an element has a rank above the one that it asks for, where its bin does not tell."""
+    size, bin_ = part.patterns[low + i], int(part.bins[0, i])
+    # What was ranked last in this bin may have been as large.
+    tag = ranked << 32 | np.int64(size)
+    if part.known[bin_] != tag:
+        part.known[bin_] = tag
+        part.ranks[bin_] = _mean_rank(part, low, n, size)
+    return bool(part.ranks[bin_] > (np.float32(part.numbers[0, low + i]) + line) * per_unit)
 
-    Returns:
-        The first bin, as upper bits of magnitudes; -1 where all are zero.
-    """
+
+@inner
+def _fill_bins(part: _Row, low: int, n: int, shift: int, bins: int) -> bool:
+    """Count how many elements of a row are in bins below each; false where all are zero."""
     top = splat(np.uint32(0))
     whole = n // LANES * LANES
     for i in range(low, low + whole, LANES):
@@ -312,29 +324,29 @@ def _fill_bins(part: _Row, low: int, n: int, shift: int, bins: int) -> Any:
     for i in range(low + whole, low + n):
         most = max(most, np.int64(part.patterns[i]))
     if most == 0:
-        return -1
+        return False
     floor: Any = max((most >> shift) - (bins - 1), 0)
     least, by = splat(np.uint32(floor)), splat(np.uint32(shift))
     for i in range(0, n, LANES):
         upper = bits(load(part.sizes, 0, low + i)) >> by
-        store(part.bins, i, maximum(upper, least) - least)
+        store(part.bins[0], i, maximum(upper, least) - least)
     counts = part.counts
-    for b in range(bins + 1):
+    for b in range(bins):
         counts[0, b] = counts[1, b] = np.uint32(0)
     for i in range(0, n - 1, 2):
-        counts[0, np.int64(part.bins[i])] += np.uint32(1)
-        counts[1, np.int64(part.bins[i + 1])] += np.uint32(1)
+        counts[0, part.bins[0, i]] += np.uint32(1)
+        counts[1, part.bins[0, i + 1]] += np.uint32(1)
     if n % 2:
-        counts[0, np.int64(part.bins[n - 1])] += np.uint32(1)
+        counts[0, part.bins[0, n - 1]] += np.uint32(1)
     below = np.uint32(0)
-    for b in range(bins + 1):
-        own = counts[0, b] + counts[1, b]
-        counts[0, b] = below
-        below += own
-    return floor
+    for b in range(bins):
+        part.below[b] = np.float32(below)
+        below += counts[0, b] + counts[1, b]
+    part.below[bins] = np.float32(below)
+    return True
 
 
-@kernel
+@inner
 def _mean_rank(part: _Row, low: int, n: int, size: np.uint32) -> Any:
     """The rank of a magnitude (as bits) among the `n` from `low` on: the mean of its equals."""
     if n == 1:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from deltaworks.catalog.histogram import BINS, count_magnitudes, drain
 from deltaworks.checkpoints.codec import TILE, encode
-from deltaworks.checkpoints.jit import inlined, kernel
+from deltaworks.checkpoints.jit import inlined, inner, kernel
 from deltaworks.checkpoints.vector import (
     LANES,
     MAGNITUDE,
@@ -56,7 +56,7 @@ class _Tile(NamedTuple):
     places: NDArray[np.int64]
 
 
-@kernel
+@inner
 def _find_tile(inputs: Inputs, start: int, n: int, scratch: NDArray[np.float32], tile: _Tile) -> tuple[bool, bool]:
     """Fill in `tile`, of `n` elements from `start` of the block on.
 
@@ -72,14 +72,15 @@ def _find_tile(inputs: Inputs, start: int, n: int, scratch: NDArray[np.float32],
         for k in range(len(tile.rows)):
             tile.places[k] = inputs.places[tile.rows[k]] + start
         return differs, True
-    below = stage_stand_in(inputs, start, n, scratch)
+    below = scratch[len(scratch) - 1 :]
+    stage_stand_in(inputs, start, n, below)
     for k in range(len(tile.rows)):
         stage(inputs, tile.rows[k], start, n, scratch[k], below)
         tile.rows[k], tile.places[k] = k, 0
     return differs, False
 
 
-@kernel
+@inner
 def _spread(table: NDArray[Any], n: int, tile: _Tile, out: NDArray[np.float32]) -> None:
     """Sums of squares of how far each delta is from the mean of all: float32, [n]."""
     zero, experts = splat(ZERO), splat(np.float32(len(tile.rows) - 1))
@@ -102,7 +103,7 @@ def _spread(table: NDArray[Any], n: int, tile: _Tile, out: NDArray[np.float32]) 
         store(out, j, spread_j)
 
 
-@kernel
+@inner
 def _spread_of_tile(inputs: Inputs, start: int, n: int, scratch: NDArray[np.float32], tile: _Tile) -> tuple[bool, bool]:
     """The spreads in a tile, in the row of `scratch` after those of the inputs; else as `_find_tile`."""
     differs, half = _find_tile(inputs, start, n, scratch, tile)
@@ -139,7 +140,7 @@ def spread_histogram(
     return bins, counts
 
 
-@kernel
+@inner
 def _select_tile(
     scratch: NDArray[np.float32],
     row: int,
@@ -230,7 +231,7 @@ def selected_squares(
     return lower[:found], squares[:found]
 
 
-@kernel
+@inner
 def _squares_of_tile(
     table: NDArray[Any], n: int, tile: _Tile, masks: NDArray[np.uint16], sums: NDArray[np.float64]
 ) -> None:
@@ -332,7 +333,7 @@ def _outcome(sums: Any) -> Any:
     return select(elected, up, down) / select(divisor > least, divisor, least)
 
 
-@kernel
+@inner
 def _merge_tile(
     table: NDArray[Any],
     n: int,

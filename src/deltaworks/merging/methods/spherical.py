@@ -111,7 +111,8 @@ def blend(
     for start in range(0, count, TILE):
         n = min(TILE, count - start)
         find_rows(inputs, start // TILE, rows)
-        below = stage_stand_in(inputs, start, n, scratch)
+        below = scratch[len(scratch) - 1 :]
+        stage_stand_in(inputs, start, n, below)
         stage(inputs, rows[0], start, n, scratch[0], below)
         stage(inputs, rows[1], start, n, scratch[1], below)
         for i in range(0, n, LANES):
@@ -128,7 +129,8 @@ def inner_products(inputs: Inputs, count: int, scratch: NDArray[np.float32], sum
     for start in range(0, count, TILE):
         n = min(TILE, count - start)
         find_rows(inputs, start // TILE, rows)
-        below = stage_stand_in(inputs, start, n, scratch)
+        below = scratch[len(scratch) - 1 :]
+        stage_stand_in(inputs, start, n, below)
         stage(inputs, rows[0], start, n, scratch[0], below)
         stage(inputs, rows[1], start, n, scratch[1], below)
         first, second, product = splat(0.0), splat(0.0), splat(0.0)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.codec import TILE, encode
-from deltaworks.checkpoints.jit import kernel
+from deltaworks.checkpoints.jit import inner, kernel
 from deltaworks.checkpoints.vector import LANES, ZERO, fma, fma_reference, load, splat, store
 from deltaworks.merging.methods.operation import Block, Inputs, Operation, find_rows, stage, stage_stand_in
 
@@ -81,7 +81,8 @@ def weighted_sum(
                 places[k] = inputs.places[rows[k]] + start
             _sum_tile(halves, rows, places, n, weights, divisor, total)
         else:
-            below = stage_stand_in(inputs, start, n, scratch)
+            below = scratch[len(scratch) - 1 :]
+            stage_stand_in(inputs, start, n, below)
             for k in range(models + 1):
                 if k == models or rows[k] != inputs.stand_in:
                     stage(inputs, rows[k], start, n, scratch[k], below)
@@ -94,7 +95,7 @@ def weighted_sum(
     return wrong
 
 
-@kernel
+@inner
 def _sum_tile(
     table: NDArray[Any],
     rows: NDArray[np.int64],
