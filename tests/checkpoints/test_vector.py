@@ -1,4 +1,4 @@
-"""Vectors of bytes against NumPy; those of elements are seen through in the tests of the kernels made of them."""
+"""Vectors of bytes, and lookups, against NumPy; other vectors are seen through in tests of the kernels made of them."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from deltaworks.checkpoints.byte_vector import (
     words_of,
 )
 from deltaworks.checkpoints.jit import inlined, kernel
-from deltaworks.checkpoints.vector import LANES, store
+from deltaworks.checkpoints.vector import LANES, bits, load, load_each, splat, store
 
 LOWER, UPPER = np.uint64(0x8877665544332211), np.uint64(0xFF0FEEDDCCBBAA99)
 TABLE = np.array([LOWER, UPPER]).view(np.uint8)
@@ -80,3 +80,17 @@ def test_bytes() -> None:
     np.testing.assert_array_equal(out, np.array(expected, np.uint16))
     np.testing.assert_array_equal(words[:8], x.view(np.uint64))
     np.testing.assert_array_equal(np.unpackbits(words[8:].view(np.uint8), bitorder="little"), x > 9)
+
+
+@kernel
+def _each(table: NDArray[np.float32], index: NDArray[np.uint16], out: NDArray[np.float32]) -> None:
+    store(out, 0, load_each(table, bits(load(index, 0, 0)) >> splat(np.uint32(16))))
+
+
+def test_load_each() -> None:
+    rng = np.random.default_rng(1)
+    table, out = rng.random(60_000, np.float32), np.empty(LANES, np.float32)
+    index = rng.integers(0, len(table), LANES).astype(np.uint16)
+    index[:3] = 0, 59_999, 0
+    _each(table, index[None], out)
+    np.testing.assert_array_equal(out, table[index])

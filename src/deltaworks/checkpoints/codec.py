@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
-from deltaworks.checkpoints.jit import inner, kernel
+from deltaworks.checkpoints.jit import inner
 from deltaworks.checkpoints.vector import (
     LANES,
     MAGNITUDE,
@@ -18,6 +18,7 @@ from deltaworks.checkpoints.vector import (
     bits,
     lanes_set,
     load,
+    power_of_two,
     select,
     splat,
     store,
@@ -168,7 +169,7 @@ def _encode_bf16(values: NDArray[np.float32], whole: int, out: NDArray[np.uint16
     return np.uint32(wrong)
 
 
-@kernel
+@inner
 def _round_small(
     bits: np.uint32, exponent_bits: int, mantissa_bits: int, largest: np.uint32, overflow: np.uint32, nan: np.uint32
 ) -> np.uint32:
@@ -183,9 +184,8 @@ def _round_small(
         r = magnitude - np.uint32((127 - bias) << 23)
         r = (r + (np.uint32(1) << (shift - np.uint32(1))) - np.uint32(1) + ((r >> shift) & np.uint32(1))) >> shift
         return overflow if r > largest else r
-    # Below the smallest normal the spacing is constant: a power of two below it, found without a branch on bits.
-    spacing = np.float64(2.0) ** (1 - bias - mantissa_bits)
-    scratch = np.empty(1, np.uint32)
-    scratch[0] = magnitude
-    steps = np.float64(scratch.view(np.float32)[0]) / spacing
+    # Below the smallest normal the spacing is constant, a power of two.
+    exponent = int(magnitude >> np.uint32(23))
+    mantissa = (magnitude & np.uint32(0x7FFFFF)) | np.uint32(exponent > 0) << np.uint32(23)
+    steps = np.float64(mantissa) * power_of_two(max(exponent, 1) - 150 - (1 - bias - mantissa_bits))
     return np.uint32(np.rint(steps))

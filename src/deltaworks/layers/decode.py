@@ -222,7 +222,7 @@ def _decode_cells(
         deltas = signed(lanes() >= eight, lookup(below, own), lookup(above, own))
         for i in range(g, min(g + GROUP, count), STRIDE):
             where = changed_of(row, parts, i, count)
-            if known:
+            if known and where != np.uint64(0):
                 cell = bytes_where(next_bits(row, at, where, sparse), np.uint8(8))
                 cell = cell | bytes_where(next_bits(row, at + bit2, where, sparse), half)
                 cell = cell | bytes_where(next_bits(row, at + bit3, where, sparse), quarter)
