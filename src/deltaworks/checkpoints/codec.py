@@ -185,7 +185,7 @@ def _round_small(
         r = (r + (np.uint32(1) << (shift - np.uint32(1))) - np.uint32(1) + ((r >> shift) & np.uint32(1))) >> shift
         return overflow if r > largest else r
     # Below the smallest normal the spacing is constant, a power of two.
-    exponent = int(magnitude >> np.uint32(23))
+    exponent = np.int64(magnitude >> np.uint32(23))
     mantissa = (magnitude & np.uint32(0x7FFFFF)) | np.uint32(exponent > 0) << np.uint32(23)
-    steps = np.float64(mantissa) * power_of_two(max(exponent, 1) - 150 - (1 - bias - mantissa_bits))
+    steps = np.float64(mantissa) * power_of_two(max(exponent, np.int64(1)) - 150 - (1 - bias - mantissa_bits))
     return np.uint32(np.rint(steps))
