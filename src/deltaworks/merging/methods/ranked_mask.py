@@ -30,6 +30,7 @@ from deltaworks.checkpoints.vector import (
     load,
     load_each,
     maximum,
+    minimum,
     packed,
     ramp,
     splat,
@@ -326,10 +327,11 @@ def _fill_bins(part: _Row, low: int, n: int, shift: int, bins: int) -> bool:
     if most == 0:
         return False
     floor: Any = max((most >> shift) - (bins - 1), 0)
-    least, by = splat(np.uint32(floor)), splat(np.uint32(shift))
+    least, by, last = splat(np.uint32(floor)), splat(np.uint32(shift)), splat(np.uint32(bins - 1))
     for i in range(0, n, LANES):
         upper = bits(load(part.sizes, 0, low + i)) >> by
-        store(part.bins[0], i, maximum(upper, least) - least)
+        # The last vector may hold larger ones, of the next row: what is looked up for them must be there too.
+        store(part.bins[0], i, minimum(maximum(upper, least) - least, last))
     counts = part.counts
     for b in range(bins):
         counts[0, b] = counts[1, b] = np.uint32(0)
