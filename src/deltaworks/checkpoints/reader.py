@@ -99,6 +99,11 @@ class RangeReader:
         self._goes_direct = self._direct_fd >= 0
 
     @property
+    def goes_direct(self) -> bool:
+        """Whether what the page cache lacks is read around it."""
+        return self._goes_direct
+
+    @property
     def size(self) -> int:
         """Size of the file in bytes."""
         return os.fstat(self._fd).st_size
@@ -155,9 +160,14 @@ class RangeReader:
         Raises:
             BudgetError: see `read_into`.
         """
-        self._counter.reserve(nbytes)
+        fd = self.announce_cached(nbytes)
         askew = (place | offset | nbytes) % PAGE
-        return self._fd if askew or not self._goes_direct or self._is_cached(offset, nbytes) else self._direct_fd
+        return fd if askew or not self._goes_direct or self._is_cached(offset, nbytes) else self._direct_fd
+
+    def announce_cached(self, nbytes: int) -> int:
+        """The same for a read through the page cache, to anywhere."""
+        self._counter.reserve(nbytes)
+        return self._fd
 
     def count(self, nbytes: int) -> None:
         """Take note of bytes that were read from a descriptor of `announce`."""

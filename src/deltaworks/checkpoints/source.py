@@ -77,6 +77,10 @@ class Source:
         offset = tensor.offset + tensor.dtype.nbytes(start)
         self._files[tensor.file].read_row(row, place, offset, tensor.dtype.nbytes(count))
 
+    def reader(self, tensor: TensorInfo) -> RangeReader:
+        """The open file that holds `tensor`."""
+        return self._files[tensor.file]
+
     def close(self) -> None:
         """Close every file."""
         for file in self._files.values():

@@ -4,19 +4,17 @@ Blocks of few layers are small and many, so what Python does for each would take
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numba import types
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.dtypes import DTYPES
 from deltaworks.checkpoints.jit import kernel
+from deltaworks.checkpoints.together import read_bytes
 from deltaworks.layers.checksum import checksum_of
 from deltaworks.layers.file import SHIFTS, LayeredTensor, LayerFile
 from deltaworks.layers.opened import layers_start, open_block, opened_bytes
-
-_pread: Any = types.ExternalFunction("pread", types.intp(types.intc, types.intp, types.intp, types.intp))
 
 
 class LayerInput(NamedTuple):
@@ -132,7 +130,7 @@ def _open_rows(
     """
     for k in range(len(fds)):
         row, nbytes = raw[rows[k]], ranges[k, 1]
-        got[k] = _pread(np.int32(fds[k]), np.intp(row.ctypes.data) + place, nbytes, ranges[k, 0])
+        got[k] = read_bytes(fds[k], ranges[k, 0], row[place : place + nbytes])
         sound[k] = False
         if got[k] == nbytes and checksum_of(row[place : place + checked[k]]) == sums[k]:
             open_block(row, count, ends[k], depths[k], shifts[k])

@@ -16,6 +16,7 @@ from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.checkpoints.reader import page_aligned
 from deltaworks.checkpoints.source import Source, place_in_row
+from deltaworks.checkpoints.together import RowRange, read_together
 from deltaworks.checkpoints.vector import LANES
 from deltaworks.checkpoints.writer import storage_error
 from deltaworks.errors import CheckpointError
@@ -231,13 +232,14 @@ class TensorStream:
         rows.row_of[:] = rows.stand_in
         rows.row_of[held] = range(n)
         rows.present[: len(self._ranges)] = self._is_whole[:, None]
+        wanted = []
         for r, a, b in parts:
             rows.present[r, (a - start) // TILE : -(-(b - start) // TILE)] = True
             place = self._places[r] + self.infos[r].dtype.nbytes(a - start)
-            self._read(sources, rows, r, place, a, b - a, stage)
-        for r in held:
-            if r >= len(self._ranges) or self._is_whole[r]:
-                self._read(sources, rows, r, self._places[r], start, count, stage)
+            wanted.append(_Part(r, place, a, b - a))
+        whole = (r for r in held if r >= len(self._ranges) or self._is_whole[r])
+        wanted.extend(_Part(r, self._places[r], start, count) for r in whole)
+        self._read(sources, rows, wanted, stage)
         if self._layers:
             self._open_layers(rows, index, [r for r in held if r in self._layers], stage)
 
@@ -283,30 +285,31 @@ class TensorStream:
             return self._by_block.get(index, [])
 
     def _read(
-        self,
-        sources: Mapping[int, Source | LayerSource],
-        rows: Rows,
-        r: int,
-        place: int,
-        first: int,
-        count: int,
-        stage: int,
+        self, sources: Mapping[int, Source | LayerSource], rows: Rows, wanted: Sequence["_Part"], stage: int
     ) -> None:
-        """Read `count` elements of input `r` from `first` on to byte `place` of its row."""
-        use = self._use(r, stage)
-        if r in self._layers or not use.is_wanted or (use.is_again and rows.holds):
-            return
-        info, row = self.infos[r], rows.raw[rows.row_of[r]]
-        part = row[place : place + info.dtype.nbytes(count)]
-        if use.is_again and use.spools:
-            os.preadv(self._spool(), [part.data], self._spool_place(r, first))
-        elif rows.stays or not use.comes_again or use.spools:
-            sources[self.places[r]].read_row(info, first, count, row, place)
+        """Bring what is wanted of a block to its rows."""
+        together, kept = [], []
+        for r, place, first, count in wanted:
+            use = self._use(r, stage)
+            if r in self._layers or not use.is_wanted or (use.is_again and rows.holds):
+                continue
+            info, source, row = self.infos[r], sources[self.places[r]], int(rows.row_of[r])
+            nbytes = info.dtype.nbytes(count)
+            if use.is_again and use.spools:
+                os.preadv(self._spool(), [rows.raw[row, place : place + nbytes].data], self._spool_place(r, first))
+                continue
             if use.spools and not rows.stays:
-                self._keep(part, r, first)
-        else:
-            # It is read again, so it had better be in the page cache by then.
-            sources[self.places[r]].read(info, first, count, part)
+                kept.append((rows.raw[row, place : place + nbytes], r, first))
+            # What is read again had better be in the page cache by then.
+            for_cache = use.comes_again and not rows.stays and not use.spools
+            if isinstance(source, LayerSource) or (source.reader(info).goes_direct and not for_cache):
+                source.read_row(info, first, count, rows.raw[row], place)
+            else:
+                offset = info.offset + info.dtype.nbytes(first)
+                together.append(RowRange(source.reader(info), offset, nbytes, row, place))
+        read_together(together, rows.raw)
+        for filled, r, first in kept:
+            self._keep(filled, r, first)
 
     def _open_layers(self, rows: Rows, index: int, inputs: Sequence[int], stage: int) -> None:
         """Bring the opened layers of a block of some inputs to their rows."""
@@ -408,6 +411,22 @@ class TensorStream:
         if self._spool_fd >= 0:
             os.close(self._spool_fd)
             self._spool_fd = -1
+
+
+class _Part(NamedTuple):
+    """A part of a block of an input.
+
+    Attributes:
+        input: which.
+        place: byte of its row.
+        first: element of the tensor.
+        elements: how many.
+    """
+
+    input: int
+    place: int
+    first: int
+    elements: int
 
 
 class _Use(NamedTuple):
