@@ -28,7 +28,7 @@ from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.header import TensorInfo
-from deltaworks.checkpoints.pipeline import READS_IN_FLIGHT, Pipeline
+from deltaworks.checkpoints.pipeline import READS_IN_FLIGHT, WRITES_IN_FLIGHT, Pipeline
 from deltaworks.checkpoints.reader import ByteCounter, page_aligned
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES, sample_places, signs
 from deltaworks.checkpoints.source import Source, are_cached, place_in_row
@@ -139,7 +139,8 @@ def analyze(
     widest = max((t.dtype.bits for pair in pairs for t in pair), default=8) // 8
     most = min(block_size, max((b.count for b, _ in pairs), default=1))
     slots = [
-        _Slot(block_size * widest, LayerBuffers(most) if layers else None) for _ in range(threads + READS_IN_FLIGHT + 2)
+        _Slot(block_size * widest, LayerBuffers(most) if layers else None)
+        for _ in range(threads + READS_IN_FLIGHT + WRITES_IN_FLIGHT)
     ]
     measure_read_cost(catalog, expert)
     progress.start(f"analyze {expert.name}", sum(b.nbytes + e.nbytes for b, e in pairs))
@@ -221,8 +222,8 @@ class _Stages:
             row[place : place + (len(row) - place) // 8 * 8] for row, place in zip(slot.rows, places, strict=True)
         )
 
-    def compute(self, task: _Block, slot: _Slot) -> None:
-        """Measure the block in the slot, and encode it."""
+    def compute(self, task: _Block, slot: _Slot) -> bool:
+        """Measure the block in the slot, and encode it; whether there is anything to write."""
         if self._layering is not None and slot.layers is not None:
             self._layering.encode(
                 task.tensor, (task.base, slot.base), (task.expert, slot.expert), task.block, task.count, slot.layers
@@ -243,6 +244,7 @@ class _Stages:
             slot.values,
         )
         slot.used = drain(slot.histogram, slot.bins, slot.counts)
+        return self._layering is not None and slot.layers is not None
 
     def write(self, task: _Block, slot: _Slot) -> None:
         """Write the block's layers."""

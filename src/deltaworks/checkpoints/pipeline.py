@@ -2,75 +2,91 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from queue import SimpleQueue
+from typing import Generic, NamedTuple, TypeVar
 
 STAGES = ("read", "compute", "write", "commit")
 
 READS_IN_FLIGHT = 8
-"""Threads beyond one a core: while these wait for a device, the others compute."""
+"""Threads that wait for a device's reads."""
+
+WRITES_IN_FLIGHT = 4
+"""Threads that wait for its writes, which are larger."""
 
 Task = TypeVar("Task")
 Slot = TypeVar("Slot")
 
 
-class Pipeline(Generic[Task, Slot]):
-    """Threads that each take a task through all stages; a slot (its buffers) travels with it and is then used again.
+class _Work(NamedTuple, Generic[Task, Slot]):
+    number: int
+    task: Task
+    slot: Slot
 
-    A task stays with its thread, so what was read is still in the core's cache when it is computed. Memory is what the
-    slots hold, however many tasks there are. Tasks start in order, and are committed in that order, by the thread that
-    calls `run`; in between they overtake each other. The first exception of any stage stops all and is raised by `run`.
+
+_Queue = SimpleQueue[_Work[Task, Slot] | None]
+
+
+class Pipeline(Generic[Task, Slot]):
+    """Threads for each stage, with queues between them; a slot (its buffers) travels with a task, then is used again.
+
+    Memory is what the slots hold, however many tasks there are. Tasks start in order, and are committed in that order,
+    by the thread that calls `run`; in between they overtake each other. The first exception of any stage stops all and
+    is raised by `run`. Threads that compute go from task to task: what waits for a device is left to others.
 
     Args:
         slots: the buffers; more than threads where the commits of fast tasks wait for a slow one before them.
         read: fills a slot for a task.
-        compute: works inside the slot; at most one a core at a time.
+        compute: works inside the slot, and says whether there is anything to write.
         write: takes the result out of it.
         commit: is told that all this is done.
         cores: how many compute at a time.
-        reads_on_core: reading takes a core too, since what is read is in memory; fewer slots are then in use at a time,
-            and their buffers stay in a cache.
+        reads_on_core: the threads that compute also read, since what is read is in memory; fewer buffers are then in
+            use at a time, and stay in a cache.
 
     Attributes:
         busy_s: seconds that each of `STAGES` worked, all threads together.
-        waited_s: seconds that threads waited before each: for a free slot, for a core, not at all, for the next task.
-        threads: how many there are.
+        waited_s: seconds that threads waited before each: for a free slot, for what is read, computed and written.
+        threads: how many there are of each but the last, which has one.
     """
 
     def __init__(
         self,
         slots: Sequence[Slot],
         read: Callable[[Task, Slot], None],
-        compute: Callable[[Task, Slot], None],
+        compute: Callable[[Task, Slot], bool],
         write: Callable[[Task, Slot], None],
         commit: Callable[[Task, Slot], None],
         cores: int,
         *,
         reads_on_core: bool = False,
     ) -> None:
-        self._stages = read, compute, write
-        self._commit = commit
+        self._read, self._compute, self._write, self._commit = read, compute, write, commit
         # The slot used last is the one whose buffers are still in a cache.
         self._free, self._is_free = list(slots), threading.Semaphore(len(slots))
-        self._cores, self._reads_on_core = threading.Semaphore(cores), reads_on_core
-        self.threads = min(cores + READS_IN_FLIGHT, len(slots))
+        self._reads_on_core = reads_on_core
+        readers = 0 if reads_on_core else min(READS_IN_FLIGHT, len(slots))
+        self.threads = {"read": readers, "compute": cores, "write": min(WRITES_IN_FLIGHT, len(slots))}
+        self._left = dict(self.threads)
+        self._filled: _Queue[Task, Slot] = SimpleQueue()
+        self._computed: _Queue[Task, Slot] = SimpleQueue()
+        self._done: _Queue[Task, Slot] = SimpleQueue()
         self._lock = threading.Lock()
-        self._done: dict[int, tuple[Task, Slot]] = {}
-        self._is_done = threading.Condition(self._lock)
-        self._started = self._ended = 0
+        self._started = 0
+        self._tasks: Iterator[Task] = iter(())
         self._error: BaseException | None = None
         self.stopping = threading.Event()
         self.busy_s, self.waited_s = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0)
 
     def run(self, tasks: Iterable[Task]) -> None:
         """Handle every task; returns when all are committed."""
-        iterator = iter(tasks)
-
-        def take() -> Task | None:
-            return next(iterator, None)
-
-        threads = [threading.Thread(target=self._working, args=(take,), daemon=True) for _ in range(self.threads)]
+        self._tasks = iter(tasks)
+        loops = {"read": self._reading, "compute": self._computing, "write": self._writing}
+        threads = [
+            threading.Thread(target=self._working, args=(stage, loops[stage]), daemon=True)
+            for stage, count in self.threads.items()
+            for _ in range(count)
+        ]
         for thread in threads:
             thread.start()
         try:
@@ -86,74 +102,98 @@ class Pipeline(Generic[Task, Slot]):
         with self._lock:
             self._error = self._error or error
             self.stopping.set()
-            self._is_done.notify_all()
-        self._is_free.release(self.threads)
-        self._cores.release(self.threads)
+        self._is_free.release(len(self._free) + sum(self.threads.values()))
+        for stage in self.threads:
+            self._end(stage)
 
-    def _working(self, take: Callable[[], Task | None]) -> None:
-        busy, waited = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0)
+    def _end(self, stage: str) -> None:
+        """Tell the threads of the next stage that nothing follows."""
+        following = {"read": self._filled, "compute": self._computed, "write": self._done}[stage]
+        after = {"read": "compute", "compute": "write"}.get(stage)
+        for _ in range(self.threads[after] if after else 1):
+            following.put(None)
+
+    def _working(self, stage: str, loop: Callable[["_Clock"], None]) -> None:
+        clock = _Clock()
         try:
-            while self._handle_next(take, busy, waited):
-                pass
+            loop(clock)
         except BaseException as error:  # raised again by run
             self._fail(error)
         with self._lock:
-            for stage in STAGES:
-                self.busy_s[stage] += busy[stage]
-                self.waited_s[stage] += waited[stage]
-            self._ended += 1
-            self._is_done.notify_all()
+            for name in STAGES:
+                self.busy_s[name] += clock.busy_s[name]
+                self.waited_s[name] += clock.waited_s[name]
+            self._left[stage] -= 1
+            is_last = not self._left[stage]
+        if is_last:
+            self._end(stage)
 
-    def _handle_next(self, take: Callable[[], Task | None], busy: dict[str, float], waited: dict[str, float]) -> bool:
-        """Take one task through the stages; False where there is none, or all is to stop."""
-        read, compute, write = self._stages
-        times = [time.perf_counter()]
-        with self._cores if self._reads_on_core else nullcontext():
-            self._is_free.acquire()
-            times.append(time.perf_counter())
-            with self._lock:
-                task = None if self.stopping.is_set() else take()
-                number = self._started
-                self._started += task is not None
+    def _reading(self, clock: "_Clock") -> None:
+        while work := self._begin(clock):
+            self._filled.put(work)
+
+    def _begin(self, clock: "_Clock") -> _Work[Task, Slot] | None:
+        """Read for the next task; None where there is none, or all is to stop."""
+        self._is_free.acquire()
+        clock.waited("read")
+        with self._lock:
+            task = None if self.stopping.is_set() else next(self._tasks, None)
             if task is None:
                 self._is_free.release()
-                return False
-            slot = self._free.pop()
-            read(task, slot)
-            times.append(time.perf_counter())
-            with nullcontext() if self._reads_on_core else self._cores:
-                times.append(time.perf_counter())
-                if self.stopping.is_set():
-                    return False
-                compute(task, slot)
-        times.append(time.perf_counter())
-        write(task, slot)
-        times.append(time.perf_counter())
-        with self._lock:
-            self._done[number] = task, slot
-            self._is_done.notify_all()
-        for at, stage in ((0, "read"), (2, "compute")):
-            waited[stage] += times[at + 1] - times[at]
-            busy[stage] += times[at + 2] - times[at + 1]
-        busy["write"] += times[5] - times[4]
-        return True
+                return None
+            work = _Work(self._started, task, self._free.pop())
+            self._started += 1
+        self._read(work.task, work.slot)
+        clock.worked("read")
+        return work
+
+    def _computing(self, clock: "_Clock") -> None:
+        while work := self._begin(clock) if self._reads_on_core else self._filled.get():
+            clock.waited("compute")
+            if self.stopping.is_set():
+                return
+            following = self._computed if self._compute(work.task, work.slot) else self._done
+            clock.worked("compute")
+            following.put(work)
+
+    def _writing(self, clock: "_Clock") -> None:
+        while work := self._computed.get():
+            clock.waited("write")
+            if self.stopping.is_set():
+                return
+            self._write(work.task, work.slot)
+            clock.worked("write")
+            self._done.put(work)
 
     def _committing(self) -> None:
-        number = 0
-        last_s = time.perf_counter()
-        while True:
-            with self._lock:
-                while number not in self._done and self._ended < self.threads and not self.stopping.is_set():
-                    self._is_done.wait()
-                if self.stopping.is_set() or number not in self._done:
-                    return
-                task, slot = self._done.pop(number)
-            started = time.perf_counter()
-            self._commit(task, slot)
-            self._free.append(slot)
-            self._is_free.release()
-            number += 1
-            now = time.perf_counter()
-            self.waited_s["commit"] += started - last_s
-            self.busy_s["commit"] += now - started
-            last_s = now
+        clock, number, waiting = _Clock(), 0, dict[int, _Work[Task, Slot]]()
+        while (done := self._done.get()) and not self.stopping.is_set():
+            waiting[done.number] = done
+            clock.waited("commit")
+            while work := waiting.pop(number, None):
+                self._commit(work.task, work.slot)
+                self._free.append(work.slot)
+                self._is_free.release()
+                number += 1
+            clock.worked("commit")
+        self.busy_s["commit"], self.waited_s["commit"] = clock.busy_s["commit"], clock.waited_s["commit"]
+
+
+class _Clock:
+    """Seconds that a thread worked for each stage, and waited before it."""
+
+    def __init__(self) -> None:
+        self.busy_s, self.waited_s = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0)
+        self._last_s = time.perf_counter()
+
+    def _passed(self) -> float:
+        before, self._last_s = self._last_s, time.perf_counter()
+        return self._last_s - before
+
+    def worked(self, stage: str) -> None:
+        """The time since the last call was work."""
+        self.busy_s[stage] += self._passed()
+
+    def waited(self, stage: str) -> None:
+        """The time since the last call was spent waiting."""
+        self.waited_s[stage] += self._passed()

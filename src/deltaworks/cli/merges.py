@@ -315,10 +315,11 @@ def _print_result(result: dict[str, Any], *, as_json: bool) -> None:
 
 def _print_stages(stages: "StageTimes") -> None:
     """Where the time went, a line a stage, on standard error."""
+    readers = f"{stages.readers} threads" if stages.readers else "on cores"
     rows = [
-        ("read", f"{stages.threads} threads", stages.read_s, stages.read_waited_s, "for buffers"),
-        ("compute", f"{stages.cores} at a time", stages.compute_s, stages.compute_waited_s, "for a core"),
-        ("write", f"{stages.threads} threads", stages.write_s, 0.0, ""),
+        ("read", readers, stages.read_s, stages.read_waited_s, "for buffers"),
+        ("compute", f"{stages.cores} threads", stages.compute_s, stages.compute_waited_s, "for what is read"),
+        ("write", f"{stages.writers} threads", stages.write_s, stages.write_waited_s, "for what is computed"),
         ("hash", "1 thread", stages.hash_s, stages.commit_waited_s, "for what is written"),
         ("fsync", "the same", stages.fsync_s, 0.0, ""),
     ]

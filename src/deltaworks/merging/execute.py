@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from deltaworks.catalog.models import Model
 from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.codec import decode_reference
-from deltaworks.checkpoints.pipeline import READS_IN_FLIGHT, Pipeline
+from deltaworks.checkpoints.pipeline import READS_IN_FLIGHT, STAGES, WRITES_IN_FLIGHT, Pipeline
 from deltaworks.checkpoints.reader import ByteCounter, page_aligned
 from deltaworks.checkpoints.source import Source, are_cached, files_are_cached
 from deltaworks.checkpoints.writer import OutputTensor, ShardLayout, ShardWriter, plan_shards
@@ -75,10 +75,11 @@ class StageTimes:
     Attributes:
         read_s, compute_s, write_s: at work; a reader also waits in there for passes before its own.
         read_waited_s: for free buffers: blocks wait for others before them to be committed.
-        compute_waited_s: for a free core.
+        compute_waited_s: for what is read.
+        write_waited_s: for what is computed.
         hash_s, fsync_s: hashing what was written, in order, and flushing finished files; one thread does it.
         commit_waited_s: that thread, for the next block.
-        threads, cores: how many threads there are, and how many of them compute at a time.
+        readers, cores, writers: how many threads read, compute and write; no readers where those that compute read.
     """
 
     read_s: float
@@ -88,9 +89,11 @@ class StageTimes:
     fsync_s: float
     read_waited_s: float
     compute_waited_s: float
+    write_waited_s: float
     commit_waited_s: float
-    threads: int
+    readers: int
     cores: int
+    writers: int
 
 
 class _Slot:
@@ -166,11 +169,12 @@ def execute(
             stages.close()
         return StageTimes(
             **{f"{stage}_s": round(pipeline.busy_s[stage], 4) for stage in ("read", "compute", "write")},
-            **{f"{stage}_waited_s": round(pipeline.waited_s[stage], 4) for stage in ("read", "compute", "commit")},
+            **{f"{stage}_waited_s": round(pipeline.waited_s[stage], 4) for stage in STAGES},
             hash_s=round(stages.hash_s, 4),
             fsync_s=round(stages.fsync_s, 4),
-            threads=pipeline.threads,
+            readers=pipeline.threads["read"],
             cores=threads,
+            writers=pipeline.threads["write"],
         )
 
 
@@ -257,8 +261,8 @@ class _Stages:
             self._staying += change if fits else 0
             return fits
 
-    def compute(self, task: Task, slot: _Slot) -> None:
-        """Measure or merge the block in the slot."""
+    def compute(self, task: Task, slot: _Slot) -> bool:
+        """Measure or merge the block in the slot; whether there is anything to write."""
         (stream,) = task.streams
         rows, slot.rows = slot.rows, None
         assert rows is not None
@@ -273,6 +277,7 @@ class _Stages:
             self._held[stream, task.index] = rows
         else:
             self._free.append(rows)
+        return task.stage is None
 
     def _merge(self, stream: TensorStream, task: Task, slot: _Slot, rows: Rows) -> None:
         tensor = stream.tensor
@@ -287,9 +292,8 @@ class _Stages:
 
     def write(self, task: Task, slot: _Slot) -> None:
         """Write the merged block."""
-        if task.stage is None:
-            name = task.streams[0].tensor.name
-            self._writer(name).write(name, self._start(task), self._merged(task, slot))
+        name = task.streams[0].tensor.name
+        self._writer(name).write(name, self._start(task), self._merged(task, slot))
 
     def commit(self, task: Task, slot: _Slot) -> None:
         """Hash the merged block, and finish its shard when it was the last."""
@@ -343,7 +347,9 @@ class _Stages:
 
 def make_slots(make: Callable[[], Slot], nbytes: int, cores: int) -> list[Slot]:
     """Buffers enough to keep every thread busy; fewer, but two, where they would be too large."""
-    return [make() for _ in range(max(2, min(cores + READS_IN_FLIGHT + 2, _BUFFER_BYTES // max(1, nbytes))))]
+    return [
+        make() for _ in range(max(2, min(cores + READS_IN_FLIGHT + WRITES_IN_FLIGHT, _BUFFER_BYTES // max(1, nbytes))))
+    ]
 
 
 def _nonfinite(stream: TensorStream, block: Block, plan: Plan) -> NonFiniteError:

@@ -148,16 +148,17 @@ class _Stages:
                 return
         task.fill(self.sources, slot.rows)
 
-    def compute(self, task: Task, slot: _Slot) -> None:
+    def compute(self, task: Task, slot: _Slot) -> bool:
         if task.stage is not None:
             task.streams[0].measure(slot.rows[0], task.index, task.stage)
-            return
+            return False
         count = task.streams[0].count(task.index)
         for stream, rows, out in zip(task.streams, slot.rows, slot.out, strict=True):
             stream.operation.merge(stream.block(rows, task.index, out.view(np.uint8), F32.code))
         planned, full, base = (out[:count].astype(np.float64) for out in slot.out)
         slot.lost = float(np.square(planned - full).sum())
         slot.full = float(np.square(full - base).sum())
+        return False
 
     def commit(self, task: Task, slot: _Slot) -> None:
         for stream in task.streams:
