@@ -1,6 +1,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -16,35 +17,49 @@ def nothing(task: int, slot: Slot) -> None:
     pass
 
 
+def slow(task: int, slot: Slot) -> bool:
+    time.sleep(0.001)
+    return True
+
+
+def all_is_written(task: int, slot: Slot) -> bool:
+    return True
+
+
+@pytest.mark.parametrize("reads_on_core", [False, True])
 @pytest.mark.parametrize(("slots", "cores"), [(1, 1), (2, 2), (4, 1), (12, 3)])
-def test_every_task_passes_every_stage_and_is_committed_in_order(slots: int, cores: int) -> None:
+def test_every_task_passes_every_stage_and_is_committed_in_order(slots: int, cores: int, reads_on_core: bool) -> None:
     committed: list[int] = []
     thread = threading.get_ident()
 
     def read(task: int, slot: Slot) -> None:
         slot.value = task
 
-    def compute(task: int, slot: Slot) -> None:
+    def compute(task: int, slot: Slot) -> bool:
         assert slot.value == task
         slot.value = task * task
+        return task % 5 > 0
 
     def write(task: int, slot: Slot) -> None:
         time.sleep(task % 3 * 1e-4)
         slot.value += 1
 
     def commit(task: int, slot: Slot) -> None:
-        assert slot.value == task * task + 1
+        assert slot.value == task * task + (task % 5 > 0)
         assert threading.get_ident() == thread
         committed.append(task)
 
-    Pipeline([Slot() for _ in range(slots)], read, compute, write, commit, cores).run(range(500))
+    pipeline = Pipeline(
+        [Slot() for _ in range(slots)], read, compute, write, commit, cores, reads_on_core=reads_on_core
+    )
+    pipeline.run(range(500))
     assert committed == list(range(500))
 
 
 def test_no_more_compute_at_a_time_than_there_are_cores() -> None:
     inside, most, lock = 0, 0, threading.Lock()
 
-    def compute(task: int, slot: Slot) -> None:
+    def compute(task: int, slot: Slot) -> bool:
         nonlocal inside, most
         with lock:
             inside += 1
@@ -52,6 +67,7 @@ def test_no_more_compute_at_a_time_than_there_are_cores() -> None:
         time.sleep(0.001)
         with lock:
             inside -= 1
+        return True
 
     Pipeline([Slot() for _ in range(8)], nothing, compute, nothing, nothing, 2).run(range(60))
     assert most == 2
@@ -71,33 +87,37 @@ def test_no_more_tasks_in_flight_than_slots() -> None:
         with lock:
             inside -= 1
 
-    Pipeline([Slot() for _ in range(3)], read, lambda *_: time.sleep(0.001), nothing, commit, 2).run(range(60))
+    Pipeline([Slot() for _ in range(3)], read, slow, nothing, commit, 2).run(range(60))
     assert most <= 3
 
 
 def test_it_tells_where_the_time_went() -> None:
     slots = [Slot() for _ in range(2)]
-    pipeline = Pipeline(slots, nothing, lambda *_: time.sleep(0.01), nothing, nothing, 1)
-    pipeline.run(range(20))
-    assert pipeline.busy_s["compute"] >= 0.2
-    assert pipeline.waited_s["compute"] > pipeline.busy_s["read"]
+    pipeline = Pipeline(slots, nothing, slow, nothing, nothing, 1)
+    pipeline.run(range(100))
+    assert pipeline.busy_s["compute"] >= 0.1
+    assert pipeline.waited_s["read"] > pipeline.busy_s["read"]
+    assert pipeline.waited_s["write"] > pipeline.busy_s["write"]
     assert pipeline.waited_s["commit"] > pipeline.busy_s["commit"]
 
 
+@pytest.mark.parametrize("reads_on_core", [False, True])
 @pytest.mark.parametrize("stage", range(4))
-def test_an_error_stops_everything(stage: int) -> None:
+def test_an_error_stops_everything(stage: int, reads_on_core: bool) -> None:
     seen: list[int] = []
 
-    def fail(task: int, slot: Slot) -> None:
+    def fail(task: int, slot: Slot) -> bool:
         seen.append(task)
         if task == 20:
             raise RuntimeError("boom")
+        return True
 
-    stages: list[Callable[[int, Slot], None]] = [nothing] * 4
+    stages: list[Callable[[int, Slot], Any]] = [nothing, all_is_written, nothing, nothing]
     stages[stage] = fail
     before = threading.active_count()
+    slots = [Slot() for _ in range(4)]
     with pytest.raises(RuntimeError, match="boom"):
-        Pipeline([Slot() for _ in range(4)], stages[0], stages[1], stages[2], stages[3], 2).run(range(10_000))
+        Pipeline(slots, stages[0], stages[1], stages[2], stages[3], 2, reads_on_core=reads_on_core).run(range(10_000))
     assert len(seen) < 5000
     assert threading.active_count() == before
 
@@ -107,6 +127,6 @@ def test_an_error_among_the_tasks_themselves() -> None:
         yield 1
         raise RuntimeError("boom")
 
-    pipeline = Pipeline([Slot()], nothing, nothing, nothing, nothing, 1)
+    pipeline = Pipeline([Slot()], nothing, all_is_written, nothing, nothing, 1)
     with pytest.raises(RuntimeError, match="boom"):
         pipeline.run(tasks())

@@ -7,7 +7,7 @@ from deltaworks.catalog.statistics import DEFAULT_BLOCK_SIZE
 from deltaworks.catalog.storage import ReadCost
 from deltaworks.merging.plan import Plan, PlannedTensor
 
-_CACHED_BYTES = 6 << 20
+_CACHED_BYTES = 16 << 20
 """Of the inputs of one block."""
 
 _LARGEST_CACHED = 1 << 20
