@@ -130,10 +130,10 @@ def _changed(count: int) -> Block:
 
 def test_blocks_are_as_large_as_what_is_read_of_them_allows(catalog: Catalog, family: Path) -> None:
     plan = planned(catalog, family, "ties", "15%")
-    one = replace(plan.tensors[0], shape=(16 << 20,), inputs=tuple(InputTensor(i, "w") for i in range(7)))
-    few = replace(one, reads=(None, ((0, 40),), *((),) * 5), stand_in=one.inputs[0])
-    many = replace(few, reads=(None, *(((100, 101),),) * 6))
-    apart = replace(few, reads=(None, *(((100 * i, 100 * i + 1),) for i in range(6))))
+    one = replace(plan.tensors[0], shape=(16 << 20,), inputs=tuple(InputTensor(i, "w") for i in range(21)))
+    few = replace(one, reads=(None, ((0, 40),), *((),) * 19), stand_in=one.inputs[0])
+    many = replace(few, reads=(None, *(((100, 101),),) * 20))
+    apart = replace(few, reads=(None, *(((100 * i, 100 * i + 1),) for i in range(20))))
     full = replace(one, reads=(), stand_in=None)
     tensors = {"few": few, "many": many, "apart": apart, "full": full}
     plan = replace(plan, read_cost=None, tensors=tuple(replace(t, name=name) for name, t in tensors.items()))
