@@ -85,10 +85,10 @@ def make_plan(
     outputs = output_tensors(recipe, models)
     sources = [_sources(t, models) for t in outputs]
     trims = [_trims(recipe, t, s) for t, s in zip(outputs, sources, strict=True)]
-    wanted = list(dict.fromkeys(t for own in trims for both in own for t in both if t is not None))
-    cuts = dict(zip(wanted, find_cuts(wanted), strict=True)) if wanted else {}
+    wanted = [t for own in trims for both in own for t in both if t is not None]
+    cuts = iter(find_cuts(wanted) if wanted else ())
     tensors = tuple(
-        _plan_tensor(recipe, tensor, place, own, [(t and cuts[t], top and cuts[top]) for t, top in of], seed)
+        _plan_tensor(recipe, tensor, place, own, [(t and next(cuts), top and next(cuts)) for t, top in of], seed)
         for tensor, own, of in zip(outputs, sources, trims, strict=True)
     )
     named = {b for part in recipe.slices if (b := part.base_model or recipe.base_model) is not None}

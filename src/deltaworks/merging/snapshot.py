@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -174,12 +175,16 @@ def run_plan(
         todo = [s for s in shards if not staging.take_over(s, progress)]
         _check_space(out, sum(s.nbytes for s in todo))
         layers = layer_files(catalog, plan, models, everywhere=options.layers)
-        stages = execute(plan, models, todo, staging.folder, options, staging.reads, staging.record, progress, layers)
+        with ThreadPoolExecutor(1) as pool:
+            others = pool.submit(_write_companions, staging, plan, models, shards)
+            stages = execute(
+                plan, models, todo, staging.folder, options, staging.reads, staging.record, progress, layers
+            )
         if changed := next((m for m in models if not m.is_gone and not untouched(m)), None):
             staging.forget()
             raise ChangedError(f"{changed.path} changed while it was being read; nothing was committed: merge again")
         try:
-            manifest = _write_companions(staging, plan, models, shards)
+            manifest = _write_manifest(staging, plan, shards, others.result())
             staging.publish(force=force)
         except OSError as error:
             raise storage_error(out, error) from error
@@ -328,8 +333,8 @@ def _check_space(out: Path, needed: int) -> None:
 
 def _write_companions(
     staging: _Staging, plan: Plan, models: Sequence[Model], shards: Sequence[ShardLayout]
-) -> dict[str, Any]:
-    """Everything beside the weights; the manifest is written last and returned."""
+) -> list[str]:
+    """Write and flush everything beside the weights but the manifest; returns the names of the files."""
     folder = staging.folder
     copy_sidecars(models[plan.tokenizer].path, folder)
     if plan.chat_template is not None:
@@ -346,6 +351,16 @@ def _write_companions(
     # A run that was killed at its very end may have left a manifest.
     apart = {MANIFEST, *(s.name for s in shards)}
     others = sorted(p.name for p in folder.iterdir() if p.name not in apart and not p.name.startswith(_JOURNAL))
+    for name in others:
+        _flush(folder / name)
+    return others
+
+
+def _write_manifest(
+    staging: _Staging, plan: Plan, shards: Sequence[ShardLayout], others: Sequence[str]
+) -> dict[str, Any]:
+    """Write and flush the manifest; `others` are the files beside the weights."""
+    folder = staging.folder
     manifest = {
         "deltaworks_manifest": MANIFEST_VERSION,
         "plan_digest": plan.digest,
@@ -365,10 +380,13 @@ def _write_companions(
         "versions": {name: version(name) for name in ("deltaworks", "numpy", "numba")},
     }
     write_json(folder / MANIFEST, manifest)
-    for name in (*others, MANIFEST):
-        with (folder / name).open("rb") as f:
-            os.fsync(f.fileno())
+    _flush(folder / MANIFEST)
     return manifest
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def verify(out: Path, progress: Progress | None = None) -> dict[str, Any]:
