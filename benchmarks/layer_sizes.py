@@ -66,7 +66,7 @@ def measure(family: Path) -> dict[str, Any]:
             file = LayerFile(catalog.layers_file(expert.fingerprint, base.fingerprint), ByteCounter())
             count = expert.checkpoint.count
             left = file.index["left"].astype(np.float64).sum(axis=0)
-            read = file.read_bytes(file.index["ends"].astype(np.int64)).sum(axis=0)
+            read = file.read_bytes.sum(axis=0)
             on_disk = file.path.stat().st_size - file.residuals.nbytes
             old, new = (open_checkpoint(m.path, ByteCounter()) for m in (base, expert))
             distance = np.concatenate([(places(new, n) - places(old, n)).ravel() for n in new.tensors]).astype(np.int16)

@@ -31,6 +31,9 @@ RESIDUAL: Final = np.dtype([("sketch", "<f2", (DEPTH - 1, BUCKETS)), ("sample", 
 """What so many layers, one first, leave of the delta in RESIDUAL_ELEMENTS elements, or in one block where that has
 more: sketches, scaled to a norm of one, and samples. Of m blocks that share a record, the first gives its samples 0, m,
 2m and so on, the second its samples 1, m + 1, 2m + 1."""
+UNKNOWN: Final = -1
+"""The cost of a depth to which an expert cannot be read, or at which another gives more for the same bytes."""
+
 RESIDUAL_ELEMENTS: Final = 1 << 18
 ALIGNED_FROM: Final = 1 << 16
 """Elements a block from which on every block takes whole pages."""
@@ -273,22 +276,35 @@ class LayerIndex:
         """Elements in a block."""
         return min(self.block_size, math.prod(tensor.shape) - block * self.block_size)
 
-    def nbytes(self, tensor: LayeredTensor, depths: NDArray[np.int64]) -> int:
-        """Bytes of so many layers of each block of a tensor: int64, [blocks]."""
-        read = np.flatnonzero(depths)
-        return int(self.read_bytes(self._ends_of(tensor))[read, depths[read] - 1].sum())
+    # Of all blocks at once, and picked out of the records, which takes long tensor by tensor.
 
-    def read_bytes(self, ends: NDArray[np.int64]) -> NDArray[np.int64]:
-        """What is read of blocks whose layers end at such places ([blocks, DEPTH]), by how many layers are asked for.
+    @cached_property
+    def ends(self) -> NDArray[np.int64]:
+        """Where in its block each layer ends: int64, [blocks, DEPTH]."""
+        ends: NDArray[np.int64] = self.index["ends"].astype(np.int64)
+        return ends
+
+    @cached_property
+    def left(self) -> NDArray[np.float64]:
+        """Squares that so many layers leave of each block's delta: float64, [blocks, DEPTH + 1]."""
+        return np.ascontiguousarray(self.index["left"], np.float64)
+
+    @cached_property
+    def read_bytes(self) -> NDArray[np.int64]:
+        """What is read of each block, by how many layers are asked for: int64, [blocks, DEPTH].
 
         Whole pages where blocks take them; no drafts where more is asked for.
         """
-        nbytes: NDArray[np.int64] = _aligned(_ends_in_part(ends), alignment(self.block_size))
+        nbytes: NDArray[np.int64] = _aligned(_ends_in_part(self.ends), alignment(self.block_size))
         return nbytes
 
-    def _ends_of(self, tensor: LayeredTensor) -> NDArray[np.int64]:
-        ends: NDArray[np.int64] = self.index["ends"][tensor.first : tensor.first + tensor.blocks].astype(np.int64)
-        return ends
+    @cached_property
+    def costs(self) -> NDArray[np.int64]:
+        """The same, but UNKNOWN for depths at which a deeper one gives more for as many bytes."""
+        nbytes = self.read_bytes
+        deeper = np.minimum.accumulate(nbytes[:, :0:-1], axis=1)[:, ::-1]
+        known = np.concatenate([nbytes[:, :-1] < deeper, np.ones((len(nbytes), 1), bool)], axis=1)
+        return np.where(known, nbytes, UNKNOWN)
 
 
 _EXPONENT = np.float32(2.0**112)
@@ -357,24 +373,20 @@ class LayerFile(LayerIndex):
     def __init__(self, path: Path, counter: ByteCounter, *, direct: bool = False) -> None:
         super().__init__(path)
         self.reader = RangeReader(path, counter, direct=direct, wanted=int(self._end["index"]))
-        # Records of an array of them take long to pick apart.
         self._offsets = self.index["offset"].astype(np.int64)
-        self._ends = self.index["ends"].astype(np.int64)
-        self._read_bytes = self.read_bytes(self._ends)
-        self._checked = _ends_in_part(self._ends)
+        self._checked = _ends_in_part(self.ends)
         for last in (DRAFTS - 1, DEPTH - 1):
-            self._checked[:, last] = self._read_bytes[:, last]
+            self._checked[:, last] = self.read_bytes[:, last]
         self._checksums = np.ascontiguousarray(self.index["checksums"])
 
     def places(self, tensor: LayeredTensor, depths: NDArray[np.int64]) -> Places:
         """Where the first so many layers of each block of a tensor lie; of those without any, where they would."""
         own = slice(tensor.first, tensor.first + tensor.blocks)
-        last = np.maximum(depths, 1)[:, None] - 1
-        nbytes, sums, checked = (
-            np.take_along_axis(of[own], last, 1) for of in (self._read_bytes, self._checksums, self._checked)
-        )
-        first = self._offsets[own, None] + np.where(last >= DRAFTS, self._read_bytes[own, DRAFTS - 1, None], 0)
-        return Places(np.concatenate([first, nbytes], axis=1), sums[:, 0], checked[:, 0], self._ends[own])
+        at = np.arange(tensor.first, own.stop), np.maximum(depths, 1) - 1
+        ranges = np.empty((tensor.blocks, 2), np.int64)
+        ranges[:, 0] = self._offsets[own] + np.where(depths > DRAFTS, self.read_bytes[own, DRAFTS - 1], 0)
+        ranges[:, 1] = self.read_bytes[at]
+        return Places(ranges, self._checksums[at], self._checked[at], self.ends[own])
 
     def open_block(
         self, tensor: LayeredTensor, block: int, depth: int, row: NDArray[np.uint8], done: int | None = None
@@ -393,7 +405,7 @@ class LayerFile(LayerIndex):
         """
         count = self.count(tensor, block)
         self._read(tensor, block, depth, row, layers_start(count), done)
-        open_block(row, count, self._ends[tensor.first + block], depth, SHIFTS[DTYPES[tensor.dtype]])
+        open_block(row, count, self.ends[tensor.first + block], depth, SHIFTS[DTYPES[tensor.dtype]])
 
     def _read(
         self,
@@ -406,9 +418,9 @@ class LayerFile(LayerIndex):
     ) -> None:
         """Read the first layers of a block to byte `place` of a row (see `RangeReader.read_row`), and check them."""
         record = tensor.first + block
-        offset, nbytes = int(self._offsets[record]), int(self._read_bytes[record, depth - 1])
+        offset, nbytes = int(self._offsets[record]), int(self.read_bytes[record, depth - 1])
         if depth > DRAFTS:
-            offset += int(self._read_bytes[record, DRAFTS - 1])
+            offset += int(self.read_bytes[record, DRAFTS - 1])
         try:
             if done is None:
                 self.reader.read_row(row, place, offset, nbytes)
@@ -439,7 +451,7 @@ class LayerFile(LayerIndex):
         Raises:
             CatalogError: a layer is damaged.
         """
-        nbytes = int(self._ends[tensor.first + block, -1] - self._ends[tensor.first + block, DRAFTS - 1])
+        nbytes = int(self.ends[tensor.first + block, -1] - self.ends[tensor.first + block, DRAFTS - 1])
         if not tensor.is_delta:
             (whole,) = page_aligned(1, nbytes)
             self._read(tensor, block, DEPTH, whole, 0)

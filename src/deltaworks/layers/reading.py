@@ -43,10 +43,10 @@ class BlockReader:
 
     def __init__(self, inputs: Sequence[LayerInput]) -> None:
         self._inputs = inputs
-        self.nbytes = [i.file.nbytes(i.tensor, i.depths) for i in inputs]
         self._depths = np.stack([i.depths for i in inputs])
         self._shifts = np.array([SHIFTS[DTYPES[i.tensor.dtype]] for i in inputs])
         places = [i.file.places(i.tensor, i.depths) for i in inputs]
+        self.nbytes = [int(p.ranges[i.depths > 0, 1].sum()) for p, i in zip(places, inputs, strict=True)]
         self._ranges = np.stack([p.ranges for p in places])
         largest = self._ranges[:, :, 1].max(axis=1).tolist()
         self.opened = [opened_bytes(i.file.count(i.tensor, 0), n) for i, n in zip(inputs, largest, strict=True)]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,16 +13,13 @@ from numpy.typing import NDArray
 from deltaworks.checkpoints.jit import kernel
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES
 from deltaworks.layers.cells import DEPTH
-from deltaworks.layers.file import LayeredTensor, LayerIndex, blocks_sharing, scale_sketches
+from deltaworks.layers.file import UNKNOWN, LayeredTensor, LayerIndex, blocks_sharing, scale_sketches
 from deltaworks.merging.contributions import trust_in
 from deltaworks.merging.deltas import Delta
 from deltaworks.merging.methods.delta import DeltaSum
 from deltaworks.merging.methods.sce import SelectedSum
 from deltaworks.merging.sampled import Sampled, Told, told_samples
 from deltaworks.merging.selection import Number, Ranking, rank_layers
-
-UNKNOWN = -1
-"""The cost of a depth to which an expert cannot be read, or at which another gives more for the same bytes."""
 
 UNTOLD = 3.0
 """How much more a square that is left counts where a block of parts that add up is not read at all; where some layers
@@ -101,13 +98,14 @@ class Menu:
         flat = np.empty((experts, DEPTH + 1, parts, BUCKETS), np.float32)
         flat[:, DEPTH] = 0.0
         for e, delta in enumerate(self.deltas):
-            flat[e, 0] = np.add.reduceat(delta.table.sketch[delta.rows], starts, axis=0, dtype=np.float64)
+            sketches = delta.table.sketch[delta.rows]
+            flat[e, 0] = sketches if self._sharing == 1 else np.add.reduceat(sketches, starts, 0, np.float64)
             found = self.tensors[e]
             if found is None:
                 flat[e, 1:DEPTH] = 0.0
             else:
                 index, tensor = found
-                norms = np.sqrt(np.add.reduceat(self.left[:, e, 1:DEPTH], starts, axis=0))
+                norms = np.sqrt(np.add.reduceat(self.left[:, e, 1:DEPTH], starts))
                 scale_sketches(index.raw_residuals[tensor.residual :][:parts], norms, flat[e, 1:DEPTH])
         rows = flat.reshape(experts * (DEPTH + 1), -1)
         products: NDArray[np.float64] = (rows @ rows.T).astype(np.float64)
@@ -143,18 +141,14 @@ def make_menu(
         if index is None or tensor is None or not tensor.is_delta or index.block_size != delta.table.block_size:
             tensors.append(None)
             continue
-        records = index.index[tensor.first : tensor.first + tensor.blocks]
-        ends = index.read_bytes(records["ends"].astype(np.int64))
-        if not is_gone and np.where(whole[:, e] > 0, ends[:, -1], 0).sum() >= whole[:, e].sum():
+        own = slice(tensor.first, tensor.first + tensor.blocks)
+        costs, is_read = index.costs[own], whole[:, e] > 0
+        if not is_gone and costs[is_read, -1].sum() >= whole[:, e].sum():
             tensors.append(None)
             continue
         tensors.append((index, tensor))
-        left[:, e, 1:] = records["left"][:, 1:]
-        deeper = np.minimum.accumulate(ends[:, :0:-1], axis=1)[:, ::-1]
-        known = np.concatenate([ends[:, :-1] < deeper, np.ones((len(ends), 1), bool)], axis=1)
-        cost[:, e, 1:] = np.where(known, ends, UNKNOWN)
-        cost[whole[:, e] == 0, e, 1:] = UNKNOWN
-        cost[whole[:, e] == 0, e, DEPTH] = 0
+        left[:, e, 1:] = index.left[own, 1:]
+        cost[is_read, e, 1:] = costs[is_read]
     return Menu(deltas, tensors, cost, left) if any(tensors) else None
 
 
@@ -234,13 +228,13 @@ def pool_cosines(tensors: Sequence[tuple[Menu, Sequence[int]]]) -> list[NDArray[
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         grams = list(pool.map(lambda own: own[0].gram(), tensors))
     models = 1 + max((place for _, places in tensors for place in places), default=0)
-    rows = [(np.array(places)[:, None] * (DEPTH + 1) + np.arange(DEPTH + 1)).ravel() for _, places in tensors]
+    own = [_square_of(places, models) for _, places in tensors]
     total = np.zeros((models * (DEPTH + 1),) * 2)
-    for own, gram in zip(rows, grams, strict=True):
-        total[own[:, None], own] += gram
+    for square, gram in zip(own, grams, strict=True):
+        total[square] += gram
     pooled, mixed = _cosines(total), []
-    for (menu, places), own, gram in zip(tensors, rows, grams, strict=True):
-        cosines, others = _cosines(gram), pooled[own[:, None], own]
+    for (menu, places), square, gram in zip(tensors, own, grams, strict=True):
+        cosines, others = _cosines(gram), pooled[square]
         shape = (len(places), DEPTH + 1) * 2
         apart = (cosines - others).reshape(shape)
         apart[range(len(places)), :, range(len(places))] = 0.0
@@ -248,6 +242,14 @@ def pool_cosines(tensors: Sequence[tuple[Menu, Sequence[int]]]) -> list[NDArray[
         trust = trust_in(spread, 1.0 / (BUCKETS * menu.parts()))
         mixed.append((trust * cosines + (1 - trust) * others).reshape(shape))
     return mixed
+
+
+def _square_of(places: Sequence[int], models: int) -> Any:
+    """What picks the rows and columns of some models out of a matrix of all of them; views where that is all."""
+    if [*places] == [*range(models)]:
+        return ...
+    rows = (np.array(places)[:, None] * (DEPTH + 1) + np.arange(DEPTH + 1)).ravel()
+    return np.ix_(rows, rows)
 
 
 @dataclass
