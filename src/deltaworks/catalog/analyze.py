@@ -28,7 +28,7 @@ from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.header import TensorInfo
-from deltaworks.checkpoints.pipeline import READS_IN_FLIGHT, WRITES_IN_FLIGHT, Pipeline
+from deltaworks.checkpoints.pipeline import Pipeline, slots_for
 from deltaworks.checkpoints.reader import ByteCounter, page_aligned
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES, sample_places, signs
 from deltaworks.checkpoints.source import Source, are_cached, place_in_row
@@ -138,10 +138,7 @@ def analyze(
     path = catalog.statistics_file(expert.fingerprint, base.fingerprint)
     widest = max((t.dtype.bits for pair in pairs for t in pair), default=8) // 8
     most = min(block_size, max((b.count for b, _ in pairs), default=1))
-    slots = [
-        _Slot(block_size * widest, LayerBuffers(most) if layers else None)
-        for _ in range(threads + READS_IN_FLIGHT + WRITES_IN_FLIGHT)
-    ]
+    slots = [_Slot(block_size * widest, LayerBuffers(most) if layers else None) for _ in range(slots_for(threads))]
     measure_read_cost(catalog, expert)
     progress.start(f"analyze {expert.name}", sum(b.nbytes + e.nbytes for b, e in pairs))
     with (

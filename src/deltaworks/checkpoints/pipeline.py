@@ -18,6 +18,11 @@ Task = TypeVar("Task")
 Slot = TypeVar("Slot")
 
 
+def slots_for(cores: int) -> int:
+    """How many slots keep every thread of a pipeline busy."""
+    return cores + READS_IN_FLIGHT + WRITES_IN_FLIGHT
+
+
 class _Work(NamedTuple, Generic[Task, Slot]):
     number: int
     task: Task

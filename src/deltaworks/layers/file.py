@@ -31,14 +31,13 @@ RESIDUAL: Final = np.dtype([("sketch", "<f2", (DEPTH - 1, BUCKETS)), ("sample", 
 """What so many layers, one first, leave of the delta in RESIDUAL_ELEMENTS elements, or in one block where that has
 more: sketches, scaled to a norm of one, and samples. Of m blocks that share a record, the first gives its samples 0, m,
 2m and so on, the second its samples 1, m + 1, 2m + 1."""
-UNKNOWN: Final = -1
-"""The cost of a depth to which an expert cannot be read, or at which another gives more for the same bytes."""
-
 RESIDUAL_ELEMENTS: Final = 1 << 18
 ALIGNED_FROM: Final = 1 << 16
 """Elements a block from which on every block takes whole pages."""
 SHIFTS: Final = {BF16: 16, F16: 13, F32: 0, F8_E4M3: 20, F8_E5M2: 21}
 """Element types that have layers, and how many bits of a float32 they leave at zero. Others are kept as they are."""
+UNKNOWN: Final = -1
+"""The cost of a depth to which an expert cannot be read, or at which another gives more for the same bytes."""
 
 
 @dataclass(frozen=True, slots=True)

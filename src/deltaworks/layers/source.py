@@ -23,8 +23,8 @@ class LayerSource:
     def __init__(self, file: LayerFile, base: Source, base_checkpoint: Checkpoint) -> None:
         self._file, self._base, self._base_checkpoint = file, base, base_checkpoint
 
-    def read(self, tensor: TensorInfo, start: int, count: int, out: NDArray[np.uint8]) -> None:
-        """Read elements `start` to `start + count` of `tensor` into the front of `out` (uint8).
+    def read_row(self, tensor: TensorInfo, start: int, count: int, row: NDArray[np.uint8], place: int) -> None:
+        """Read elements `start` to `start + count` of `tensor` to byte `place` of `row` (uint8).
 
         Raises:
             CheckpointError: the tensor is not in the file, or its base's is gone.
@@ -33,16 +33,12 @@ class LayerSource:
         kept = self._file.tensors.get(tensor.name)
         if kept is None:
             raise CheckpointError(f"{self._file.path} holds no tensor {tensor.name!r}")
-        size = self._file.block_size
+        size, out = self._file.block_size, row[place:]
         for block in range(start // size, -(-(start + count) // size)):
             first, last = max(start, block * size), min(start + count, (block + 1) * size)
             elements = self._file.restore(kept, block, self._base_block(kept, block) if kept.is_delta else None)
             a, b = (tensor.dtype.nbytes(i - block * size) for i in (first, last))
             out[tensor.dtype.nbytes(first - start) : tensor.dtype.nbytes(last - start)] = elements[a:b]
-
-    def read_row(self, tensor: TensorInfo, start: int, count: int, row: NDArray[np.uint8], place: int) -> None:
-        """Read elements `start` to `start + count` to byte `place` of `row`."""
-        self.read(tensor, start, count, row[place : place + tensor.dtype.nbytes(count)])
 
     def _base_block(self, kept: LayeredTensor, block: int) -> NDArray[np.float32]:
         info = self._base_checkpoint.find(kept.name)

@@ -7,10 +7,10 @@ from deltaworks.catalog.statistics import DEFAULT_BLOCK_SIZE
 from deltaworks.catalog.storage import ReadCost
 from deltaworks.merging.plan import Plan, PlannedTensor
 
-_CACHED_BYTES = 16 << 20
-"""Of the inputs of one block."""
+_INPUT_BYTES = 16 << 20
+"""Of one block. Smaller ones cost more in turns of Python and of threads than they save in misses of the cache."""
 
-_LARGEST_CACHED = 1 << 20
+_LARGEST_USEFUL = 1 << 20
 """Elements a block; larger ones take memory and save nothing."""
 
 
@@ -18,7 +18,7 @@ def stream_block_sizes(plan: Plan, wanted: int | None) -> dict[str, int]:
     """For each tensor, the block size asked for, a power of two.
 
     Where none is asked for, blocks are as large as a request has to be to be worth its price, and larger as long as
-    what is read for one stays in a core's share of the cache.
+    what is read for one is no more than _INPUT_BYTES.
     """
     names = [t.name for t in plan.tensors]
     if any(t.depths for t in plan.tensors):
@@ -29,13 +29,13 @@ def stream_block_sizes(plan: Plan, wanted: int | None) -> dict[str, int]:
     worth = ReadCost(*plan.read_cost).request_bytes if plan.read_cost is not None else 0
     while least < LARGEST_BLOCK and 2 * least < worth:
         least *= 2
-    return {t.name: _cached_block_size(t, plan.block_size, least) for t in plan.tensors}
+    return {t.name: _largest_block_size(t, plan.block_size, least) for t in plan.tensors}
 
 
-def _cached_block_size(tensor: PlannedTensor, planned: int, least: int) -> int:
-    """The largest block, but one of `least`, of which all that is read stays in the cache, at two bytes an element."""
+def _largest_block_size(tensor: PlannedTensor, planned: int, least: int) -> int:
+    """The largest block, but one of `least`, of which no more than _INPUT_BYTES is read, at two bytes an element."""
     size = least
-    while size < _LARGEST_CACHED and 4 * size * _most_read(tensor, planned, 2 * size) <= _CACHED_BYTES:
+    while size < _LARGEST_USEFUL and 4 * size * _most_read(tensor, planned, 2 * size) <= _INPUT_BYTES:
         size *= 2
     return size
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from deltaworks.catalog.models import Model
 from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.codec import decode_reference
-from deltaworks.checkpoints.pipeline import READS_IN_FLIGHT, STAGES, WRITES_IN_FLIGHT, Pipeline
+from deltaworks.checkpoints.pipeline import STAGES, Pipeline, slots_for
 from deltaworks.checkpoints.reader import ByteCounter, page_aligned
 from deltaworks.checkpoints.source import Source, are_cached, files_are_cached
 from deltaworks.checkpoints.writer import OutputTensor, ShardLayout, ShardWriter, plan_shards
@@ -347,9 +347,7 @@ class _Stages:
 
 def make_slots(make: Callable[[], Slot], nbytes: int, cores: int) -> list[Slot]:
     """Buffers enough to keep every thread busy; fewer, but two, where they would be too large."""
-    return [
-        make() for _ in range(max(2, min(cores + READS_IN_FLIGHT + WRITES_IN_FLIGHT, _BUFFER_BYTES // max(1, nbytes))))
-    ]
+    return [make() for _ in range(max(2, min(slots_for(cores), _BUFFER_BYTES // max(1, nbytes))))]
 
 
 def _nonfinite(stream: TensorStream, block: Block, plan: Plan) -> NonFiniteError:
