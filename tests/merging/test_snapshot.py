@@ -190,11 +190,11 @@ def test_a_failed_run_resumes_from_finished_shards(
     written: list[str] = []
 
     class Failing(ShardWriter):
-        def __init__(self, path: Path, layout: Any) -> None:
-            if len(written) == 3:
+        def finish(self) -> str:
+            if len(written) == 2:
                 raise DeltaworksError("no space left")
-            written.append(layout.name)
-            super().__init__(path, layout)
+            written.append(super().finish())
+            return written[-1]
 
     monkeypatch.setattr(execute, "ShardWriter", Failing)
     with pytest.raises(DeltaworksError, match="no space left"):
@@ -202,7 +202,7 @@ def test_a_failed_run_resumes_from_finished_shards(
     assert not (tmp_path / "out").exists()
     staging = tmp_path / ".out.deltaworks"
     finished = json.loads((staging / ".journal.json").read_text())["shards"]
-    assert len(finished) >= 2
+    assert len(finished) == 2
     # One finished shard is damaged meanwhile: it is made again, the others are not.
     victim = min(finished)
     (staging / victim).write_bytes(b"x" * (staging / victim).stat().st_size)
