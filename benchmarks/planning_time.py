@@ -27,7 +27,8 @@ import pyarrow.parquet as pq
 from deltaworks.catalog import statistics
 from deltaworks.catalog.histogram import kept_elements
 from deltaworks.catalog.models import Kind, Model
-from deltaworks.catalog.statistics import CUT_DENSITIES, DENSITIES, pack_floats
+from deltaworks.catalog.statistics import CUT_DENSITIES, DENSITIES
+from deltaworks.catalog.statistics_file import SCHEMA, pack_floats
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.checkpoint import Checkpoint, ShardFile
 from deltaworks.checkpoints.dtypes import BF16
@@ -112,7 +113,7 @@ def write_statistics(path: Path, tensors: dict[str, tuple[int, ...]], seed: int)
     scale = np.exp(rng.normal(-8, 1, count))
     square = elements * scale**2
     metadata = {b"deltaworks": json.dumps({"version": statistics.FORMAT_VERSION, "block_size": BLOCK}).encode()}
-    schema = statistics.SCHEMA.with_metadata(metadata)
+    schema = SCHEMA.with_metadata(metadata)
     share = np.sqrt(np.array(DENSITIES))
     columns = {
         "zeros": np.zeros(count),

@@ -11,7 +11,8 @@ from deltaworks.catalog.cuts import find_cuts
 from deltaworks.catalog.histogram import Interval, bins_reference
 from deltaworks.catalog.models import Model
 from deltaworks.catalog.register import register
-from deltaworks.catalog.statistics import TensorStatistics, measure_reference, read_statistics
+from deltaworks.catalog.statistics import TensorStatistics, measure_reference
+from deltaworks.catalog.statistics_file import read_statistics
 from deltaworks.catalog.store import Catalog
 from deltaworks.errors import CatalogError, UserError
 from deltaworks.merging.methods.delta import close_cut, lower_bits_reference

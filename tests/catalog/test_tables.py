@@ -7,7 +7,8 @@ from families import random_tensors, tuned, write_model
 
 from deltaworks.catalog.analyze import analyze
 from deltaworks.catalog.register import register
-from deltaworks.catalog.statistics import CUT_DENSITIES, read_statistics
+from deltaworks.catalog.statistics import CUT_DENSITIES
+from deltaworks.catalog.statistics_file import read_statistics
 from deltaworks.catalog.store import TABLE, Catalog
 from deltaworks.catalog.tables import read_table
 from deltaworks.catalog.tidy import find_waste

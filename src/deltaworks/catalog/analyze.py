@@ -17,12 +17,14 @@ from deltaworks.catalog.layering import LayerBuffers, Layering
 from deltaworks.catalog.models import Model
 from deltaworks.catalog.statistics import (
     BLOCK_FIELDS,
+    SMALLEST_BLOCK,
     BlockStatistics,
-    StatisticsWriter,
     TensorStatistics,
     add_up,
+    check_block_size,
     measure_block,
 )
+from deltaworks.catalog.statistics_file import StatisticsWriter
 from deltaworks.catalog.storage import measure_read_cost
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.cached import PAGE
@@ -33,29 +35,15 @@ from deltaworks.checkpoints.reader import ByteCounter, page_aligned
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES, sample_places, signs
 from deltaworks.checkpoints.source import Source, are_cached, place_in_row
 from deltaworks.checkpoints.writer import storage_error
-from deltaworks.errors import CatalogError, CheckpointError, UserError
+from deltaworks.errors import CatalogError, CheckpointError
 from deltaworks.layers.file import LayerIndex
 from deltaworks.progress import Progress, Silent
 
-SMALLEST_BLOCK, LARGEST_BLOCK = 1 << 12, 1 << 22
 _USUAL_BLOCK = 1 << 20
 _BLOCKS_A_MODEL = 256
 _UNFINISHED = 4
 FAR_FROM_BASE = 1.0
 """Relative norm of a delta from which on an expert is no plausible fine-tune: two unrelated models differ by 1.4."""
-
-
-def check_block_size(block_size: int) -> int:
-    """Return `block_size` if it is a power of two from 4 Ki to 4 Mi elements.
-
-    Raises:
-        UserError: it is not.
-    """
-    if not SMALLEST_BLOCK <= block_size <= LARGEST_BLOCK or block_size & (block_size - 1):
-        raise UserError(
-            f"the block size must be a power of two from {SMALLEST_BLOCK} to {LARGEST_BLOCK}, not {block_size}"
-        )
-    return block_size
 
 
 def default_block_size(base: Model) -> int:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from deltaworks.catalog.histogram import Cut, Interval, pack_cut, place_cuts, unpack_cut
 from deltaworks.catalog.models import Model
-from deltaworks.catalog.statistics import read_statistics
 from deltaworks.catalog.store import Catalog
 from deltaworks.catalog.tables import KnownCuts, read_table
 from deltaworks.errors import CatalogError
@@ -55,6 +54,8 @@ def _place(
     catalog: Catalog, expert: Model, base: Model, file: Path, wanted: Iterable[tuple[str, int]]
 ) -> dict[tuple[str, int], Cut | Interval]:
     """Place cuts by the histograms of the blocks, and remember them."""
+    from deltaworks.catalog.statistics_file import read_statistics  # noqa: PLC0415  # slow to import, seldom needed
+
     keeps: dict[str, list[int]] = {}
     for tensor, keep in wanted:
         keeps.setdefault(tensor, []).append(keep)

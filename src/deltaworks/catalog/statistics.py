@@ -1,22 +1,8 @@
-"""Block statistics of one delta: measured in one streaming pass, kept in one Parquet file.
+"""Block statistics of one delta, measured in one streaming pass."""
 
-The file holds one row a block, in order, with the columns of `BLOCK_FIELDS`, the energy that survives trims, the sketch
-and the histogram of the magnitudes of the block's delta; and in its last row group one row a tensor, with the same of
-the whole tensor and with the places of its trim cuts.
-"""
-
-import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from deltaworks.catalog.histogram import (
@@ -24,14 +10,10 @@ from deltaworks.catalog.histogram import (
     Histogram,
     bins_reference,
     count_magnitudes,
-    kept_elements,
-    pack_cut,
-    place_cuts,
-    surviving_energy,
 )
 from deltaworks.checkpoints.codec import TILE, decode
 from deltaworks.checkpoints.jit import inner
-from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES, add_to_sketch, sketch_reference
+from deltaworks.checkpoints.sketch import BUCKETS, add_to_sketch, sketch_reference
 from deltaworks.checkpoints.vector import (
     LANES,
     MAGNITUDE,
@@ -44,10 +26,11 @@ from deltaworks.checkpoints.vector import (
     sum_in_order,
     widen,
 )
-from deltaworks.errors import CatalogError
+from deltaworks.errors import UserError
 
 FORMAT_VERSION = 3
-DEFAULT_BLOCK_SIZE = 1 << 18
+SMALLEST_BLOCK, DEFAULT_BLOCK_SIZE, LARGEST_BLOCK = 1 << 12, 1 << 18, 1 << 22
+"""Elements of a block."""
 
 BLOCK_FIELDS = ("zeros", "changed", "nonfinite", "delta_square", "base_square", "base_delta")
 """What is measured of a block: elements whose delta is zero; elements whose float32 bits differ from the base's (a
@@ -61,24 +44,17 @@ CUT_DENSITIES = tuple(i / 100 for i in range(1, 100))
 """Trims whose cuts are kept of every tensor."""
 
 
-# Arrow's own allocator keeps what it once had, which adds up over the tensors of a large model.
-pa.set_memory_pool(pa.system_memory_pool())
+def check_block_size(block_size: int) -> int:
+    """Return `block_size` if it is a power of two from 4 Ki to 4 Mi elements.
 
-SCHEMA = pa.schema(
-    [
-        ("tensor", pa.dictionary(pa.int32(), pa.string())),
-        ("block", pa.int32()),
-        ("elements", pa.int64()),
-        *((f, pa.float64()) for f in BLOCK_FIELDS),
-        # Numbers as bytes: lists of them take four times as long to read, and are most of what planning reads.
-        ("survives", pa.binary(4 * len(DENSITIES))),
-        ("sketch", pa.binary(4 * BUCKETS)),
-        ("sample", pa.binary(4 * SAMPLES)),
-        ("bins", pa.list_(pa.uint16())),
-        ("counts", pa.list_(pa.int64())),
-        ("cuts", pa.list_(pa.int64())),
-    ]
-)
+    Raises:
+        UserError: it is not.
+    """
+    if not SMALLEST_BLOCK <= block_size <= LARGEST_BLOCK or block_size & (block_size - 1):
+        raise UserError(
+            f"the block size must be a power of two from {SMALLEST_BLOCK} to {LARGEST_BLOCK}, not {block_size}"
+        )
+    return block_size
 
 
 @inner
@@ -220,176 +196,3 @@ def add_up(parts: list[Histogram]) -> Histogram:
         dense[part.bins] += part.counts
     bins = np.flatnonzero(dense)
     return Histogram(bins.astype(np.uint16), dense[bins])
-
-
-class StatisticsWriter:
-    """Writes tensor after tensor; nothing stands under the final name before `commit`."""
-
-    def __init__(self, path: Path, block_size: int) -> None:
-        self._path = path
-        self._partial = path.with_name(f".{path.name}.{os.getpid()}")
-        metadata = {b"deltaworks": json.dumps({"version": FORMAT_VERSION, "block_size": block_size}).encode()}
-        # Sketches do not compress, and are what planning reads most of.
-        leaves = [f"{f.name}.list.element" if pa.types.is_nested(f.type) else f.name for f in SCHEMA]
-        packed = {leaf: "none" if leaf in _BULKY else "zstd" for leaf in leaves}
-        self._file = pq.ParquetWriter(
-            self._partial, SCHEMA.with_metadata(metadata), compression=packed, use_dictionary=["tensor"]
-        )
-        self._blocks: list[_Row] = []
-        self._totals: list[_Row] = []
-
-    def add(self, tensor: TensorStatistics) -> None:
-        """Add a tensor that is complete."""
-        histograms, size = [b.histogram for b in tensor.blocks], tensor.elements
-        survives = surviving_energy(tensor.total, histograms, size, DENSITIES)
-        keeps = sorted({kept_elements(d, size) for d in CUT_DENSITIES}) if size else []
-        cuts = place_cuts(tensor.total, histograms, tensor.block_size, size, keeps)
-        values = np.sum([b.values for b in tensor.blocks], axis=0)
-        sketch = np.sum([b.sketch for b in tensor.blocks], axis=0)
-        nothing = np.zeros(SAMPLES, np.float32)
-        self._totals.append(
-            (
-                (tensor.name, -1, size),
-                values,
-                survives.sum(axis=0),
-                sketch,
-                nothing,
-                tensor.total,
-                [v for keep, cut in zip(keeps, cuts, strict=True) for v in (keep, *pack_cut(cut))],
-            )
-        )
-        self._blocks += [
-            ((tensor.name, i, b.elements), b.values, survives[i], b.sketch, b.sample, b.histogram, [])
-            for i, b in enumerate(tensor.blocks)
-        ]
-        if len(self._blocks) >= _ROWS:
-            self._flush(self._blocks)
-            self._blocks = []
-
-    def commit(self) -> None:
-        """Write what is left, flush it and give the file its name."""
-        self._flush(self._blocks)
-        self._flush(self._totals)
-        self._file.close()
-        with self._partial.open("rb") as f:
-            os.fsync(f.fileno())
-        self._partial.replace(self._path)
-
-    def abandon(self) -> None:
-        """Leave nothing behind; harmless after `commit`."""
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
-
-    def _flush(self, rows: list["_Row"]) -> None:
-        if rows:
-            self._file.write_table(pa.Table.from_batches([_batch(rows)], SCHEMA), row_group_size=1 << 30)
-
-
-_Floats = NDArray[np.float32]
-_Row = tuple[tuple[str, int, int], NDArray[np.float64], NDArray[np.float64], _Floats, _Floats, Histogram, list[int]]
-_ROWS = 512
-_BULKY = ("survives", "sketch", "sample")
-
-
-def _batch(rows: list[_Row]) -> pa.RecordBatch:
-    values = np.array([r[1] for r in rows], np.float64).reshape(len(rows), len(BLOCK_FIELDS))
-    bins = _offsets([len(r[5].bins) for r in rows])
-    return pa.RecordBatch.from_arrays(
-        [
-            pa.array([r[0][0] for r in rows]).dictionary_encode(),
-            pa.array([r[0][1] for r in rows], pa.int32()),
-            pa.array([r[0][2] for r in rows], pa.int64()),
-            *(pa.array(values[:, i]) for i in range(len(BLOCK_FIELDS))),
-            pack_floats(np.stack([r[2] for r in rows])),
-            pack_floats(np.stack([r[3] for r in rows])),
-            pack_floats(np.stack([r[4] for r in rows])),
-            pa.ListArray.from_arrays(bins, np.concatenate([r[5].bins for r in rows])),
-            pa.ListArray.from_arrays(bins, np.concatenate([r[5].counts for r in rows])),
-            pa.ListArray.from_arrays(
-                _offsets([len(r[6]) for r in rows]), np.array([v for r in rows for v in r[6]], np.int64)
-            ),
-        ],
-        schema=SCHEMA,
-    )
-
-
-def _offsets(lengths: list[int]) -> NDArray[np.int32]:
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-
-
-def read_statistics(path: Path) -> Iterator[TensorStatistics]:
-    """Every tensor of a statistics file, in the order in which they were analyzed; only a few are in memory at once.
-
-    Raises:
-        CatalogError: the file is damaged or of another version.
-    """
-    with open_statistics(path) as (file, block_size):
-        yield from _tensors(file, block_size)
-
-
-@contextmanager
-def open_statistics(path: Path) -> Iterator[tuple[pq.ParquetFile, int]]:
-    """A statistics file, and its block size.
-
-    Raises:
-        CatalogError: it is damaged or of another version.
-    """
-    try:
-        with pq.ParquetFile(path) as file:
-            about = json.loads((file.schema_arrow.metadata or {})[b"deltaworks"])
-            if about["version"] != FORMAT_VERSION:
-                raise CatalogError(
-                    f"{path} has statistics of version {about['version']}; analyze the expert again with --force"
-                )
-            yield file, int(about["block_size"])
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        raise CatalogError(
-            f"cannot read the statistics in {path}: {error}; analyze the expert again with --force"
-        ) from error
-
-
-def pack_floats(rows: NDArray[Any]) -> pa.FixedSizeBinaryArray:
-    """Rows of numbers as a column of float32 bytes, little-endian."""
-    data = np.ascontiguousarray(rows, "<f4")
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(4 * data.shape[1]), len(data), [None, pa.py_buffer(data)])
-
-
-def unpack_floats(column: pa.ChunkedArray, width: int) -> NDArray[np.float32]:
-    """The inverse of `pack_floats`: [rows, width]."""
-    parts = [
-        np.frombuffer(c.buffers()[1], "<f4", len(c) * width, c.offset * width * 4).reshape(-1, width)
-        for c in column.chunks
-    ]
-    return np.concatenate(parts) if parts else np.empty((0, width), np.float32)
-
-
-def _tensors(file: pq.ParquetFile, block_size: int) -> Iterator[TensorStatistics]:
-    last = file.num_row_groups - 1
-    if last < 0:
-        return
-    totals = file.read_row_group(last, ["tensor", "elements", "bins", "counts"])
-    names, sizes = totals.column("tensor").to_pylist(), totals.column("elements").to_pylist()
-    tensors = iter(zip(names, sizes, _histograms(totals), strict=True))
-    for group in range(last):
-        table = file.read_row_group(group)
-        histograms = _histograms(table)
-        elements = table.column("elements").to_numpy()
-        values = np.stack([table.column(f).to_numpy() for f in BLOCK_FIELDS], axis=1)
-        sketches = unpack_floats(table.column("sketch"), BUCKETS)
-        samples = unpack_floats(table.column("sample"), SAMPLES)
-        row = 0
-        while row < table.num_rows:
-            name, size, total = next(tensors)
-            rows = range(row, row + max(1, -(-size // block_size)))
-            row = rows.stop
-            blocks = [
-                BlockStatistics(int(elements[r]), values[r], sketches[r], samples[r], histograms[r]) for r in rows
-            ]
-            yield TensorStatistics(name, block_size, total, blocks)
-
-
-def _histograms(table: pa.Table) -> list[Histogram]:
-    bins, counts = table.column("bins").combine_chunks(), table.column("counts").combine_chunks()
-    offsets = bins.offsets.to_numpy()
-    flat_bins, flat_counts = bins.values.to_numpy(), counts.values.to_numpy()
-    return [Histogram(flat_bins[a:b], flat_counts[a:b]) for a, b in pairwise(offsets)]

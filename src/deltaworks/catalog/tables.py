@@ -1,10 +1,11 @@
 """What planning needs of the statistics of a delta, kept unpacked beside them in a file that is mapped, not read.
 
 The file, ``EXPERT-BASE.table``, is made from the statistics when it is first asked for, and made anew where they have
-changed since. It is one Arrow record of one row, of which each column holds the bytes of an array.
+changed since. It is a safetensors file; what else there is to say stands in one of its arrays, as JSON.
 """
 
 import json
+import mmap
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -15,21 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from deltaworks.catalog.statistics import DENSITIES, FORMAT_VERSION, open_statistics, unpack_floats
+from deltaworks.catalog.statistics import DENSITIES, FORMAT_VERSION
 from deltaworks.catalog.store import TABLE
+from deltaworks.checkpoints.dtypes import DTYPES, F32, F64
+from deltaworks.checkpoints.header import read_header, write_header
+from deltaworks.checkpoints.reader import ByteCounter, RangeReader
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES
+from deltaworks.errors import CheckpointError
 
 _VERSION = 1
 _KEEP_BITS = 44
 """Of a key for a tensor and a number of its elements."""
 _BLOCKS = {
-    "changed": "<f8", "delta_square": "<f8", "base_square": "<f8", "base_delta": "<f8",
-    "survives": "<f4", "sketch": "<f4", "sample": "<f4",
+    "changed": F64, "delta_square": F64, "base_square": F64, "base_delta": F64,
+    "survives": F32, "sketch": F32, "sample": F32,
 }  # fmt: skip
-_ARRAYS = _BLOCKS | {"cut_keys": "<i8", "cuts": "<i8"}
+_ARRAYS = {"cut_keys": DTYPES["I64"], "cuts": DTYPES["I64"], **_BLOCKS}
+"""The larger their elements are, the earlier they come, so that all lie where theirs may."""
+_ABOUT = "about"
+_NUMPY = {"F64": "<f8", "F32": "<f4", "I64": "<i8"}
 _WIDTHS = {"survives": len(DENSITIES), "sketch": BUCKETS, "sample": SAMPLES, "cuts": 4}
 
 
@@ -119,7 +126,7 @@ _Unpacked = tuple[dict[str, Any], dict[str, NDArray[Any]]]
 def _unpacked(statistics: Path) -> _Unpacked:
     """What the table beside a statistics file says, which is written unless it is there."""
     path, stamp = statistics.with_suffix(TABLE), _stamp(statistics)
-    with suppress(OSError, ValueError, KeyError, pa.ArrowException):
+    with suppress(OSError, ValueError, KeyError, CheckpointError):
         about, arrays = _map(path)
         if about["stamp"] == stamp:
             return about, arrays
@@ -140,27 +147,29 @@ def _stamp(statistics: Path) -> list[int]:
 
 
 def _map(path: Path) -> _Unpacked:
-    with pa.memory_map(str(path)) as file:
-        batch = pa.ipc.open_file(file).get_batch(0)
-    about = json.loads(batch.schema.metadata[b"deltaworks"])
-    # The bytes of a column of one row; as a value they would be copied.
-    return about, {name: _shaped(name, batch.column(name).buffers()[2]) for name in _ARRAYS}
-
-
-def _shaped(name: str, buffer: Any) -> NDArray[Any]:
-    flat: NDArray[Any] = np.frombuffer(buffer, _ARRAYS[name])
-    return flat.reshape(-1, _WIDTHS[name]) if name in _WIDTHS else flat
+    with RangeReader(path, ByteCounter()) as reader:
+        header = read_header(reader)
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    arrays = {n: np.frombuffer(mapped, _NUMPY[d.name], header[n].count, header[n].offset) for n, d in _ARRAYS.items()}
+    start, count = header[_ABOUT].offset, header[_ABOUT].nbytes
+    return json.loads(mapped[start : start + count]), {
+        name: flat.reshape(-1, _WIDTHS[name]) if name in _WIDTHS else flat for name, flat in arrays.items()
+    }
 
 
 def _write(path: Path, about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write a table; nothing stands under its name before all of it is on the device."""
     partial = path.with_name(f".{path.stem}-{threading.get_ident()}{TABLE}.{os.getpid()}")
-    columns = [pa.array([np.ascontiguousarray(arrays[name]).tobytes()], pa.large_binary()) for name in _ARRAYS]
-    schema = pa.schema([(name, pa.large_binary()) for name in _ARRAYS], {b"deltaworks": json.dumps(about).encode()})
+    text = json.dumps(about).encode()
+    kinds = [(name, dtype, arrays[name].shape) for name, dtype in _ARRAYS.items()]
+    header, _ = write_header([*kinds, (_ABOUT, DTYPES["U8"], (len(text),))])
     try:
         with partial.open("wb") as file:
-            with pa.ipc.new_file(file, schema) as writer:
-                writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
+            file.write(header)
+            for name, dtype in _ARRAYS.items():
+                file.write(np.ascontiguousarray(arrays[name], _NUMPY[dtype.name]).data)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -170,6 +179,8 @@ def _write(path: Path, about: Mapping[str, Any], arrays: Mapping[str, NDArray[An
 
 
 def _unpack(statistics: Path) -> _Unpacked:
+    from deltaworks.catalog.statistics_file import open_statistics, unpack_floats  # noqa: PLC0415  # slow, seldom
+
     with open_statistics(statistics) as (file, block_size):
         last = file.num_row_groups - 1
         blocks = file.read_row_groups(range(max(0, last)), list(_BLOCKS))

@@ -417,8 +417,26 @@ def _store(context: Any, array: Any, place: Any, value: Any) -> Any:
     return types.void(array, types.intp, value), generate
 
 
+@intrinsic
+def _prefetch(context: Any, array: Any, row: Any, place: Any) -> Any:
+    del context, row, place
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Any]) -> Any:
+        byte, word = ir.IntType(8), ir.IntType(32)
+        address = _address(context, builder, signature.args[0], values, byte)
+        kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")  # type: ignore[no-untyped-call]
+        reads, keep, data = (ir.Constant(word, n) for n in (0, 3, 1))
+        builder.call(function, (address, reads, keep, data))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp), generate
+
+
 load: Any = _load
 """``load(table, row, place)``: F32 from a contiguous table ([rows, elements]) of float32, or of BF16 as uint16."""
+prefetch: Any = _prefetch
+"""``prefetch(table, row, place)``: begin to bring to the cache what will be loaded from there; it may lie outside."""
 load_each: Any = _load_each
 """``load_each(array, index)``: F32 of the elements of float32, in one dimension, that each U32 names."""
 store: Any = _store

@@ -2,8 +2,7 @@
 
 from collections import Counter
 
-from deltaworks.catalog.analyze import LARGEST_BLOCK, check_block_size
-from deltaworks.catalog.statistics import DEFAULT_BLOCK_SIZE
+from deltaworks.catalog.statistics import DEFAULT_BLOCK_SIZE, LARGEST_BLOCK, check_block_size
 from deltaworks.catalog.storage import ReadCost
 from deltaworks.merging.plan import Plan, PlannedTensor
 

@@ -6,7 +6,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltaworks.catalog.analyze import analyze
 from deltaworks.catalog.cuts import find_cuts
 from deltaworks.catalog.histogram import KEEP_ALL, Cut, Interval
 from deltaworks.catalog.models import Kind, Model
@@ -173,6 +172,8 @@ class Prepared:
         prints = self.models[expert].fingerprint, self.models[base].fingerprint
         known = self._catalog.find_analysis(*prints)
         if known is None:
+            from deltaworks.catalog.analyze import analyze  # noqa: PLC0415  # slow to import, seldom needed
+
             analyze(
                 self._catalog,
                 self.models[expert],

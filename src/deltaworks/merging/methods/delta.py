@@ -28,7 +28,8 @@ from deltaworks.catalog.histogram import (
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.merging.methods.delta_kernels import collect_lower_bits, delta_masses, merge_deltas
 from deltaworks.merging.methods.delta_tiles import Thinning
-from deltaworks.merging.methods.operation import Block, Operation, exact_sums, tile_sum_reference
+from deltaworks.merging.methods.exact_sum import exact_sums
+from deltaworks.merging.methods.operation import Block, Operation, tile_sum_reference
 from deltaworks.merging.methods.random_mask import random_mask_reference, split_density
 from deltaworks.merging.methods.ranked_mask import chances, draw_ranked_masks, ranked_mask_reference, rows_block
 

@@ -20,6 +20,7 @@ from deltaworks.checkpoints.vector import (
     largest,
     load,
     maximum,
+    prefetch,
     select,
     splat,
     store,
@@ -102,6 +103,9 @@ def _masses_tile(
         k = tile.experts[a]
         before, after = zero, zero
         for i in range(0, n, LANES):
+            prefetch(table, tile.rows[a + 1], tile.places[a + 1] + i + TILE)
+            if a == 0:
+                prefetch(table, tile.rows[0], tile.places[0] + i + TILE)
             d = load(table, tile.rows[a + 1], tile.places[a + 1] + i) - load(table, tile.rows[0], tile.places[0] + i)
             size = bits(d) & magnitude
             if thinning.at_random:

@@ -203,11 +203,6 @@ def stage_stand_in(inputs: Inputs, start: int, n: int, below: NDArray[np.float32
             break
 
 
-def exact_sums(parts: Sequence[NDArray[np.float64]]) -> list[float]:
-    """Column sums of partial sums ([tiles, columns] each), correctly rounded, so that their order cannot matter."""
-    return [math.fsum(column.tolist()) for column in np.concatenate(parts).T]
-
-
 def tile_sum_reference(values: NDArray[Any], apart: NDArray[np.bool_] | None = None) -> float:
     """The sum over a whole tensor as kernels take it: lanes of every tile in the values' type, then all exactly.
 

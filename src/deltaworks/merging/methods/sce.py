@@ -12,7 +12,8 @@ from deltaworks.catalog.histogram import Cut, Histogram, Interval, place_cuts
 from deltaworks.catalog.statistics import add_up
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.merging.methods.delta import NEVER, close_cut, place_cut
-from deltaworks.merging.methods.operation import Block, Operation, exact_sums, tile_sum_reference
+from deltaworks.merging.methods.exact_sum import exact_sums
+from deltaworks.merging.methods.operation import Block, Operation, tile_sum_reference
 from deltaworks.merging.methods.sce_kernels import (
     SMALLEST_SHARE,
     Selection,

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from deltaworks.checkpoints.codec import TILE, encode
 from deltaworks.checkpoints.jit import kernel
 from deltaworks.checkpoints.vector import LANES, load, narrow, splat, store, sum_in_order, widen
+from deltaworks.merging.methods.exact_sum import exact_sums
 from deltaworks.merging.methods.operation import (
     Block,
     Inputs,
     Operation,
-    exact_sums,
     find_rows,
     stage,
     stage_stand_in,
