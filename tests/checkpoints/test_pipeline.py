@@ -13,8 +13,8 @@ class Slot:
         self.value = 0
 
 
-def nothing(task: int, slot: Slot) -> None:
-    pass
+def nothing(task: int, slot: Slot) -> Any:
+    return ()
 
 
 def slow(task: int, slot: Slot) -> bool:
@@ -30,13 +30,17 @@ def all_is_written(task: int, slot: Slot) -> bool:
 @pytest.mark.parametrize(("slots", "cores"), [(1, 1), (2, 2), (4, 1), (12, 3)])
 def test_every_task_passes_every_stage_and_is_committed_in_order(slots: int, cores: int, reads_on_core: bool) -> None:
     committed: list[int] = []
+    parts: dict[int, list[int]] = {}
     thread = threading.get_ident()
 
-    def read(task: int, slot: Slot) -> None:
+    def read(task: int, slot: Slot) -> list[Callable[[], None]]:
         slot.value = task
+        parts[task] = list(range(task % 7))
+        return [parts[task].pop for _ in range(task % 7)]
 
     def compute(task: int, slot: Slot) -> bool:
         assert slot.value == task
+        assert not parts[task]
         slot.value = task * task
         return task % 5 > 0
 
@@ -76,11 +80,12 @@ def test_no_more_compute_at_a_time_than_there_are_cores() -> None:
 def test_no_more_tasks_in_flight_than_slots() -> None:
     inside, most, lock = 0, 0, threading.Lock()
 
-    def read(task: int, slot: Slot) -> None:
+    def read(task: int, slot: Slot) -> tuple[()]:
         nonlocal inside, most
         with lock:
             inside += 1
             most = max(most, inside)
+        return ()
 
     def commit(task: int, slot: Slot) -> None:
         nonlocal inside
@@ -106,11 +111,11 @@ def test_it_tells_where_the_time_went() -> None:
 def test_an_error_stops_everything(stage: int, reads_on_core: bool) -> None:
     seen: list[int] = []
 
-    def fail(task: int, slot: Slot) -> bool:
+    def fail(task: int, slot: Slot) -> Any:
         seen.append(task)
         if task == 20:
             raise RuntimeError("boom")
-        return True
+        return () if stage == 0 else True
 
     stages: list[Callable[[int, Slot], Any]] = [nothing, all_is_written, nothing, nothing]
     stages[stage] = fail
@@ -120,6 +125,26 @@ def test_an_error_stops_everything(stage: int, reads_on_core: bool) -> None:
         Pipeline(slots, stages[0], stages[1], stages[2], stages[3], 2, reads_on_core=reads_on_core).run(range(10_000))
     assert len(seen) < 5000
     assert threading.active_count() == before
+
+
+def test_the_reading_for_one_task_is_shared_among_threads() -> None:
+    """Each part waits for the others, so that no thread could do two of them."""
+    together = threading.Barrier(4, timeout=10)
+    slots = [Slot()]
+    Pipeline(slots, lambda *_: [together.wait] * 4, all_is_written, nothing, nothing, 1).run(range(10))
+
+
+@pytest.mark.parametrize("reads_on_core", [False, True])
+def test_an_error_in_a_part_of_the_reading_stops_everything(reads_on_core: bool) -> None:
+    def fail() -> None:
+        raise RuntimeError("boom")
+
+    slots = [Slot() for _ in range(3)]
+    pipeline = Pipeline(
+        slots, lambda *_: [int, fail, int], all_is_written, nothing, nothing, 2, reads_on_core=reads_on_core
+    )
+    with pytest.raises(RuntimeError, match="boom"):
+        pipeline.run(range(1000))
 
 
 def test_an_error_among_the_tasks_themselves() -> None:

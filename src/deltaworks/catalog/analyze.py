@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.header import TensorInfo
-from deltaworks.checkpoints.pipeline import Pipeline, slots_for
+from deltaworks.checkpoints.pipeline import Piece, Pipeline, slots_for
 from deltaworks.checkpoints.reader import ByteCounter, page_aligned
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES, sample_places, signs
 from deltaworks.checkpoints.source import Source, are_cached, place_in_row
@@ -196,16 +197,15 @@ class _Stages:
         self._signs = signs()
         self.summary = _Summary()
 
-    def read(self, task: _Block, slot: _Slot) -> None:
-        """Fill the slot with the block of base and expert."""
+    def read(self, task: _Block, slot: _Slot) -> list[Piece]:
+        """Fill the slot with the block of the base; that of the expert is left to be read."""
         start = task.block * self._block_size
-        tensors = task.base, task.expert
-        places = [place_in_row(t) for t in tensors]
-        for source, tensor, row, place in zip((self._base, self._expert), tensors, slot.rows, places, strict=True):
-            source.read_row(tensor, start, task.count, row, place)
+        places = [place_in_row(t) for t in (task.base, task.expert)]
         slot.base, slot.expert = (
             row[place : place + (len(row) - place) // 8 * 8] for row, place in zip(slot.rows, places, strict=True)
         )
+        self._base.read_row(task.base, start, task.count, slot.rows[0], places[0])
+        return [partial(self._expert.read_row, task.expert, start, task.count, slot.rows[1], places[1])]
 
     def compute(self, task: _Block, slot: _Slot) -> bool:
         """Measure the block in the slot, and encode it; whether there is anything to write."""

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from queue import SimpleQueue
 from typing import Generic, NamedTuple, TypeVar
@@ -13,6 +14,9 @@ READS_IN_FLIGHT = 8
 
 WRITES_IN_FLIGHT = 4
 """Threads that wait for its writes, which are larger."""
+
+Piece = Callable[[], None]
+"""A part of the reading for a task, which any thread may do."""
 
 Task = TypeVar("Task")
 Slot = TypeVar("Slot")
@@ -41,7 +45,7 @@ class Pipeline(Generic[Task, Slot]):
 
     Args:
         slots: the buffers; more than threads where the commits of fast tasks wait for a slow one before them.
-        read: fills a slot for a task.
+        read: fills a slot for a task; what it returns is left to be read, and others help with that.
         compute: works inside the slot, and says whether there is anything to write.
         write: takes the result out of it.
         commit: is told that all this is done.
@@ -58,7 +62,7 @@ class Pipeline(Generic[Task, Slot]):
     def __init__(
         self,
         slots: Sequence[Slot],
-        read: Callable[[Task, Slot], None],
+        read: Callable[[Task, Slot], Iterable[Piece]],
         compute: Callable[[Task, Slot], bool],
         write: Callable[[Task, Slot], None],
         commit: Callable[[Task, Slot], None],
@@ -68,15 +72,19 @@ class Pipeline(Generic[Task, Slot]):
     ) -> None:
         self._read, self._compute, self._write, self._commit = read, compute, write, commit
         # The slot used last is the one whose buffers are still in a cache.
-        self._free, self._is_free = list(slots), threading.Semaphore(len(slots))
+        self._free = list(slots)
+        # As many as there are free slots and, of tasks already begun, pieces.
+        self._to_read = threading.Semaphore(len(slots))
         self._reads_on_core = reads_on_core
-        readers = 0 if reads_on_core else min(READS_IN_FLIGHT, len(slots))
+        readers = 0 if reads_on_core else READS_IN_FLIGHT
         self.threads = {"read": readers, "compute": cores, "write": min(WRITES_IN_FLIGHT, len(slots))}
         self._left = dict(self.threads)
         self._filled: _Queue[Task, Slot] = SimpleQueue()
         self._computed: _Queue[Task, Slot] = SimpleQueue()
         self._done: _Queue[Task, Slot] = SimpleQueue()
         self._lock = threading.Lock()
+        self._pieces: deque[tuple[Piece, _Work[Task, Slot]]] = deque()
+        self._unread: dict[int, int] = {}
         self._started = 0
         self._tasks: Iterator[Task] = iter(())
         self._error: BaseException | None = None
@@ -107,7 +115,7 @@ class Pipeline(Generic[Task, Slot]):
         with self._lock:
             self._error = self._error or error
             self.stopping.set()
-        self._is_free.release(len(self._free) + sum(self.threads.values()))
+        self._to_read.release(len(self._free) + sum(self.threads.values()))
         for stage in self.threads:
             self._end(stage)
 
@@ -134,26 +142,58 @@ class Pipeline(Generic[Task, Slot]):
             self._end(stage)
 
     def _reading(self, clock: "_Clock") -> None:
-        while work := self._begin(clock):
-            self._filled.put(work)
+        while True:
+            self._to_read.acquire()
+            clock.waited("read")
+            with self._lock:
+                piece, work = self._pieces.popleft() if self._pieces else (None, None)
+            if self.stopping.is_set():
+                self._to_read.release()
+                return
+            if piece is None or work is None:
+                work = self._begin()
+                if work is None:
+                    return
+                pieces = list(self._read(work.task, work.slot))
+                with self._lock:
+                    self._unread[work.number] = len(pieces) + 1
+                    self._pieces.extend((piece, work) for piece in pieces)
+                if pieces:
+                    self._to_read.release(len(pieces))
+            else:
+                piece()
+            clock.worked("read")
+            with self._lock:
+                self._unread[work.number] -= 1
+                is_read = not self._unread[work.number]
+            if is_read:
+                del self._unread[work.number]
+                self._filled.put(work)
 
-    def _begin(self, clock: "_Clock") -> _Work[Task, Slot] | None:
-        """Read for the next task; None where there is none, or all is to stop."""
-        self._is_free.acquire()
-        clock.waited("read")
+    def _begin(self) -> _Work[Task, Slot] | None:
+        """The next task, in a slot that is known to be free; None where there is none, or all is to stop."""
         with self._lock:
             task = None if self.stopping.is_set() else next(self._tasks, None)
             if task is None:
-                self._is_free.release()
+                self._to_read.release()
                 return None
             work = _Work(self._started, task, self._free.pop())
             self._started += 1
-        self._read(work.task, work.slot)
-        clock.worked("read")
+        return work
+
+    def _read_whole(self, clock: "_Clock") -> _Work[Task, Slot] | None:
+        """Begin the next task, and read all that it needs."""
+        self._to_read.acquire()
+        clock.waited("read")
+        work = self._begin()
+        if work is not None:
+            for piece in self._read(work.task, work.slot):
+                piece()
+            clock.worked("read")
         return work
 
     def _computing(self, clock: "_Clock") -> None:
-        while work := self._begin(clock) if self._reads_on_core else self._filled.get():
+        while work := self._read_whole(clock) if self._reads_on_core else self._filled.get():
             clock.waited("compute")
             if self.stopping.is_set():
                 return
@@ -178,7 +218,7 @@ class Pipeline(Generic[Task, Slot]):
             while work := waiting.pop(number, None):
                 self._commit(work.task, work.slot)
                 self._free.append(work.slot)
-                self._is_free.release()
+                self._to_read.release()
                 number += 1
             clock.worked("commit")
         self.busy_s["commit"], self.waited_s["commit"] = clock.busy_s["commit"], clock.waited_s["commit"]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from deltaworks.catalog.models import Model
 from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.codec import decode_reference
-from deltaworks.checkpoints.pipeline import STAGES, Pipeline, slots_for
+from deltaworks.checkpoints.pipeline import STAGES, Piece, Pipeline, slots_for
 from deltaworks.checkpoints.reader import ByteCounter, page_aligned
 from deltaworks.checkpoints.source import Source, are_cached, files_are_cached
 from deltaworks.checkpoints.writer import OutputTensor, ShardLayout, ShardWriter, plan_shards
@@ -230,15 +230,15 @@ class _Stages:
         self._sources, cached = reads.sources(plan, models, streams, layers)
         self.are_cached = cached and (not layers or files_are_cached(f.path for f in layers.values()))
 
-    def read(self, task: Task, slot: _Slot) -> None:
-        """Fill the slot's rows with the task's block of every input."""
+    def read(self, task: Task, slot: _Slot) -> list[Piece]:
+        """Fill the slot's rows with the task's block of every input; returns what is left to be read."""
         # The tasks of the pass before started earlier, so they are on their way through other slots.
         while not task.is_ready(0.1):
             if self.is_stopping():
-                return
+                return []
         (stream,) = task.streams
         slot.rows = self._take_rows(stream, task)
-        task.fill(self._sources, [slot.rows])
+        return task.fill(self._sources, [slot.rows])
 
     def _take_rows(self, stream: TensorStream, task: Task) -> Rows:
         rows = self._held.pop((stream, task.index), None)

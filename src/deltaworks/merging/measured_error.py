@@ -11,7 +11,7 @@ import numpy as np
 
 from deltaworks.catalog.models import Model
 from deltaworks.checkpoints.dtypes import F32
-from deltaworks.checkpoints.pipeline import Pipeline
+from deltaworks.checkpoints.pipeline import Piece, Pipeline
 from deltaworks.checkpoints.reader import ByteCounter
 from deltaworks.layers.file import LayerFile
 from deltaworks.merging.block_sizes import stream_block_sizes
@@ -142,11 +142,11 @@ class _Stages:
         self.lost: dict[str, list[float]] = {}
         self.full: dict[str, list[float]] = {}
 
-    def read(self, task: Task, slot: _Slot) -> None:
+    def read(self, task: Task, slot: _Slot) -> list[Piece]:
         while not task.is_ready(0.1):
             if self.is_stopping():
-                return
-        task.fill(self.sources, slot.rows)
+                return []
+        return task.fill(self.sources, slot.rows)
 
     def compute(self, task: Task, slot: _Slot) -> bool:
         if task.stage is not None:

@@ -4,6 +4,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from deltaworks.catalog.models import Model
 from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.header import TensorInfo
+from deltaworks.checkpoints.pipeline import Piece
 from deltaworks.checkpoints.reader import page_aligned
 from deltaworks.checkpoints.source import Source, place_in_row
 from deltaworks.checkpoints.together import RowRange, read_together
@@ -26,6 +28,9 @@ from deltaworks.layers.reading import BlockReader, LayerInput
 from deltaworks.layers.source import LayerSource
 from deltaworks.merging.methods.operation import LAYERED, Block, Inputs, Operation
 from deltaworks.merging.plan import InputTensor, Plan, PlannedTensor
+
+_PIECE_BYTES = 256 << 10
+"""Reads of a device that are at least so large are worth a thread of their own."""
 
 
 class Rows:
@@ -221,8 +226,12 @@ class TensorStream:
         """Whether the passes before `stage` are through; waits for at most `timeout` seconds."""
         return stage == 0 or self._settled[stage - 1].wait(timeout)
 
-    def fill(self, sources: Mapping[int, Source | LayerSource], rows: Rows, index: int, stage: int) -> None:
-        """Read a block of every input, as far as the plan reads it, and of the stand-in where it omits any."""
+    def fill(self, sources: Mapping[int, Source | LayerSource], rows: Rows, index: int, stage: int) -> list[Piece]:
+        """Read a block of every input, as far as the plan reads it, and of the stand-in where it omits any.
+
+        Returns:
+            What is left to be read, by any thread: large parts around the page cache, which take long.
+        """
         start, count = index * self.block_size, self.count(index)
         parts, held = self._parts_of(index), self._held(index)
         n = len(held)
@@ -239,9 +248,10 @@ class TensorStream:
             wanted.append(_Part(r, place, a, b - a))
         whole = (r for r in held if r >= len(self._ranges) or self._is_whole[r])
         wanted.extend(_Part(r, self._places[r], start, count) for r in whole)
-        self._read(sources, rows, wanted, stage)
+        left = self._read(sources, rows, wanted, stage)
         if self._layers:
             self._open_layers(rows, index, [r for r in held if r in self._layers], stage)
+        return left
 
     def _held(self, index: int) -> list[int]:
         """The inputs of which anything is read of a block, and what stands in for others: one row each, in order."""
@@ -286,9 +296,9 @@ class TensorStream:
 
     def _read(
         self, sources: Mapping[int, Source | LayerSource], rows: Rows, wanted: Sequence["_Part"], stage: int
-    ) -> None:
-        """Bring what is wanted of a block to its rows."""
-        together, kept = [], []
+    ) -> list[Piece]:
+        """Bring what is wanted of a block to its rows, but for the pieces that are returned."""
+        together, kept, left = [], [], list[Piece]()
         for r, place, first, count in wanted:
             use = self._use(r, stage)
             if r in self._layers or not use.is_wanted or (use.is_again and rows.holds):
@@ -298,18 +308,26 @@ class TensorStream:
             if use.is_again and use.spools:
                 os.preadv(self._spool(), [rows.raw[row, place : place + nbytes].data], self._spool_place(r, first))
                 continue
-            if use.spools and not rows.stays:
-                kept.append((rows.raw[row, place : place + nbytes], r, first))
+            keeps = use.spools and not rows.stays
             # What is read again had better be in the page cache by then.
             for_cache = use.comes_again and not rows.stays and not use.spools
             if isinstance(source, LayerSource) or (source.reader(info).goes_direct and not for_cache):
-                source.read_row(info, first, count, rows.raw[row], place)
+                read = partial(source.read_row, info, first, count, rows.raw[row], place)
+                if keeps or nbytes < _PIECE_BYTES:
+                    read()
+                else:
+                    left.append(read)
             else:
                 offset = info.offset + info.dtype.nbytes(first)
                 together.append(RowRange(source.reader(info), offset, nbytes, row, place))
+            if keeps:
+                kept.append((rows.raw[row, place : place + nbytes], r, first))
         read_together(together, rows.raw)
         for filled, r, first in kept:
             self._keep(filled, r, first)
+        if left:
+            left.pop()()
+        return left
 
     def _open_layers(self, rows: Rows, index: int, inputs: Sequence[int], stage: int) -> None:
         """Bring the opened layers of a block of some inputs to their rows."""

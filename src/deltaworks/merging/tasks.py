@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
+from deltaworks.checkpoints.pipeline import Piece
 from deltaworks.checkpoints.source import Source
 from deltaworks.layers.source import LayerSource
 from deltaworks.merging.stream import Rows, TensorStream
@@ -21,10 +22,12 @@ class Task:
         """Whether the passes before this one are through; waits for at most `timeout` seconds a stream."""
         return all(s.is_settled(s.passes if self.stage is None else self.stage, timeout) for s in self.streams)
 
-    def fill(self, sources: Mapping[int, Source | LayerSource], rows: Sequence[Rows]) -> None:
-        """Read the block of every stream."""
+    def fill(self, sources: Mapping[int, Source | LayerSource], rows: Sequence[Rows]) -> list[Piece]:
+        """Read the block of every stream; what is returned is left to be read, by any thread."""
+        left = []
         for stream, own in zip(self.streams, rows, strict=False):
-            stream.fill(sources, own, self.index, stream.passes if self.stage is None else self.stage)
+            left += stream.fill(sources, own, self.index, stream.passes if self.stage is None else self.stage)
+        return left
 
 
 def in_order(groups: Sequence[tuple[TensorStream, ...]]) -> Iterator[Task]:
