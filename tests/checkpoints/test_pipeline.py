@@ -33,7 +33,7 @@ def test_every_task_passes_every_stage_and_is_committed_in_order(slots: int, cor
     parts: dict[int, list[int]] = {}
     thread = threading.get_ident()
 
-    def read(task: int, slot: Slot) -> list[Callable[[], None]]:
+    def read(task: int, slot: Slot) -> list[Callable[[], object]]:
         slot.value = task
         parts[task] = list(range(task % 7))
         return [parts[task].pop for _ in range(task % 7)]

@@ -15,7 +15,7 @@ READS_IN_FLIGHT = 8
 WRITES_IN_FLIGHT = 4
 """Threads that wait for its writes, which are larger."""
 
-Piece = Callable[[], None]
+Piece = Callable[[], object]
 """A part of the reading for a task, which any thread may do."""
 
 Task = TypeVar("Task")
