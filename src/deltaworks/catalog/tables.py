@@ -149,8 +149,7 @@ def _stamp(statistics: Path) -> list[int]:
 def _map(path: Path) -> _Unpacked:
     with RangeReader(path, ByteCounter()) as reader:
         header = read_header(reader)
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = mmap.mmap(reader.fileno(), 0, access=mmap.ACCESS_READ)
     arrays = {n: np.frombuffer(mapped, _NUMPY[d.name], header[n].count, header[n].offset) for n, d in _ARRAYS.items()}
     start, count = header[_ABOUT].offset, header[_ABOUT].nbytes
     return json.loads(mapped[start : start + count]), {

@@ -103,6 +103,10 @@ class RangeReader:
         """Whether what the page cache lacks is read around it."""
         return self._goes_direct
 
+    def fileno(self) -> int:
+        """The file descriptor of the open file, which goes through the page cache."""
+        return self._fd
+
     @property
     def size(self) -> int:
         """Size of the file in bytes."""
