@@ -103,6 +103,7 @@ def _masses_tile(
         k = tile.experts[a]
         before, after = zero, zero
         for i in range(0, n, LANES):
+            # A tile of BF16 is a page, at the end of which the machine stops fetching ahead by itself.
             prefetch(table, tile.rows[a + 1], tile.places[a + 1] + i + TILE)
             if a == 0:
                 prefetch(table, tile.rows[0], tile.places[0] + i + TILE)
