@@ -7,16 +7,17 @@
     python benchmarks/speed.py .bench --only ties-8-cold --reference CHECKOUT --reference-command "..."
 
 Runs are interleaved: each round runs every case once, and in each case every program and the bare reading and writing
-of the same bytes, one after the other; runs of mergekit that take longer than two minutes are not repeated.
-Medians over the rounds are reported, and how many runs they are of. What was measured is kept after every run
-(benchmarks/results/speed.json), so an interrupted benchmark goes on where it was.
+of the same bytes, one after the other. Medians over the rounds are reported, and how many runs they are of. What was
+measured is kept after every run (benchmarks/results/speed.json), so an interrupted benchmark goes on where it was; a
+round takes about half an hour, nearly all of it mergekit's.
 
 The reference code of the MergePipe paper runs beside them where a checkout of it is given. How its command is called
 changes with its version, so that is given too: words in braces stand for {base} and {experts} (folders), {method},
 {budget} (bytes, all of the experts' where a case has none) and {out}; it runs in the checkout.
 
 A cold run begins with none of the models' files in the page cache, a warm one with all of them; the programs' own files
-are warm. Read and written bytes are those of the device, as the kernel accounts them to the process (/proc/PID/io).
+are warm, and kernels are compiled. Read and written bytes are those of the device, as the kernel accounts them to the
+process (/proc/PID/io).
 """
 
 from __future__ import annotations
@@ -93,7 +94,6 @@ class Case:
         return self.method != "linear" or self.budget is not None
 
 
-LONG_S, LONG_RUNS = 120, 1
 FIXED = "1GB"
 GROWTH = (2, 4, 8, 16, 32)
 CASES = (
@@ -316,10 +316,13 @@ def run(bench: Bench, cases: list[Case], rounds: int, known: dict[str, Any]) -> 
             total = sum(p.stat().st_size for p in inputs)
             own["limit"].append({"read_s": read_s, "write_s": write_s, "read": total, "written": size})
         if len(own["ours"]) <= number:
+            if not own["ours"]:
+                bench.ours(case, out)  # compiles what the machine has not compiled yet
+                shutil.rmtree(out)
             bench.temper(case)
             own["ours"].append(bench.ours(case, out))
         wanted = case.peer and case.budget is None and bench.mergekit
-        if wanted and len(own["mergekit"]) <= number and not _is_long_enough(own["mergekit"]):
+        if wanted and len(own["mergekit"]) <= number:
             bench.temper(case)
             own["mergekit"].append(bench.theirs(case, other))
             agreement = known.setdefault("agreement", {})
@@ -328,17 +331,13 @@ def run(bench: Bench, cases: list[Case], rounds: int, known: dict[str, Any]) -> 
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                     agreement[case.name] = pool.submit(distance, out, other, bench.family / "base").result()
         reference = own.setdefault("reference", []) if bench.reference and case.peer else None
-        if reference is not None and len(reference) <= number and not _is_long_enough(reference):
+        if reference is not None and len(reference) <= number:
             bench.temper(case)
             shutil.rmtree(other, ignore_errors=True)
             reference.append(bench.references(case, other))
         RESULTS.write_text(json.dumps(known, indent=1) + "\n")
         ours, theirs = (own[t][-1]["wall_s"] if own[t] else None for t in ("ours", "mergekit"))
         print(f"{number + 1} {case.name}: {ours} s, mergekit {theirs} s, limit {own['limit'][-1]}", flush=True)
-
-
-def _is_long_enough(rows: list[dict[str, Any]]) -> bool:
-    return len(rows) >= LONG_RUNS and median(rows, "wall_s") > LONG_S
 
 
 def median(rows: list[dict[str, Any]], key: str) -> float:
