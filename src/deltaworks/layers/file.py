@@ -7,7 +7,7 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -218,18 +218,18 @@ class LayerIndex:
                 contents = _section(file.fileno(), int(end["contents"]), size - END.itemsize)
         except OSError as error:
             raise CatalogError(f"cannot read {path}: {error.strerror}") from error
-        old = re.match(rb'{"version":(\d+),', contents.tobytes())
+        text = contents.tobytes()
+        old = re.match(rb'{"version":(\d+),', text)
         if old and int(old[1]) < FORMAT_VERSION:
             raise CatalogError(f"{path} has layers of version {int(old[1])}, not {FORMAT_VERSION}; {_REBUILD}")
         for what, data in (("index", index), ("contents", contents)):
             self._check(what, data)
-        self.about: dict[str, Any] = json.loads(contents.tobytes())
+        about, _, tensors = text.partition(_TENSORS)
+        self.about: dict[str, Any] = json.loads(about + b"}")
+        self.tensors = _tensors_of(tensors[:-1])
         if head[: _aligned(len(MAGIC), alignment(self.block_size))].rstrip(b"\0") != MAGIC:
             raise CatalogError(f"the start of {path} is damaged; {_REBUILD}")
         self.index = index.view(INDEX)
-        self.tensors = {
-            t["name"]: LayeredTensor(**{**t, "shape": tuple(t["shape"])}) for t in self.about.pop("tensors")
-        }
 
     def _tail(self, fd: int, size: int) -> Any:
         tail = os.pread(fd, END.itemsize, max(0, size - END.itemsize))
@@ -261,7 +261,7 @@ class LayerIndex:
         self._check("residuals", data)
         return data.view(RESIDUAL)
 
-    @property
+    @cached_property
     def raw_residuals(self) -> NDArray[np.uint8]:
         """The bytes of `residuals`, a row a record, for `scale_sketches`."""
         return _bytes_of(self.residuals).reshape(-1, RESIDUAL.itemsize)
@@ -306,7 +306,16 @@ class LayerIndex:
         return np.where(known, nbytes, UNKNOWN)
 
 
+_TENSORS = b',"tensors":'
+"""What comes before the tensors in the JSON document, as their last member."""
+
 _EXPONENT = np.float32(2.0**112)
+
+
+@lru_cache(maxsize=16)
+def _tensors_of(text: bytes) -> Mapping[str, LayeredTensor]:
+    """The tensors of a file, given as JSON: the same text for most experts of a family."""
+    return {t["name"]: LayeredTensor(**{**t, "shape": tuple(t["shape"])}) for t in json.loads(text)}
 
 
 def _section(fd: int, first: int, last: int) -> NDArray[np.uint8]:

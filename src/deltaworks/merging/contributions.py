@@ -15,6 +15,7 @@ from deltaworks.merging.methods.operation import Operation
 from deltaworks.merging.methods.sce import SelectedSum
 from deltaworks.merging.methods.spherical import Slerp, slerp_coefficients
 from deltaworks.merging.methods.weighted import WeightedSum
+from deltaworks.merging.products import inner_products
 from deltaworks.merging.sampled import sample_experts
 from deltaworks.merging.selection import Ranking, overlapping_loss, pool, rank_overlapping
 
@@ -109,25 +110,25 @@ def trust_in(spread: float, noise: float) -> float:
 
 def _cosines(sketches: NDArray[np.float32]) -> NDArray[np.float64]:
     blocks, experts, _ = sketches.shape
-    products = sketches @ sketches.transpose(0, 2, 1)
+    products = inner_products(sketches)
     mixed = pooled = _to_cosines(products.sum(axis=0, keepdims=True))
     if blocks > 1 and experts > 1:
         own = _to_cosines(products)
         apart = own - pooled
         apart[:, range(experts), range(experts)] = 0.0
-        spread = float(np.vdot(apart, apart)) / (blocks * experts * (experts - 1))
-        trust = np.float32(trust_in(spread, 1.0 / BUCKETS))
+        spread = float(np.square(apart).sum()) / (blocks * experts * (experts - 1))
+        trust = trust_in(spread, 1.0 / BUCKETS)
         mixed = trust * own + (1 - trust) * pooled
-    cosines: NDArray[np.float64] = np.repeat(mixed, blocks // len(mixed), axis=0).astype(np.float64)
+    cosines: NDArray[np.float64] = np.repeat(mixed, blocks // len(mixed), axis=0)
     cosines[:, range(experts), range(experts)] = 1.0
     return cosines
 
 
-def _to_cosines(products: NDArray[np.float32]) -> NDArray[np.float32]:
+def _to_cosines(products: NDArray[np.float64]) -> NDArray[np.float64]:
     """Inner products, [rows, experts, experts], by the lengths of both; zero where one has none."""
     lengths = np.sqrt(np.einsum("pee->pe", products))
     both = lengths[:, :, None] * lengths[:, None, :]
-    cosines: NDArray[np.float32] = np.divide(products, both, out=np.zeros_like(products), where=both > 0)
+    cosines: NDArray[np.float64] = np.divide(products, both, out=np.zeros_like(products), where=both > 0)
     return cosines
 
 

@@ -18,6 +18,7 @@ from deltaworks.merging.contributions import trust_in
 from deltaworks.merging.deltas import Delta
 from deltaworks.merging.methods.delta import DeltaSum
 from deltaworks.merging.methods.sce import SelectedSum
+from deltaworks.merging.products import inner_products
 from deltaworks.merging.sampled import Sampled, Told, told_samples
 from deltaworks.merging.selection import Number, Ranking, rank_layers
 
@@ -95,21 +96,22 @@ class Menu:
         """
         parts, experts = self.parts(), len(self.deltas)
         starts = np.arange(parts) * self._sharing
-        flat = np.empty((experts, DEPTH + 1, parts, BUCKETS), np.float32)
-        flat[:, DEPTH] = 0.0
-        for e, delta in enumerate(self.deltas):
+        norms = np.sqrt(np.add.reduceat(self.left[:, :, 1:DEPTH], starts).swapaxes(0, 1), order="C")
+        flat = np.empty((experts, DEPTH, parts, BUCKETS), np.float32)
+        for e, (delta, found) in enumerate(zip(self.deltas, self.tensors, strict=True)):
             sketches = delta.table.sketch[delta.rows]
             flat[e, 0] = sketches if self._sharing == 1 else np.add.reduceat(sketches, starts, 0, np.float64)
-            found = self.tensors[e]
             if found is None:
-                flat[e, 1:DEPTH] = 0.0
+                flat[e, 1:] = 0.0
             else:
                 index, tensor = found
-                norms = np.sqrt(np.add.reduceat(self.left[:, e, 1:DEPTH], starts))
-                scale_sketches(index.raw_residuals[tensor.residual :][:parts], norms, flat[e, 1:DEPTH])
-        rows = flat.reshape(experts * (DEPTH + 1), -1)
-        products: NDArray[np.float64] = (rows @ rows.T).astype(np.float64)
-        return products
+                scale_sketches(index.raw_residuals[tensor.residual :][:parts], norms[e], flat[e, 1:])
+        products = np.zeros((experts, DEPTH + 1, experts, DEPTH + 1))
+        # All layers leave nothing.
+        products[:, :DEPTH, :, :DEPTH] = inner_products(flat.reshape(experts * DEPTH, -1)).reshape(
+            experts, DEPTH, experts, DEPTH
+        )
+        return products.reshape(experts * (DEPTH + 1), -1)
 
 
 def make_menu(
@@ -238,7 +240,7 @@ def pool_cosines(tensors: Sequence[tuple[Menu, Sequence[int]]]) -> list[NDArray[
         shape = (len(places), DEPTH + 1) * 2
         apart = (cosines - others).reshape(shape)
         apart[range(len(places)), :, range(len(places))] = 0.0
-        spread = float(np.vdot(apart, apart)) / max(1, int(np.count_nonzero(apart)))
+        spread = float(np.square(apart).sum()) / max(1, int(np.count_nonzero(apart)))
         trust = trust_in(spread, 1.0 / (BUCKETS * menu.parts()))
         mixed.append((trust * cosines + (1 - trust) * others).reshape(shape))
     return mixed
