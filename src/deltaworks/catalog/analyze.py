@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from deltaworks.catalog.histogram import BINS, Histogram, drain
+from deltaworks.catalog.histogram import BINS, Histogram
 from deltaworks.catalog.layering import LayerBuffers, Layering
 from deltaworks.catalog.models import Model
 from deltaworks.catalog.statistics import (
@@ -213,7 +213,8 @@ class _Stages:
             self._layering.encode(
                 task.tensor, (task.base, slot.base), (task.expert, slot.expert), task.block, task.count, slot.layers
             )
-        measure_block(
+        # All in one call: to wait for the GIL once more would take longer than the work.
+        slot.used = measure_block(
             slot.base,
             task.base.dtype.code,
             slot.expert,
@@ -223,12 +224,13 @@ class _Stages:
             self._signs,
             slot.scratch,
             slot.histogram,
+            slot.bins,
+            slot.counts,
             slot.sketch,
             sample_places(task.block, task.count),
             slot.sample,
             slot.values,
         )
-        slot.used = drain(slot.histogram, slot.bins, slot.counts)
         return self._layering is not None and slot.layers is not None
 
     def write(self, task: _Block, slot: _Slot) -> None:

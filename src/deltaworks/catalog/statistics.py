@@ -10,6 +10,7 @@ from deltaworks.catalog.histogram import (
     Histogram,
     bins_reference,
     count_magnitudes,
+    drain,
 )
 from deltaworks.checkpoints.codec import TILE, decode
 from deltaworks.checkpoints.jit import inner
@@ -68,11 +69,13 @@ def measure_block(
     table: NDArray[np.float32],
     scratch: NDArray[np.float32],
     histogram: NDArray[np.uint32],
+    bins: NDArray[np.uint16],
+    counts: NDArray[np.int64],
     sketch: NDArray[np.float32],
     places: NDArray[np.int64],
     sample: NDArray[np.float32],
     out: NDArray[np.float64],
-) -> None:
+) -> int:
     """Measure one block of the delta `expert` minus `base`.
 
     Args:
@@ -84,11 +87,16 @@ def measure_block(
         count: elements in the block.
         table: of `signs`.
         scratch: float32, [3, TILE].
-        histogram: uint32, [BINS]; counts are added.
+        histogram: uint32, [BINS], zeros; scratch.
+        bins: uint16, [BINS]; set to those of its magnitudes, ascending.
+        counts: int64, [BINS]; set to how many are in each.
         sketch: float32, [BUCKETS]; set.
         places: int64, [SAMPLES]; the elements to sample, ascending.
         sample: float32, [SAMPLES]; set.
         out: float64, [len(BLOCK_FIELDS)]; set.
+
+    Returns:
+        How many bins there are.
     """
     out[:] = 0.0
     sketch[:] = np.float32(0.0)
@@ -109,6 +117,7 @@ def measure_block(
             b[i] = x[i] = d[i] = ZERO
         add_differences(scratch, n, out)
         add_to_sketch(d, n, (first + start) // TILE, table, sketch)
+    return drain(histogram, bins, counts)
 
 
 @inner
