@@ -22,10 +22,11 @@ from deltaworks.layers.bitstream import gather, gather_reference, scatter, scatt
 from deltaworks.layers.cells import CENTRES, DEPTH, DRAFTS, EDGES, GROUP, MEANS, RANGES, SHARES, STEPS, WAYS
 from deltaworks.layers.decode import add_drafts, add_tile, decode_block
 from deltaworks.layers.encode import Residuals, encode_block, most_bytes
-from deltaworks.layers.file import SHIFTS, LayeredTensor, LayerFile, LayerWriter, exact_elements, is_layered
+from deltaworks.layers.file import SHIFTS, LayeredTensor, LayerFile, exact_elements, is_layered
 from deltaworks.layers.opened import layers_start, open_block, opened_bytes
 from deltaworks.layers.reading import BlockReader, LayerInput
 from deltaworks.layers.trellis import CODES, LENGTHS, find_path, told_reference
+from deltaworks.layers.writer import LayerWriter
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]

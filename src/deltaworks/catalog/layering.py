@@ -16,7 +16,8 @@ from deltaworks.checkpoints.source import Source
 from deltaworks.errors import UserError
 from deltaworks.layers.cells import DEPTH
 from deltaworks.layers.encode import Residuals, encode_block, most_bytes
-from deltaworks.layers.file import SHIFTS, LayeredTensor, LayerWriter, blocks_sharing, is_layered
+from deltaworks.layers.file import SHIFTS, LayeredTensor, blocks_sharing, is_layered
+from deltaworks.layers.writer import LayerWriter
 from deltaworks.units import format_bytes
 
 USUAL_SHARE = 0.57

@@ -1,12 +1,11 @@
-"""Reads and writes the file that holds the layers of one expert; see `deltaworks.layers.records` for what is in it."""
+"""Reads the file that holds the layers of one expert; see `deltaworks.layers.records` for what is in it."""
 
 import json
 import math
 import os
 import re
-import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -22,7 +21,7 @@ from deltaworks.checkpoints.reader import ByteCounter, RangeReader, page_aligned
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES
 from deltaworks.errors import CatalogError, CheckpointError
 from deltaworks.layers.cells import DEPTH, DRAFTS, FORMAT_VERSION
-from deltaworks.layers.checksum import checksum_of, prefix_checksums
+from deltaworks.layers.checksum import checksum_of
 from deltaworks.layers.decode import decode_block
 from deltaworks.layers.opened import layers_start, open_block, opened_bytes
 from deltaworks.layers.records import END, INDEX, MAGIC
@@ -68,11 +67,6 @@ def blocks_sharing(block_size: int) -> int:
     return max(1, RESIDUAL_ELEMENTS // block_size)
 
 
-def _bytes_of(array: NDArray[Any]) -> NDArray[np.uint8]:
-    """The bytes of a contiguous array of one dimension."""
-    return array.view(np.uint8)
-
-
 def alignment(block_size: int) -> int:
     """Bytes of which everything is a multiple in a file with so many elements a block.
 
@@ -81,114 +75,16 @@ def alignment(block_size: int) -> int:
     return PAGE if block_size >= ALIGNED_FROM else 1
 
 
-def _aligned(nbytes: Any, unit: int) -> Any:
+def aligned(nbytes: Any, unit: int) -> Any:
     """The next multiple."""
     return -(-nbytes // unit) * unit
 
 
-def _ends_in_part(ends: NDArray[np.int64]) -> NDArray[np.int64]:
+def ends_in_part(ends: NDArray[np.int64]) -> NDArray[np.int64]:
     """Of where the layers of a block end ([..., DEPTH]), where they do in the drafts, or in what comes after those."""
     own = ends.copy()
     own[..., DRAFTS:] -= ends[..., DRAFTS - 1, None]
     return own
-
-
-class LayerWriter:
-    """Writes a file of layers; nothing stands under its name before `commit`. Threads may share it.
-
-    Args:
-        path: the file to appear.
-        blocks: how many blocks there will be.
-        residuals: how many records of residuals.
-        block_size: elements a block.
-    """
-
-    def __init__(self, path: Path, blocks: int, residuals: int, block_size: int) -> None:
-        self._path = path
-        self._partial = path.with_name(f".{path.name}.{os.getpid()}")
-        self._fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        self._index = np.zeros(blocks, INDEX)
-        self._residuals = np.zeros(residuals, RESIDUAL)
-        self._lock = threading.Lock()
-        self._unit = alignment(block_size)
-        self._end = _aligned(len(MAGIC), self._unit)
-
-    def add(self, record: int, layers: NDArray[np.uint8], ends: NDArray[np.int64], left: NDArray[np.float64]) -> None:
-        """Write a block.
-
-        Args:
-            record: its place in the index.
-            layers: uint8; all layers, one after the other.
-            ends: int64, [DEPTH]; where each ends.
-            left: float64, [DEPTH + 1]; squares that so many layers leave of the delta.
-        """
-        drafts, total, sums = int(ends[DRAFTS - 1]), int(ends[-1]), np.empty(DEPTH, np.uint64)
-        checked = _ends_in_part(ends.astype(np.int64))
-        parts = layers[:drafts], layers[drafts:total]
-        room = [_aligned(len(p), self._unit) for p in parts]
-        with self._lock:
-            offset, self._end = self._end, self._end + sum(room)
-        own = self._index[record]
-        own["offset"], own["ends"], own["left"] = offset, ends, left
-        for part, nbytes, which in zip(parts, room, (slice(DRAFTS), slice(DRAFTS, None)), strict=True):
-            # Padding is under the last checksum.
-            checked[which][-1] = nbytes
-            prefix_checksums(part, checked[which], sums[which])
-            self._write(part.data, offset)
-            self._write(bytes(nbytes - len(part)), offset + len(part))
-            offset += nbytes
-        own["checksums"] = sums
-
-    def add_raw(self, record: int, elements: NDArray[np.uint8]) -> None:
-        """Write a block of a tensor that is no delta: its elements (uint8) as they are."""
-        ends = np.zeros(DEPTH, np.int64)
-        ends[-1] = len(elements)
-        self.add(record, elements, ends, np.zeros(DEPTH + 1))
-
-    def add_residual(self, record: int, sketches: NDArray[np.float64], samples: NDArray[np.float32]) -> None:
-        """Enter what layers leave of some blocks: sketches, [DEPTH - 1, BUCKETS], and samples, [DEPTH - 1, SAMPLES]."""
-        norms = np.sqrt(np.square(sketches).sum(axis=1, keepdims=True))
-        own = self._residuals[record]
-        own["sketch"] = np.divide(sketches, norms, out=np.zeros_like(sketches), where=norms > 0)
-        own["sample"] = samples
-
-    def commit(self, tensors: Sequence[LayeredTensor], about: Mapping[str, Any]) -> None:
-        """Write index and contents, flush them and give the file its name.
-
-        Args:
-            tensors: what the blocks are of.
-            about: what else a reader should find: block size and fingerprints.
-        """
-        about = {"version": FORMAT_VERSION, **about, "tensors": [asdict(t) for t in tensors]}
-        contents = np.frombuffer(bytearray(json.dumps(about, separators=(",", ":")).encode()), np.uint8)
-        index, residuals = _bytes_of(self._index), _bytes_of(self._residuals)
-        end = np.zeros(1, END)
-        end["index"], end["blocks"] = self._end, len(self._index)
-        end["residuals"] = self._end + len(index)
-        end["contents"], end["contents_bytes"] = self._end + len(index) + len(residuals), len(contents)
-        for what, data in (("index", index), ("residuals", residuals), ("contents", contents)):
-            end[f"{what}_checksum"] = checksum_of(data)
-        end["magic"] = MAGIC
-        at = self._end
-        for part in (index, residuals, contents, _bytes_of(end)):
-            self._write(part.data, at)
-            at += len(part)
-        self._write(MAGIC, 0)
-        os.fsync(self._fd)
-        self._partial.replace(self._path)
-
-    def abandon(self) -> None:
-        """Leave nothing behind; harmless after `commit`."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        self._partial.unlink(missing_ok=True)
-
-    def _write(self, data: Any, offset: int) -> None:
-        view = memoryview(data)
-        while view:
-            done = os.pwrite(self._fd, view, offset)
-            view, offset = view[done:], offset + done
 
 
 class LayerIndex:
@@ -227,7 +123,7 @@ class LayerIndex:
         about, _, tensors = text.partition(_TENSORS)
         self.about: dict[str, Any] = json.loads(about + b"}")
         self.tensors = _tensors_of(tensors[:-1])
-        if head[: _aligned(len(MAGIC), alignment(self.block_size))].rstrip(b"\0") != MAGIC:
+        if head[: aligned(len(MAGIC), alignment(self.block_size))].rstrip(b"\0") != MAGIC:
             raise CatalogError(f"the start of {path} is damaged; {_REBUILD}")
         self.index = index.view(INDEX)
 
@@ -264,7 +160,8 @@ class LayerIndex:
     @cached_property
     def raw_residuals(self) -> NDArray[np.uint8]:
         """The bytes of `residuals`, a row a record, for `scale_sketches`."""
-        return _bytes_of(self.residuals).reshape(-1, RESIDUAL.itemsize)
+        raw: NDArray[np.uint8] = self.residuals.view(np.uint8).reshape(-1, RESIDUAL.itemsize)
+        return raw
 
     @property
     def block_size(self) -> int:
@@ -294,7 +191,7 @@ class LayerIndex:
 
         Whole pages where blocks take them; no drafts where more is asked for.
         """
-        nbytes: NDArray[np.int64] = _aligned(_ends_in_part(self.ends), alignment(self.block_size))
+        nbytes: NDArray[np.int64] = aligned(ends_in_part(self.ends), alignment(self.block_size))
         return nbytes
 
     @cached_property
@@ -382,7 +279,7 @@ class LayerFile(LayerIndex):
         super().__init__(path)
         self.reader = RangeReader(path, counter, direct=direct, wanted=int(self._end["index"]))
         self._offsets = self.index["offset"].astype(np.int64)
-        self._checked = _ends_in_part(self.ends)
+        self._checked = ends_in_part(self.ends)
         for last in (DRAFTS - 1, DEPTH - 1):
             self._checked[:, last] = self.read_bytes[:, last]
         self._checksums = np.ascontiguousarray(self.index["checksums"])
