@@ -62,7 +62,7 @@ def delta_masses(
     quotas, top_quotas = thinning.ties[:, 1].copy(), thinning.tops[:, 1].copy()
     rows = np.empty(experts + 1, np.int64)
     tile = make_tile(experts)
-    halves = inputs.rows.view(np.uint16)
+    halves, before = inputs.rows.view(np.uint16), np.empty(2 * experts, np.float64)
     sums[:] = 0.0
     for start in range(0, count, TILE):
         n = min(TILE, count - start)
@@ -78,7 +78,7 @@ def delta_masses(
         torn = set_thresholds(scratch, start, n, found, thinning, quotas, tile)
         _masses_tile(scratch, n, found, thinning, start, tile, own)
         if torn or torn_top:
-            before = own.copy()
+            before[:] = own
             if torn:
                 drop_equals(scratch, start, n, found, thinning.thresholds, thinning.ties, quotas, False, tile)
             if torn_top:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.jit import inner, kernel
-from deltaworks.checkpoints.vector import LANES, MAGNITUDE, bits, lanes_set, load, splat
+from deltaworks.checkpoints.vector import LANES, MAGNITUDE, bits, lanes_set, load, packed, splat
 from deltaworks.merging.methods.operation import Inputs, find_rows, stage, stage_stand_in
 from deltaworks.merging.methods.random_mask import draw_masks, round_density
 
@@ -169,7 +169,7 @@ def _equals(table: NDArray[Any], n: int, a: int, tile: Tile) -> int:
     return found
 
 
-@kernel
+@inner
 def drop_equals(
     scratch: NDArray[np.float32],
     start: int,
@@ -194,17 +194,19 @@ def drop_equals(
         first: whether it is the first ones that go, or all others.
         tile: who takes part.
     """
-    delta = np.empty(1, np.float32)
-    pattern = delta.view(np.uint32)
     for a in range(found):
         k = tile.experts[a]
         x, begin, end = scratch[a + 1], ties[k, 0], ties[k, 2]
-        for i in range(n):
-            delta[0] = x[i] - scratch[0, i]
-            if pattern[0] & MAGNITUDE == limits[k]:
-                is_first = start + i < begin
-                if not is_first and quotas[k] > 0 and start + i < end:
-                    quotas[k] -= 1
-                    is_first = True
-                if is_first == first:
-                    x[i] = scratch[0, i]
+        for i in range(0, n, LANES):
+            size = bits(load(scratch, a + 1, i) - load(scratch, 0, i)) & splat(MAGNITUDE)
+            equals = int(packed(size == splat(limits[k])))
+            if not equals:
+                continue
+            for j in range(i, min(n, i + LANES)):
+                if equals >> (j - i) & 1:
+                    is_first = start + j < begin
+                    if not is_first and quotas[k] > 0 and start + j < end:
+                        quotas[k] -= 1
+                        is_first = True
+                    if is_first == first:
+                        x[j] = scratch[0, j]

@@ -203,7 +203,7 @@ def selected_squares(
     """
     tile, quota = _make_tile(inputs), selection.ties[1]
     experts, found = len(tile.rows) - 1, 0
-    masks = np.empty(TILE // LANES, np.uint16)
+    masks, room = np.empty(TILE // LANES, np.uint16), np.empty(experts * LANES, np.float32)
     masks[:] = 0xFFFF
     lower, squares = np.empty((0, 1), np.uint16), np.empty((0, experts), np.float32)
     for start in range(0, count, TILE):
@@ -223,11 +223,11 @@ def selected_squares(
             halves = inputs.rows.view(np.uint16)
             _squares_of_tile(halves, n, tile, masks, own)
             if selection.upper >= 0:
-                found = _collect_tile(halves, n, tile, spread, selection.upper, found, lower, squares)
+                found = _collect_tile(halves, n, tile, spread, selection.upper, found, room, lower, squares)
         else:
             _squares_of_tile(scratch, n, tile, masks, own)
             if selection.upper >= 0:
-                found = _collect_tile(scratch, n, tile, spread, selection.upper, found, lower, squares)
+                found = _collect_tile(scratch, n, tile, spread, selection.upper, found, room, lower, squares)
     return lower[:found], squares[:found]
 
 
@@ -251,12 +251,15 @@ def _collect_tile(
     spread: NDArray[np.float32],
     upper: int,
     found: int,
+    own: NDArray[np.float32],
     lower: NDArray[np.uint16],
     squares: NDArray[np.float32],
 ) -> int:
-    """Add what is not known of a tile to the first `found` of `lower` and `squares`; returns how many that makes."""
-    patterns, experts = spread.view(np.uint32), len(tile.rows) - 1
-    own, row = np.empty(experts * LANES, np.float32), spread.reshape(1, -1)
+    """Add what is not known of a tile to the first `found` of `lower` and `squares`; returns how many that makes.
+
+    `own` (float32, [experts * LANES]) is scratch.
+    """
+    patterns, experts, row = spread.view(np.uint32), len(tile.rows) - 1, spread.reshape(1, -1)
     low, sixteen, wanted = splat(np.uint32(0xFFFF)), splat(np.uint32(16)), splat(np.uint32(upper))
     for i in range(0, n, LANES):
         size = bits(load(row, 0, i)) & splat(MAGNITUDE)
