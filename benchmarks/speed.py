@@ -111,7 +111,7 @@ CASES = (
     Case("linear", 16, cold=True, budget="12.5%", times=10),
     Case("ties", 16, cold=True),
     Case("ties", 16, cold=True, budget="12.5%", times=100),
-    *(Case(m, k, cold=True, budget=FIXED, peer=False) for m in ("linear", "ties") for k in GROWTH[1:]),
+    *(Case(m, k, cold=True, budget=FIXED, peer=False) for m in ("linear", "ties") for k in GROWTH),
     *(Case("linear", k, cold=True, peer=False) for k in (2, 8, 32)),
     *(Case("ties", k, cold=True, peer=False) for k in (2, 4, 32)),
 )
