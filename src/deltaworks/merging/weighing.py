@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -96,25 +97,30 @@ class Weighed:
         self._request = int(cost.request_bytes) if cost.request_bytes >= LARGE_REQUEST else 0
         for candidate in self._weighed:
             candidate.weigh(knowledge.overlaps)
-        adding = [(c, c.menu) for c in self._weighed if c.menu is not None and not isinstance(c.contribution, Sampled)]
+        self._counts_untold = [c.adds_layers and not fair for c in self._weighed]
+        # What is chosen for another goal than the error is chosen so that more budget still leaves no more of it.
+        self._is_account = not (fair or balanced or any(self._counts_untold))
+
+    @cached_property
+    def _rankings(self) -> list[Ranking]:
+        """What there is to choose from, of each tensor; a budget that covers everything asks for none."""
+        weighed = self._weighed
+        adding = [(c, c.menu) for c in weighed if c.menu is not None and c.adds_layers]
         cosines = pool_cosines([(menu, c.places) for c, menu in adding])
         for (candidate, menu), own in zip(adding, cosines, strict=True):
             candidate.weigh_layers(menu, own)
-        shares = _fair_shares(plan, self._weighed) if fair else None
+        shares = _fair_shares(self._plan, weighed) if self._fair else None
         # Only layers make work of it that is worth threads.
-        has_layers = any(c.menu for c in self._weighed)
+        has_layers = any(c.menu for c in weighed)
         with ThreadPoolExecutor() as pool:
-            ranked = (pool.map if has_layers else map)(lambda c: c.rank(shares, self._request), self._weighed)
-            self._rankings = list(ranked)
-        counts = [c.adds_layers and not fair for c in self._weighed]
-        if any(counts):
-            self._rankings = [r if own else r.scaled(1 + UNTOLD) for r, own in zip(self._rankings, counts, strict=True)]
-        if balanced:
-            self._rankings = [
-                r.scaled(1 / c.full if c.full > 0 else 1.0) for r, c in zip(self._rankings, self._weighed, strict=True)
+            rankings = list((pool.map if has_layers else map)(lambda c: c.rank(shares, self._request), weighed))
+        if any(self._counts_untold):
+            rankings = [
+                r if own else r.scaled(1 + UNTOLD) for r, own in zip(rankings, self._counts_untold, strict=True)
             ]
-        # What is chosen for another goal than the error is chosen so that more budget still leaves no more of it.
-        self._is_account = not (fair or balanced or any(counts))
+        if self._balanced:
+            rankings = [r.scaled(1 / c.full if c.full > 0 else 1.0) for r, c in zip(rankings, weighed, strict=True)]
+        return rankings
 
     def within(self, budget_bytes: int) -> Plan:
         """The plan that reads at most `budget_bytes` of experts, and loses least by it, as UNTOLD counts it.
@@ -122,7 +128,10 @@ class Weighed:
         A pure function: no I/O, clock or randomness. The result is the same merge with some blocks read as the base's.
         """
         plan, weighed, cost = self._plan, self._weighed, self._knowledge.read_cost
-        chosen = choose(self._rankings, budget_bytes, nested=not self._is_account)
+        if sum(c.whole_bytes for c in weighed) <= budget_bytes:
+            chosen = [c.everything(self._request) for c in weighed]
+        else:
+            chosen = choose(self._rankings, budget_bytes, nested=not self._is_account)
         for candidate, choice in zip(weighed, chosen, strict=True):
             candidate.settle(choice, self._request, is_account=self._is_account)
         lost, full = (math.fsum(getattr(c, what) for c in weighed) for what in ("lost", "full"))
@@ -236,9 +245,16 @@ class _Candidate:
         fits = self._block_size % self.tensor.operation.alignment == 0
         if any(self._indices) and len(names) == 1 and fits:
             self.menu = make_menu(names.pop(), self.deltas, self._indices, self.cost, self._gone)
-        if self.menu is not None and isinstance(found, Sampled):
-            assert isinstance(self.tensor.operation, DeltaSum | SelectedSum)
-            self._layered = sampled_layers(self.menu, self.tensor.operation, found, self.tensor.count)
+
+    @property
+    def whole_bytes(self) -> int:
+        """What all that it may read comes to."""
+        return int((self.cost if self.menu is None else self.menu.cost[:, :, DEPTH]).sum())
+
+    def everything(self, request: int) -> Choice:
+        """The choice to read all of it; see `rank` for `request`."""
+        places = -(-len(self.cost) // self._run(request))
+        return Choice(np.full((places, len(self.experts)), DEPTH, np.int8), 0.0)
 
     @property
     def places(self) -> list[int]:
@@ -253,7 +269,7 @@ class _Candidate:
     @property
     def adds_layers(self) -> bool:
         """Whether the parts of the experts add up, and are read from layers."""
-        return isinstance(self._layered, OverlappingLayers)
+        return self.menu is not None and not isinstance(self.contribution, Sampled)
 
     @property
     def full(self) -> float:
@@ -278,6 +294,9 @@ class _Candidate:
             request: bytes that are to be read at once, at least.
         """
         weighed = self.contribution
+        if self.menu is not None and isinstance(weighed, Sampled):
+            assert isinstance(self.tensor.operation, DeltaSum | SelectedSum)
+            self._layered = sampled_layers(self.menu, self.tensor.operation, weighed, self.tensor.count)
         if self._layered is not None and weighed is not None:
             if shares is None:
                 return self._layered.rank()
@@ -296,7 +315,7 @@ class _Candidate:
 
     def _run(self, request: int) -> int:
         """How many blocks are chosen together; of layers, which the catalog's own disk holds, each by itself."""
-        if self._layered is not None:
+        if self.menu is not None:
             return 1
         return max(1, round(request / max(1, int(self._size[0].max()))))
 
@@ -311,13 +330,13 @@ class _Candidate:
         self._depths = np.repeat(choice.depths, self._run(request), axis=0)[: len(self.cost)]
         self._depths[self.cost == 0] = 0
         self.reads = self._depths > 0
-        if self._layered is not None:
+        if self.is_exact():
+            self.lost = 0.0
+        elif self._layered is not None:
             self.lost = self._layered.lost(self._depths)
-            cost = self._layered.menu.cost_of(self._depths)
-        else:
-            if self.contribution is not None:
-                self.lost = choice.lost if is_account else self.contribution.lost(self.reads)
-            cost = np.where(self.reads, self.cost, 0)
+        elif self.contribution is not None:
+            self.lost = choice.lost if is_account else self.contribution.lost(self.reads)
+        cost = np.where(self.reads, self.cost, 0) if self.menu is None else self.menu.cost_of(self._depths)
         self.bytes_by_expert = [int(n) for n in cost.sum(axis=0)]
         limit = max(1, DEFAULT_BLOCK_SIZE // self._block_size, self._run(request))
         self._runs = runs_of(self.reads)
@@ -329,9 +348,9 @@ class _Candidate:
 
     def _has_layers(self) -> list[bool]:
         """Which experts are read from layers."""
-        if self._layered is None:
+        if self.menu is None:
             return [False] * len(self.experts)
-        found: list[bool] = self._layered.menu.layered.tolist()
+        found: list[bool] = self.menu.layered.tolist()
         return found
 
     def is_exact(self) -> bool:
@@ -353,8 +372,8 @@ class _Candidate:
         """The square of the most that omitted blocks can make up, with room for rounding."""
         missing = (self._depths < DEPTH) & (self.cost > 0)
         norms = self.norms
-        if self._layered is not None:
-            norms = norms * self._layered.menu.share_left(self._depths) * (1 + _INDEX_EPSILON)
+        if self.menu is not None:
+            norms = norms * self.menu.share_left(self._depths) * (1 + _INDEX_EPSILON)
         sums = np.where(missing, norms, 0.0).sum(axis=1)
         slack = _EPSILON * (len(self.experts) + 2) * np.sqrt(self._base_square) * missing.any(axis=1)
         return float(np.square(sums * (1 + 1e-6) + slack).sum())
