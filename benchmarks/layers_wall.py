@@ -25,7 +25,7 @@ from merging import deltaworks, measured, register_experts
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "layers_wall.json"
-BUDGETS = ("6.25%", "12.5%", "25.1%", None)
+BUDGETS = ("6.25%", "12.5%", "25.1%", "50%", None)
 COMMAND = str(Path(sys.executable).with_name("deltaworks"))
 
 
