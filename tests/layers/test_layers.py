@@ -215,23 +215,29 @@ def test_no_path_is_nearer_than_the_one_that_is_found(seed: int, layer: int) -> 
         assert np.square(own).sum() == pytest.approx(least, rel=1e-5)
 
 
-@pytest.mark.parametrize("unchanged", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("unchanged", [0.0, 0.1, 0.5, 0.9])
 @pytest.mark.parametrize("count", [TILE, TILE - 1, 1000, 130, 1])
-def test_few_layers_are_added_as_they_would_be_decoded(unchanged: float, count: int) -> None:
+@pytest.mark.parametrize("strange", [False, True])
+@pytest.mark.parametrize("kind", [BF16, F32], ids=lambda t: t.name)
+def test_exact_layers_are_added_as_they_would_be_decoded(
+    unchanged: float, count: int, strange: bool, kind: DType
+) -> None:
     rng = np.random.default_rng(3)
     first, last = fine_tune(count, rng, unchanged=unchanged)
     last[256:384] = first[256:384]
-    base, expert = encode_reference(first, BF16), encode_reference(last, BF16)
-    layers, ends, *_ = layers_of(base, BF16, expert, BF16, count)
+    if strange:
+        last[:130:13] = np.inf
+    base, expert = encode_reference(first, BF16), encode_reference(last, kind)
+    layers, ends, *_ = layers_of(base, BF16, expert, kind, count)
     b = np.zeros((1, TILE), np.float32)
     b[0, :count] = decode_reference(base, BF16)
     for depth in range(1, DEPTH + 1):
-        row = opened(layers, ends, depth, count, SHIFTS[BF16])
+        row = opened(layers, ends, depth, count, SHIFTS[kind])
         before = rng.normal(size=(1, TILE)).astype(np.float32)
         sums, weight = before.copy(), np.float32(-0.7)
-        assert add_tile(row, b, 0, count, weight, sums) == (depth in (3, 4))
-        delta = told(layers, ends, depth, b[0, :count], SHIFTS[BF16]) - b[0, :count]
-        expected = before[0, :count] + delta * weight if depth in (3, 4) else before[0, :count]
+        assert add_tile(row, b, 0, count, weight, sums) == (depth > DRAFTS)
+        delta = told(layers, ends, depth, b[0, :count], SHIFTS[kind]) - b[0, :count]
+        expected = before[0, :count] + delta * weight if depth > DRAFTS else before[0, :count]
         np.testing.assert_array_equal(sums[0, :count], expected)
 
 
@@ -254,7 +260,7 @@ def test_drafts_of_several_experts_are_added_at_once(count: int) -> None:
         got = told(layers, ends, depth, own, 0) - own
         expected = expected + weights[k] * np.pad(got, (0, TILE - count))
     sums = before.copy()
-    add_drafts(rows, which, weights.copy(), 3, 0, count, np.empty((3, 4), np.int64), sums)
+    add_drafts(rows.reshape(-1), rows.shape[1], which, weights.copy(), 3, 0, count, np.empty((3, 4), np.int64), sums)
     # They are not rounded to what the base and they add up to.
     np.testing.assert_allclose(sums[0, :count], expected[0, :count], rtol=0, atol=2e-6)
 

@@ -1,7 +1,7 @@
 """Sixty-four bytes at a time, inside compiled kernels: what `deltaworks.checkpoints.vector` is for elements.
 
 =========  ==============================
-U8         sixty-four uint8; ``| +``
+U8         sixty-four uint8; ``| & + -``
 U16        sixty-four uint16
 =========  ==============================
 
@@ -14,6 +14,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.extending import intrinsic
 
 from deltaworks.checkpoints.vector import (
     LANES,
@@ -32,7 +33,7 @@ U16 = Vector("uint16", ir.IntType(16), 4 * LANES)
 _SIXTEEN = ir.VectorType(ir.IntType(8), LANES)
 _TWO_WORDS = ir.VectorType(ir.IntType(64), 2)
 _QUARTERS = types.UniTuple(U32, 4)  # type: ignore[no-untyped-call]
-_PAIR, _EIGHTHS = (types.UniTuple(types.uint64, n) for n in (2, 8))  # type: ignore[no-untyped-call]
+_PAIR = types.UniTuple(types.uint64, 2)  # type: ignore[no-untyped-call]
 
 
 def bytes_where(mask: Any, x: Any) -> Any:
@@ -55,13 +56,23 @@ def lookup_bytes(table: Any, index: Any) -> Any:
     raise NotImplementedError
 
 
-def widened(x: Any) -> Any:
-    """The lanes of U8 or U16, in order, as four U32."""
+def splat_bytes(x: Any) -> Any:
+    """U8 of sixty-four times one uint8."""
     raise NotImplementedError
 
 
-def narrowed(x: Any) -> Any:
-    """U8 of the lowest bytes of four U32: the inverse of `widened`."""
+def sums_of_eight(x: Any) -> Any:
+    """The sums, up to 255, of every eight lanes of U8, as U64."""
+    raise NotImplementedError
+
+
+def from_pairs(lower: Any, upper: Any) -> Any:
+    """U8 of sixty-four numbers of two bits, of which two uint64 consist."""
+    raise NotImplementedError
+
+
+def widened(x: Any) -> Any:
+    """The lanes of U8 or U16, in order, as four U32."""
     raise NotImplementedError
 
 
@@ -70,14 +81,27 @@ def shifted_sum(x: Any, shift: Any, y: Any) -> Any:
     raise NotImplementedError
 
 
-def words_of(x: Any) -> Any:
-    """U8 as eight uint64, the first lane in the lowest byte of the first."""
-    raise NotImplementedError
+def _sums_of_eight(builder: ir.IRBuilder, value: Any) -> Any:
+    if machine_has("avx512bw"):
+        sad = llvm_function("llvm.x86.avx512.psad.bw.512", U64.ir)
+        return sad(builder, value, ir.Constant(U8.ir, None))
+    ones = ir.Constant(U64.ir, [0x0101010101010101] * U64.ir.count)
+    return builder.lshr(builder.mul(builder.bitcast(value, U64.ir), ones), ir.Constant(U64.ir, [56] * U64.ir.count))
 
 
-def from_words(x: Any) -> Any:
-    """The inverse of `words_of`."""
-    raise NotImplementedError
+def _from_pairs(builder: ir.IRBuilder, lower: Any, upper: Any) -> Any:
+    words = ir.Constant(_TWO_WORDS, ir.Undefined)
+    for half, value in enumerate((lower, upper)):
+        words = builder.insert_element(words, value, ir.Constant(ir.IntType(32), half))
+    own, lanes = builder.bitcast(words, _SIXTEEN), range(U8.ir.count)
+    places = ir.Constant(ir.VectorType(ir.IntType(32), U8.ir.count), [i // 4 for i in lanes])
+    spread_out = builder.shuffle_vector(own, ir.Constant(own.type, ir.Undefined), places)
+    found, none = ir.Constant(U8.ir, None), ir.Constant(U8.ir, None)
+    for bit in (0, 1):
+        wanted = ir.Constant(U8.ir, [1 << (2 * (i % 4) + bit) for i in lanes])
+        is_set = builder.icmp_unsigned("!=", builder.and_(spread_out, wanted), none)
+        found = builder.or_(found, builder.select(is_set, ir.Constant(U8.ir, [1 << bit] * U8.ir.count), none))
+    return found
 
 
 def _less_one(builder: ir.IRBuilder, value: Any) -> Any:
@@ -98,11 +122,6 @@ def _joined(builder: ir.IRBuilder, first: Any, second: Any) -> Any:
 def _as_quarters(builder: ir.IRBuilder, value: Any) -> Any:
     quarters = [builder.zext(_slice(builder, value, i, LANES), U32.ir) for i in range(0, U8.ir.count, LANES)]
     return cgutils.pack_array(builder, quarters)  # type: ignore[no-untyped-call]
-
-
-def _narrowed(builder: ir.IRBuilder, value: Any) -> Any:
-    parts = [builder.trunc(builder.extract_value(value, i), _SIXTEEN) for i in range(4)]
-    return _joined(builder, _joined(builder, *parts[:2]), _joined(builder, *parts[2:]))
 
 
 def _bytes_where(builder: ir.IRBuilder, mask: Any, value: Any) -> Any:
@@ -140,30 +159,86 @@ def _shifted_sum(builder: ir.IRBuilder, value: Any, shift: Any, addend: Any) -> 
     return builder.add(builder.shl(wide, builder.zext(shift, U16.ir)), builder.zext(addend, U16.ir))
 
 
-def _words_of(builder: ir.IRBuilder, value: Any) -> Any:
-    words = builder.bitcast(value, U64.ir)
-    places = [ir.Constant(ir.IntType(32), i) for i in range(U64.ir.count)]
-    return cgutils.pack_array(builder, [builder.extract_element(words, i) for i in places])  # type: ignore[no-untyped-call]
-
-
-def _from_words(builder: ir.IRBuilder, value: Any) -> Any:
-    words = ir.Constant(U64.ir, ir.Undefined)
-    for i in range(U64.ir.count):
-        words = builder.insert_element(words, builder.extract_value(value, i), ir.Constant(ir.IntType(32), i))
-    return builder.bitcast(words, U8.ir)
-
-
 define(operator.or_, (U8, U8), U8, builder_method("or_"))
 define(operator.add, (U8, U8), U8, builder_method("add"))
+define(operator.sub, (U8, U8), U8, builder_method("sub"))
+define(operator.and_, (U8, U8), U8, builder_method("and_"))
 define(bytes_where, (types.uint64, types.uint8), U8, _bytes_where)
 define(bytes_where, (types.uint64, U8), U8, _bytes_where)
 define(bytes_above, (U8, types.uint8), types.uint64, _bytes_above)
 define(lookup_bytes, (_PAIR, U8), U8, _lookup_bytes)
+define(splat_bytes, (types.uint8,), U8, lambda b, x: spread(b, x, U8.ir.count))
+define(sums_of_eight, (U8,), U64, _sums_of_eight)
+define(from_pairs, (types.uint64, types.uint64), U8, _from_pairs)
 define(less_one, (U8,), U8, _less_one)
 define(widened, (U8,), _QUARTERS, _as_quarters)
 define(widened, (U16,), _QUARTERS, _as_quarters)
-define(narrowed, (_QUARTERS,), U8, _narrowed)
 define(shifted_sum, (U8, U8, U8), U16, _shifted_sum)
 define(shifted_sum, (U16, U8, U8), U16, _shifted_sum)
-define(words_of, (U8,), _EIGHTHS, _words_of)
-define(from_words, (_EIGHTHS,), U8, _from_words)
+
+
+def room(kind: Any, count: int) -> Any:
+    """What gives a kernel an array on its own stack, [count], to be of use until it returns; it begins at a line.
+
+    Args:
+        kind: Numba's type of the elements.
+        count: how many.
+    """
+    array_type, nbytes = types.Array(kind, 1, "C"), kind.bitwidth // 8
+
+    @intrinsic
+    def make(context: Any) -> Any:
+        del context
+
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
+            from numba.np.arrayobj import populate_array  # noqa: PLC0415  # slow to import, needed to compile alone
+
+            del signature, values
+            byte, word = ir.IntType(8), ir.IntType(64)
+            with builder.goto_entry_block():
+                at = builder.alloca(ir.ArrayType(byte, count * nbytes))
+            at.align = 64
+            array = context.make_array(array_type)(context, builder)
+            shape, strides = (
+                cgutils.pack_array(builder, [ir.Constant(word, n)])  # type: ignore[no-untyped-call]
+                for n in (count, nbytes)
+            )
+            data = builder.bitcast(at, array.data.type)
+            populate_array(array, data, shape, strides, ir.Constant(word, nbytes), meminfo=None)  # type: ignore[no-untyped-call]
+            return array._getvalue()  # noqa: SLF001
+
+        return array_type(), generate
+
+    return make
+
+
+def _address(context: Any, builder: ir.IRBuilder, array: Any, values: Any) -> Any:
+    struct = context.make_array(array)(context, builder, values[0])
+    return builder.bitcast(builder.gep(struct.data, [values[1]]), U8.ir.as_pointer())
+
+
+@intrinsic
+def _load_bytes(context: Any, array: Any, place: Any) -> Any:
+    del context, place
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
+        return builder.load(_address(context, builder, signature.args[0], values), align=1)
+
+    return U8(array, types.intp), generate
+
+
+@intrinsic
+def _store_bytes(context: Any, array: Any, place: Any, value: Any) -> Any:
+    del context, place, value
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
+        builder.store(values[2], _address(context, builder, signature.args[0], values), align=1)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, U8), generate
+
+
+load_bytes: Any = _load_bytes
+"""``load_bytes(array, place)``: U8 from a place of an array of one dimension."""
+store_bytes: Any = _store_bytes
+"""``store_bytes(array, place, x)``: the inverse."""

@@ -404,17 +404,84 @@ def _load_each(context: Any, array: Any, index: Any) -> Any:
 
 
 @intrinsic
+def _load_at(context: Any, array: Any, place: Any) -> Any:
+    del context, place
+    kind = F32 if array.dtype == types.float32 else U32
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Any]) -> Any:
+        stored = F32.ir if kind is F32 else ir.VectorType(ir.IntType(array.dtype.bitwidth), LANES)
+        value = builder.load(_address(context, builder, signature.args[0], values, stored), align=1)
+        return value if stored == kind.ir else builder.zext(value, kind.ir)
+
+    return kind(array, types.intp), generate
+
+
+@intrinsic
+def _load_floats(context: Any, array: Any, place: Any) -> Any:
+    del context, place
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Any]) -> Any:
+        return builder.load(_address(context, builder, signature.args[0], values, F32.ir), align=1)
+
+    return F32(array, types.intp), generate
+
+
+@intrinsic
 def _store(context: Any, array: Any, place: Any, value: Any) -> Any:
     del context, place
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Any]) -> Any:
         data, to = values[2], value.ir
-        if value is U32:
-            data, to = builder.trunc(data, _HALVES), _HALVES
-        builder.store(data, _address(context, builder, signature.args[0], values[:2], to), align=2)
+        if value is U32 and array.dtype.bitwidth < U32.ir.element.width:
+            to = ir.VectorType(ir.IntType(array.dtype.bitwidth), LANES)
+            data = builder.trunc(data, to)
+        builder.store(data, _address(context, builder, signature.args[0], values[:2], to), align=1)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, value), generate
+
+
+@intrinsic
+def _store_packed(context: Any, array: Any, place: Any, value: Any, mask: Any) -> Any:
+    del context, place, mask
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Any]) -> Any:
+        own, place, value, mask = values
+        if machine_has("avx512f"):
+            # To memory, the instruction that packs takes ten times as long on some machines.
+            none = ir.Constant(F32.ir, None)
+            packed = llvm_function(f"llvm.x86.avx512.mask.compress.v{LANES}f32", F32.ir)(builder, value, none, mask)
+            builder.store(packed, _address(context, builder, signature.args[0], (own, place), F32.ir), align=1)
+        else:
+            for lane in range(LANES):
+                at = ir.Constant(ir.IntType(32), lane)
+                to = _address(context, builder, signature.args[0], (own, place), ir.FloatType())
+                builder.store(builder.extract_element(value, at), to, align=1)
+                place = builder.add(place, builder.zext(builder.extract_element(mask, at), _PLACE))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, value, MASK), generate
+
+
+@intrinsic
+def _load_packed(context: Any, array: Any, place: Any, mask: Any) -> Any:
+    del context, place, mask
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Any]) -> Any:
+        own, place, mask = values
+        if machine_has("avx512f"):
+            stored = builder.load(_address(context, builder, signature.args[0], (own, place), F32.ir), align=1)
+            none = ir.Constant(F32.ir, None)
+            return llvm_function(f"llvm.x86.avx512.mask.expand.v{LANES}f32", F32.ir)(builder, stored, none, mask)
+        found = ir.Constant(F32.ir, ir.Undefined)
+        for lane in range(LANES):
+            at = ir.Constant(ir.IntType(32), lane)
+            of = _address(context, builder, signature.args[0], (own, place), ir.FloatType())
+            found = builder.insert_element(found, builder.load(of, align=1), at)
+            place = builder.add(place, builder.zext(builder.extract_element(mask, at), _PLACE))
+        return found
+
+    return F32(array, types.intp, MASK), generate
 
 
 @intrinsic
@@ -439,8 +506,19 @@ prefetch: Any = _prefetch
 """``prefetch(table, row, place)``: begin to bring to the cache what will be loaded from there; it may lie outside."""
 load_each: Any = _load_each
 """``load_each(array, index)``: F32 of the elements of float32, in one dimension, that each U32 names."""
+load_at: Any = _load_at
+"""``load_at(array, place)``, in one dimension: F32 from float32, U32 from uint8, uint16 or uint32."""
+load_floats: Any = _load_floats
+"""``load_floats(array, place)``: F32 from the bytes, uint8, from a place on."""
 store: Any = _store
-"""``store(array, place, x)``, in one dimension: F32 to float32, the lower halves of U32 or all of U64 to uint16."""
+"""``store(array, place, x)``, in one dimension: F32 to float32, the lower bits of U32 to uint8, uint16 or uint32, all
+of U64 to uint16."""
+store_packed: Any = _store_packed
+"""``store_packed(array, place, x, mask)``: the lanes of F32 where `mask` is set, one after the other, to float32 in one
+dimension; what follows them, to sixteen in all, is anything."""
+load_packed: Any = _load_packed
+"""``load_packed(array, place, mask)``: the inverse, from as many elements as lanes are set; other lanes are anything.
+There must be sixteen to load."""
 
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 MAGNITUDE = np.uint32(0x7FFFFFFF)

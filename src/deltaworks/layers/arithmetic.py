@@ -24,6 +24,15 @@ def places_of(value: Any, shift: Any) -> Any:
 
 
 @inlined
+def places_before(value: Any, shift: Any) -> Any:
+    """What `places_of` says, less one."""
+    b = bits(value)
+    ones = (splat(_ONE) << shift) - splat(_ONE)
+    negative = splat(_ZERO) - (b >> splat(np.uint32(31)))
+    return ((b ^ (negative | splat(_SIGN))) + ((ones & negative) ^ splat(_ALL))) >> shift
+
+
+@inlined
 def number_at(place: Any, shift: Any) -> Any:
     """The number (F32) of a rank."""
     upper = place << shift

@@ -81,6 +81,18 @@ def _load_word(context: Any, buffer: Any, place: Any) -> Any:
     return types.uint64(types.Array(types.uint8, 1, "C"), types.intp), generate
 
 
+@intrinsic
+def _load_int(context: Any, buffer: Any, place: Any) -> Any:
+    del context, buffer, place
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
+        struct = context.make_array(signature.args[0])(context, builder, values[0])
+        at = builder.bitcast(builder.gep(struct.data, [values[1]]), ir.IntType(32).as_pointer())
+        return builder.sext(builder.load(at, align=1), ir.IntType(64))
+
+    return types.int64(types.Array(types.uint8, 1, "C"), types.intp), generate
+
+
 def _storing(bits: int, kind: Any) -> Any:
     @intrinsic
     def store(context: Any, buffer: Any, place: Any, value: Any) -> Any:
@@ -111,6 +123,9 @@ def _count_ones(context: Any, x: Any) -> Any:
 
 
 _word: Any = _load_word
+int_at: Any = _load_int
+"""``int_at(buffer, place)``: the int32 in four bytes of uint8 from a place on, as int64. Bytes viewed as numbers take a
+call."""
 _set_word: Any = _storing(64, types.uint64)
 put_half: Any = _storing(16, types.uint32)
 """``put_half(buffer, place, x)``: the lower sixteen bits of a uint32 to two bytes."""
@@ -125,13 +140,25 @@ def whole_bits(buffer: NDArray[np.uint8], bit: int) -> np.uint64:
 
 
 @inlined
-def take_word(buffer: NDArray[np.uint8], bit: int, where: np.uint64) -> np.uint64:
-    """The next bits from place `bit`, one to each set bit of `where`."""
+def some_bits(buffer: NDArray[np.uint8], bit: int | np.uint64) -> np.uint64:
+    """At least 57 bits of `buffer` from place `bit` on, and zeros."""
+    return _word(buffer, bit >> 3) >> np.uint64(bit & 7)  # type: ignore[no-any-return]
+
+
+@inlined
+def next_word(buffer: NDArray[np.uint8], bit: int | np.uint64) -> np.uint64:
+    """The 64 bits of `buffer` from place `bit` on."""
     # In halves: shifts across two words take AMD's processors ten times as long.
     at, above = bit >> 3, np.uint64(bit & 7)
     lower = _word(buffer, at) >> above & np.uint64(0xFFFFFFFF)
     upper = _word(buffer, at + 4) >> above << np.uint64(32)
-    return scatter(lower | upper, where)  # type: ignore[no-any-return]
+    return lower | upper  # type: ignore[no-any-return]
+
+
+@inlined
+def take_word(buffer: NDArray[np.uint8], bit: int | np.uint64, where: np.uint64) -> np.uint64:
+    """The next bits from place `bit`, one to each set bit of `where`."""
+    return scatter(next_word(buffer, bit), where)  # type: ignore[no-any-return]
 
 
 @inlined

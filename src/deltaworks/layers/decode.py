@@ -4,8 +4,6 @@ A block's layers are opened once, which tells where everything of each tile lies
 the same tile of the base.
 """
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,12 +12,14 @@ from deltaworks.checkpoints.byte_vector import (
     widened,
 )
 from deltaworks.checkpoints.codec import TILE
-from deltaworks.checkpoints.jit import inlined, inner, kernel
+from deltaworks.checkpoints.jit import inner, kernel
 from deltaworks.checkpoints.vector import (
     LANES,
     lanes,
     load,
+    load_at,
     lookup,
+    prefetch,
     splat,
     store,
 )
@@ -29,7 +29,6 @@ from deltaworks.layers.cells import DRAFTS, GROUP, RAW, TOLD, WAYS
 from deltaworks.layers.opened import (
     STRIDE,
     Parts,
-    add_told,
     changed_of,
     depth_of,
     draft_at,
@@ -37,8 +36,8 @@ from deltaworks.layers.opened import (
     load_factors,
     next_bits,
     parts_of,
+    put_told,
     write_base,
-    write_told,
 )
 from deltaworks.layers.places import decode_places
 from deltaworks.layers.trellis import CODES, LENGTHS, path_of, window_of
@@ -63,7 +62,7 @@ def decode_tile(
     elif depth <= 4:
         _decode_cells(row, parts_of(row, tile), base, count, None, base, out)
     else:
-        decode_places(row, parts_of(row, tile), base, count, out)
+        decode_places(row, parts_of(row, tile), base, count, None, base, out)
     for i in range(count, -(-count // LANES) * LANES):
         out[i] = np.float32(0.0)
 
@@ -77,7 +76,7 @@ def add_tile(
     weight: np.float32,
     sums: NDArray[np.float32],
 ) -> bool:
-    """Add the delta of a tile that its layers tell, times a weight, to sums, where that takes 3 or 4 layers.
+    """Add the delta of a tile that its layers tell, times a weight, to sums, where that takes 3 layers or more.
 
     Args:
         row: as in `decode_tile`, as are the next three.
@@ -90,15 +89,20 @@ def add_tile(
     Returns:
         Whether it was done.
     """
-    wanted = DRAFTS < depth_of(row) <= 4
-    if wanted:
+    depth = depth_of(row)
+    if depth <= DRAFTS:
+        return False
+    if depth <= 4:
         _decode_cells(row, parts_of(row, tile), base, count, weight, sums, sums[0])
-    return wanted
+    else:
+        decode_places(row, parts_of(row, tile), base, count, weight, sums, sums[0])
+    return True
 
 
 @inner
 def add_drafts(
-    rows: NDArray[np.uint8],
+    flat: NDArray[np.uint8],
+    width: int,
     which: NDArray[np.int64],
     weights: NDArray[np.float32],
     many: int,
@@ -113,7 +117,8 @@ def add_drafts(
     sum, in registers.
 
     Args:
-        rows: uint8, [rows, bytes]; opened blocks among them.
+        flat: uint8; rows of so many bytes each, opened blocks among them.
+        width: see above.
         which: int64; rows of blocks of which drafts were asked for.
         weights: float32; of each; what takes their place is of no use.
         many: how many there are.
@@ -122,13 +127,16 @@ def add_drafts(
         places: int64, [at least that many, 4]; room for where the drafts lie.
         sums: float32, [1, TILE]; what to add to. Anything is added to what is beyond the tile.
     """
-    width, flat = rows.shape[1], rows.reshape(-1)
     units = weights
     for x in range(many):
         draft = draft_at(flat, which[x] * width, tile)
         places[x, 0], places[x, 1], places[x, 2] = draft.means, draft.even, draft.paths[0]
         places[x, 3] = 0 if draft.depth == 1 else draft.paths[1]
         units[x] = draft.unit * (units[x] * (LENGTHS[0] if draft.depth == 1 else LENGTHS[1]))
+        # What the next tile needs: there are more streams than a processor follows by itself.
+        for line in range(TILE // 8, TILE // 4, 64):
+            prefetch(flat, 0, draft.paths[0] + line)
+            prefetch(flat, 0, draft.paths[1] + line)
     for g in range(-(-count // GROUP)):
         i = g * GROUP
         a, b, c, d = load(sums, 0, i), load(sums, 0, i + 16), load(sums, 0, i + 32), load(sums, 0, i + 48)
@@ -157,24 +165,6 @@ def add_drafts(
         store(own, i + 112, k)
 
 
-@inlined
-def _put(
-    told: Any,
-    where: np.uint64,
-    base: NDArray[np.float32],
-    i: int,
-    j: int,
-    weight: np.float32 | None,
-    sums: NDArray[np.float32],
-    out: NDArray[np.float32],
-) -> None:
-    """Write what is told of some elements; or, where there is a weight, add its delta (decided when compiled)."""
-    if weight is None:
-        write_told(told, where, base, i, j, out)
-    else:
-        add_told(told, where, base, i, j, weight, sums, out)
-
-
 @inner
 def _decode_draft(
     row: NDArray[np.uint8], tile: int, base: NDArray[np.float32], count: int, out: NDArray[np.float32]
@@ -193,7 +183,7 @@ def _decode_draft(
             codes, path = load(CODES, 2 + kind, 0) * scale, path_of(row, draft.paths[1], g)
             for step in range(GROUP // LANES):
                 i = g * GROUP + step * LANES
-                store(out, i, load(out.reshape((1, len(out))), 0, i) + lookup(codes, window_of(path, step)))
+                store(out, i, load_at(out, i) + lookup(codes, window_of(path, step)))
 
 
 @inner
@@ -206,7 +196,7 @@ def _decode_cells(
     sums: NDArray[np.float32],
     out: NDArray[np.float32],
 ) -> None:
-    """A tile of which 3 or 4 layers were asked for; see `_put`."""
+    """A tile of which 3 or 4 layers were asked for; see `put_told`."""
     depth, top = parts.depth, parts.range_top
     sparse, at = parts.sparse, parts.signs
     bit2, bit3, bit4 = parts.planes[0] - at, parts.planes[1] - at, parts.planes[2] - at
@@ -229,10 +219,10 @@ def _decode_cells(
                 if depth > 3:
                     cell = cell | bytes_where(next_bits(row, at + bit4, where, sparse), eighth)
                 a, b, c, d = widened(cell)
-                _put(load(base, 0, i) + lookup(deltas, a), where, base, i, 0, weight, sums, out)
-                _put(load(base, 0, i + LANES) + lookup(deltas, b), where, base, i, LANES, weight, sums, out)
-                _put(load(base, 0, i + 2 * LANES) + lookup(deltas, c), where, base, i, 2 * LANES, weight, sums, out)
-                _put(load(base, 0, i + 3 * LANES) + lookup(deltas, d), where, base, i, 3 * LANES, weight, sums, out)
+                put_told(load(base, 0, i) + lookup(deltas, a), where, base, i, 0, weight, sums, out)
+                put_told(load(base, 0, i + LANES) + lookup(deltas, b), where, base, i, LANES, weight, sums, out)
+                put_told(load(base, 0, i + 2 * LANES) + lookup(deltas, c), where, base, i, 2 * LANES, weight, sums, out)
+                put_told(load(base, 0, i + 3 * LANES) + lookup(deltas, d), where, base, i, 3 * LANES, weight, sums, out)
             elif weight is None:
                 write_base(base, i, out)
             at += count_ones(where) if sparse else STRIDE

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.jit import inlined, inner, kernel
-from deltaworks.checkpoints.vector import LANES, load, select, splat, store, unpacked
+from deltaworks.checkpoints.vector import LANES, load, load_floats, select, splat, store, unpacked
 from deltaworks.layers.arithmetic import factors_above, unit_of
-from deltaworks.layers.bitstream import SLACK, lanes_below, take_word, whole_bits
+from deltaworks.layers.bitstream import SLACK, int_at, lanes_below, take_word, whole_bits
 from deltaworks.layers.cells import DRAFTS, GROUP, WAYS
 
 IS_SPARSE: Final = 1
@@ -111,13 +111,13 @@ def open_block(row: NDArray[np.uint8], count: int, ends: NDArray[np.int64], dept
 @inlined
 def depth_of(row: NDArray[np.uint8]) -> int:
     """How many layers were asked for of an opened block."""
-    return int(row[:8].view(np.int32)[_DEPTH])
+    return int(int_at(row, 4 * _DEPTH))
 
 
 @inlined
 def is_draft(flat: NDArray[np.uint8], start: int) -> bool:
     """Whether drafts were asked for of the opened block that begins at a byte of `flat`."""
-    return int(flat[start : start + 4].view(np.int32)[_DEPTH]) <= DRAFTS
+    return bool(int_at(flat, start + 4 * _DEPTH) <= DRAFTS)
 
 
 class Draft(NamedTuple):
@@ -141,15 +141,15 @@ class Draft(NamedTuple):
 @inlined
 def draft_at(flat: NDArray[np.uint8], start: int, tile: int) -> Draft:
     """The parts of a tile of an opened block of which drafts were asked for, and which begins at a byte of `flat`."""
-    table, at, groups = flat[: len(flat) // 4 * 4].view(np.int32), start >> 2, TILE // GROUP
+    groups = TILE // GROUP
     return Draft(
-        int(table[at + _DEPTH]),
-        unit_of(int(table[at + _TOP])),
-        start + int(table[at + _MEANS]) + tile * (groups // 2),
-        start + int(table[at + _EVEN]) + tile * (groups // 8),
+        int_at(flat, start + 4 * _DEPTH),
+        unit_of(int_at(flat, start + 4 * _TOP)),
+        start + int_at(flat, start + 4 * _MEANS) + tile * (groups // 2),
+        start + int_at(flat, start + 4 * _EVEN) + tile * (groups // 8),
         (
-            start + int(table[at + _PATHS]) + tile * groups * LANES,
-            start + int(table[at + _PATHS + 1]) + tile * groups * LANES,
+            start + int_at(flat, start + 4 * _PATHS) + tile * groups * LANES,
+            start + int_at(flat, start + 4 * (_PATHS + 1)) + tile * groups * LANES,
         ),
     )
 
@@ -189,26 +189,25 @@ class Parts(NamedTuple):
 @inlined
 def parts_of(row: NDArray[np.uint8], tile: int) -> Parts:
     """The parts of a tile of an opened block of which exact layers were asked for."""
-    table = row[: len(row) // 4 * 4].view(np.int32)
-    depth, tiles = int(table[_DEPTH]), int(table[_TILES])
-    active, at = int(table[_TABLES + tile]), _TABLES + tiles + tile
+    depth, tiles = int_at(row, 4 * _DEPTH), int_at(row, 4 * _TILES)
+    active, at = int_at(row, 4 * (_TABLES + tile)), 4 * (_TABLES + tiles + tile)
     return Parts(
         depth,
-        np.uint32(table[_SHIFT]),
-        table[_SPARSE] != 0,
-        int(table[_RANGES]) + tile * (TILE // GROUP),
-        int(table[_TOP]),
-        8 * int(table[_MASK]) + tile * TILE,
-        8 * int(table[_SIGNS]) + active,
+        np.uint32(int_at(row, 4 * _SHIFT)),
+        int_at(row, 4 * _SPARSE) != 0,
+        int_at(row, 4 * _RANGES) + tile * (TILE // GROUP),
+        int_at(row, 4 * _TOP),
+        8 * int_at(row, 4 * _MASK) + tile * TILE,
+        8 * int_at(row, 4 * _SIGNS) + active,
         (
-            8 * int(table[_PLANES]) + active,
-            8 * int(table[_PLANES + 1]) + active,
-            8 * int(table[_PLANES + 2]) + active,
+            8 * int_at(row, 4 * _PLANES) + active,
+            8 * int_at(row, 4 * (_PLANES + 1)) + active,
+            8 * int_at(row, 4 * (_PLANES + 2)) + active,
         ),
         (
-            int(table[at]) if depth > 4 else 0,
-            int(table[at + tiles]) if depth > 5 else 0,
-            int(table[at + 2 * tiles]) if depth > 6 else 0,
+            int_at(row, at) if depth > 4 else 0,
+            int_at(row, at + 4 * tiles) if depth > 5 else 0,
+            int_at(row, at + 8 * tiles) if depth > 6 else 0,
         ),
     )
 
@@ -216,8 +215,7 @@ def parts_of(row: NDArray[np.uint8], tile: int) -> Parts:
 @inlined
 def load_factors(row: NDArray[np.uint8], way: int) -> Any:
     """What `factors_above` gave for a way when the block was opened."""
-    factors = row[4 * _FACTORS : 4 * _TABLES].view(np.float32)
-    return load(factors.reshape((1, len(factors))), 0, way * LANES)
+    return load_floats(row, 4 * (_FACTORS + way * LANES))
 
 
 @inlined
@@ -257,6 +255,24 @@ def add_told(
     before = load(base, 0, i + j)
     changed = unpacked(np.uint32(where >> np.uint64(j)))
     store(out, i + j, load(sums, 0, i + j) + (select(changed, told, before) - before) * splat(weight))
+
+
+@inlined
+def put_told(
+    told: Any,
+    where: np.uint64,
+    base: NDArray[np.float32],
+    i: int,
+    j: int,
+    weight: np.float32 | None,
+    sums: NDArray[np.float32],
+    out: NDArray[np.float32],
+) -> None:
+    """Write what is told of some elements; or, where there is a weight, add its delta (decided when compiled)."""
+    if weight is None:
+        write_told(told, where, base, i, j, out)
+    else:
+        add_told(told, where, base, i, j, weight, sums, out)
 
 
 @inlined

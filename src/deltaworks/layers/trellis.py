@@ -22,8 +22,8 @@ from deltaworks.checkpoints.jit import inlined, inner
 from deltaworks.checkpoints.vector import (
     LANES,
     bits,
-    from_bytes,
     load,
+    load_at,
     lookup,
     lower_bytes,
     select,
@@ -31,7 +31,7 @@ from deltaworks.checkpoints.vector import (
     store,
     upper_bytes,
 )
-from deltaworks.layers.bitstream import put, whole_bits
+from deltaworks.layers.bitstream import put
 from deltaworks.layers.cells import GROUP
 
 # fmt: off
@@ -159,11 +159,10 @@ def _least(best: Any, state: Any, distance: Any, number: int) -> Any:
 @inlined
 def path_of(row: NDArray[np.uint8], byte: int, group: int) -> Any:
     """The bits of a group of a tile whose own begin at a byte, above those of the group before: U32 for `window_of`."""
-    at = 8 * (byte + group * LANES)
+    at = byte + group * LANES
     # Before the first group there are zeros, where other bytes stand.
-    kept = _ALL if group > 0 else np.uint64(0)
-    before = from_bytes(whole_bits(row, at - 128) & kept, whole_bits(row, at - 64) & kept)
-    return from_bytes(whole_bits(row, at), whole_bits(row, at + 64)) << splat(np.uint32(8)) | before
+    kept = splat(np.uint32(0xFFFFFFFF) if group > 0 else np.uint32(0))
+    return load_at(row, at) << splat(np.uint32(8)) | (load_at(row, at - LANES) & kept)
 
 
 @inlined

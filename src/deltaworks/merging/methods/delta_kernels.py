@@ -141,7 +141,7 @@ def merge_deltas(
     quotas, top_quotas = thinning.ties[:, 1].copy(), thinning.tops[:, 1].copy()
     rows = np.empty(experts + 1, np.int64)
     tile = make_tile(experts)
-    halves, total = inputs.rows.view(np.uint16), scratch[experts + 1]
+    halves, flat, total = inputs.rows.view(np.uint16), inputs.rows.reshape(-1), scratch[experts + 1]
     scaled = False
     for k in range(experts):
         scaled |= scales[k] != ONE
@@ -159,7 +159,7 @@ def merge_deltas(
         if thinning.at_random and not thinning.masks_known:
             draw_tile(thinning, first, start, n, found, tile)
         if adds_up and not half:
-            largest_ = _add_tile(inputs, n, found, thinning, start, tile, scales, weights, how, scratch)
+            largest_ = _add_tile(inputs, flat, n, found, thinning, start, tile, scales, weights, how, scratch)
             wrong += 1 if largest_ >= NOT_FINITE else 0
             wrong += encode(total, n, out_code, out, start)
             continue
@@ -284,6 +284,7 @@ def _merge_tile(
 @inner
 def _add_tile(
     inputs: Inputs,
+    flat: NDArray[np.uint8],
     n: int,
     found: int,
     thinning: Thinning,
@@ -296,7 +297,8 @@ def _add_tile(
 ) -> Any:
     """As `_merge_tile`, where no expert's part hangs on another's: staged and added one at a time, all is in cache.
 
-    Nothing is trimmed by magnitude. The result is in the row of `scratch` after those of the inputs.
+    Nothing is trimmed by magnitude. `flat` has all rows in one. The result is in the row of `scratch` after those of
+    the inputs.
     """
     total = len(weights) + 1
     out = scratch[total]
@@ -313,7 +315,7 @@ def _add_tile(
     added = scratch[total : total + 1]
     # Nothing is lost on `top`: where the base is not finite, neither is the sum.
     adds_layers = over_base and not thinning.at_random
-    drafts, width, flat = 0, inputs.rows.shape[1], inputs.rows.reshape(-1)
+    drafts, width = 0, inputs.rows.shape[1]
     for a in range(found):
         k, row = tile.experts[a], tile.rows[a + 1]
         is_told = adds_layers and inputs.codes[row] >= LAYERED and scales[k] == ONE
@@ -322,7 +324,7 @@ def _add_tile(
             tile.places[drafts], tile.weights[drafts], tile.rows[a + 1] = row, weights[k], _DONE
             drafts += 1
     if drafts > 0:
-        add_drafts(inputs.rows, tile.places, tile.weights, drafts, start // TILE, n, tile.drafts, added)
+        add_drafts(flat, width, tile.places, tile.weights, drafts, start // TILE, n, tile.drafts, added)
     for a in range(found):
         k, row = tile.experts[a], tile.rows[a + 1]
         if row == _DONE:
