@@ -54,6 +54,7 @@ from deltaworks.layers.bitstream import (
     scatter,
     some_bits,
     take_word,
+    whole_bits,
 )
 from deltaworks.layers.cells import DEPTH, EDGES, GROUP, RAW
 from deltaworks.layers.opened import STRIDE, Parts, changed_of, next_bits, put_told, write_base
@@ -144,9 +145,16 @@ def decode_places(
     out: NDArray[np.float32],
 ) -> None:
     """A tile of which 5, 6 or 7 layers were asked for; see `put_told`."""
-    wide = parts.shift < _NARROW_FROM
+    wide, changes = parts.shift < _NARROW_FROM, False
     for g in range(-(-count // GROUP)):
-        wide |= row[parts.ranges + g] == RAW
+        code = row[parts.ranges + g]
+        wide |= code == RAW
+        changes |= code != 0
+    if not changes:
+        if weight is None:
+            for i in range(0, count, STRIDE):
+                write_base(base, i, out)
+        return
     if wide:
         _decode_wide_tile(row, parts, base, count, weight, sums, out)
         return
@@ -166,9 +174,8 @@ def decode_places(
     )
     _prefetch_next(row, parts)
     many = _find_cells(row, parts, base, count, kept)
-    if many > 0:
-        _take_places(row, parts, count, many, kept)
-        _find_numbers(parts, many, kept)
+    _take_places(row, parts, count, many, kept)
+    _find_numbers(parts, many, kept)
     own = 0
     for i in range(0, count, STRIDE):
         where = kept.where[np.uint64(i) >> _SIX]
@@ -208,33 +215,32 @@ def _find_cells(row: NDArray[np.uint8], parts: Parts, base: NDArray[np.float32],
     many = 0
     for g in range(0, count, GROUP):
         code = int(row[parts.ranges + g // GROUP])
-        n = 0
-        for i in range(g, min(g + GROUP, count), STRIDE):
+        n, end = 0, min(g + GROUP, count)
+        for i in range(g, end, STRIDE):
             where = changed_of(row, parts, i, count) if code != 0 else np.uint64(0)
             kept.where[np.uint64(i) >> _SIX] = where
-            if where == _ALL:
-                for j in range(0, STRIDE, LANES):
-                    store(kept.base, n + j, load(base, 0, i + j))
-                n += STRIDE
-            else:
-                for j in range(0, STRIDE, LANES):
-                    changed = np.uint32(where >> np.uint64(j) & _LANES)
-                    store_packed(kept.base, n, load(base, 0, i + j), unpacked(changed))
-                    n += count_ones(changed)
+            n += count_ones(where)
+        numbers, first_number = base[0], g
+        if 0 < n < GROUP:
+            numbers, first_number = kept.base, 0
+            _bring_together(base, g, end, kept)
         if n > 0:
             for j in range(0, n, STRIDE):
-                cell = bytes_where(next_word(row, at + j), np.uint8(8))
-                cell = cell | bytes_where(next_word(row, at + j + bit2), np.uint8(4))
-                cell = cell | bytes_where(next_word(row, at + j + bit3), np.uint8(2))
-                cell = cell | bytes_where(next_word(row, at + j + bit4), np.uint8(1))
-                store_bytes(kept.cells, j, cell)
+                if sparse:
+                    negative, i2 = next_word(row, at + j), next_word(row, at + j + bit2)
+                    i3, i4 = next_word(row, at + j + bit3), next_word(row, at + j + bit4)
+                else:
+                    negative, i2 = whole_bits(row, at + j), whole_bits(row, at + j + bit2)
+                    i3, i4 = whole_bits(row, at + j + bit3), whole_bits(row, at + j + bit4)
+                cell = bytes_where(negative, np.uint8(8)) | bytes_where(i2, np.uint8(4))
+                store_bytes(kept.cells, j, cell | bytes_where(i3, np.uint8(2)) | bytes_where(i4, np.uint8(1)))
             edges = scaled(EDGES, code, top)
             # The two ends of every cell, those of positive deltas in the first eight lanes.
             inner, outer = lookup(edges, every), lookup(edges, every + one)
             low = signed(lanes() >= eight, outer, inner)
             high = signed(lanes() >= eight, inner, outer)
             for j in range(0, n, LANES):
-                cell, b = load_at(kept.cells, j), load_at(kept.base, j)
+                cell, b = load_at(kept.cells, j), load_at(numbers, first_number + j)
                 first = places_of(b + lookup(low, cell), shift)
                 # One less than none where the cell is empty; the last of 32 bits is then set.
                 last = places_before(b + lookup(high, cell), shift) - first
@@ -246,6 +252,18 @@ def _find_cells(row: NDArray[np.uint8], parts: Parts, base: NDArray[np.float32],
         at += n if sparse else GROUP
     store_bytes(kept.widths, many, splat_bytes(np.uint8(32)))
     return many
+
+
+@inlined
+def _bring_together(base: NDArray[np.float32], first: int, end: int, kept: _Kept) -> None:
+    """Put the numbers of the base at changed elements of a group one after the other."""
+    n = 0
+    for i in range(first, end, STRIDE):
+        where = kept.where[np.uint64(i) >> _SIX]
+        for j in range(0, STRIDE, LANES):
+            changed = np.uint32(where >> np.uint64(j) & _LANES)
+            store_packed(kept.base, n, load(base, 0, i + j), unpacked(changed))
+            n += count_ones(changed)
 
 
 @inner
