@@ -245,19 +245,48 @@ def scale_sketches(records: NDArray[np.uint8], norms: NDArray[np.float64], out: 
 
 
 class Places(NamedTuple):
-    """Where the layers of the blocks of a tensor lie.
+    """Where the layers of the blocks of one tensor of several experts lie.
 
     Attributes:
-        ranges: int64, [blocks, 2]; the first byte, and how many are read.
-        checksums: uint64, [blocks]; of what is read.
-        checked: int64, [blocks]; how many bytes of that the checksum is of.
-        ends: int64, [blocks, DEPTH]; where in the block each layer ends.
+        ranges: int64, [experts, blocks, 2]; the first byte, and how many are read.
+        checksums: uint64, [experts, blocks]; of what is read.
+        checked: int64, [experts, blocks]; how many bytes of that the checksum is of.
+        ends: int64, [experts, blocks, DEPTH]; where in the block each layer ends.
     """
 
     ranges: NDArray[np.int64]
     checksums: NDArray[np.uint64]
     checked: NDArray[np.int64]
     ends: NDArray[np.int64]
+
+    @classmethod
+    def empty(cls, experts: int, blocks: int) -> "Places":
+        """For `LayerFile.find_places` to fill."""
+        shape = (experts, blocks)
+        ranges, ends = np.empty((*shape, 2), np.int64), np.empty((*shape, DEPTH), np.int64)
+        return cls(ranges, np.empty(shape, np.uint64), np.empty(shape, np.int64), ends)
+
+
+@kernel
+def _find_places(
+    first: int,
+    depths: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    read_bytes: NDArray[np.int64],
+    checksums: NDArray[np.uint64],
+    checked: NDArray[np.int64],
+    ends: NDArray[np.int64],
+    k: int,
+    out: Places,
+) -> None:
+    """See `LayerFile.find_places`; `first` is the tensor's first record, and of each record the others tell."""
+    for b in range(len(depths)):
+        record, last = first + b, max(depths[b], 1) - 1
+        # Who reads more than drafts reads none of them.
+        skipped = read_bytes[record, DRAFTS - 1] if depths[b] > DRAFTS else 0
+        out.ranges[k, b, 0], out.ranges[k, b, 1] = offsets[record] + skipped, read_bytes[record, last]
+        out.checksums[k, b], out.checked[k, b] = checksums[record, last], checked[record, last]
+        out.ends[k, b] = ends[record]
 
 
 class LayerFile(LayerIndex):
@@ -284,14 +313,22 @@ class LayerFile(LayerIndex):
             self._checked[:, last] = self.read_bytes[:, last]
         self._checksums = np.ascontiguousarray(self.index["checksums"])
 
-    def places(self, tensor: LayeredTensor, depths: NDArray[np.int64]) -> Places:
-        """Where the first so many layers of each block of a tensor lie; of those without any, where they would."""
-        own = slice(tensor.first, tensor.first + tensor.blocks)
-        at = np.arange(tensor.first, own.stop), np.maximum(depths, 1) - 1
-        ranges = np.empty((tensor.blocks, 2), np.int64)
-        ranges[:, 0] = self._offsets[own] + np.where(depths > DRAFTS, self.read_bytes[own, DRAFTS - 1], 0)
-        ranges[:, 1] = self.read_bytes[at]
-        return Places(ranges, self._checksums[at], self._checked[at], self.ends[own])
+    def find_places(self, tensor: LayeredTensor, depths: NDArray[np.int64], k: int, out: Places) -> None:
+        """Write to `out`, as expert `k`, where the first so many layers of each block of a tensor lie.
+
+        Of those of which none is asked for, where the first would.
+        """
+        _find_places(
+            tensor.first,
+            depths,
+            self._offsets,
+            self.read_bytes,
+            self._checksums,
+            self._checked,
+            self.ends,
+            k,
+            out,
+        )
 
     def open_block(
         self, tensor: LayeredTensor, block: int, depth: int, row: NDArray[np.uint8], done: int | None = None

@@ -13,7 +13,7 @@ from deltaworks.checkpoints.dtypes import DTYPES
 from deltaworks.checkpoints.jit import kernel
 from deltaworks.checkpoints.together import read_bytes
 from deltaworks.layers.checksum import checksum_of
-from deltaworks.layers.file import SHIFTS, LayeredTensor, LayerFile
+from deltaworks.layers.file import SHIFTS, LayeredTensor, LayerFile, Places
 from deltaworks.layers.opened import layers_start, open_block, opened_bytes
 
 
@@ -45,14 +45,13 @@ class BlockReader:
         self._inputs = inputs
         self._depths = np.stack([i.depths for i in inputs])
         self._shifts = np.array([SHIFTS[DTYPES[i.tensor.dtype]] for i in inputs])
-        places = [i.file.places(i.tensor, i.depths) for i in inputs]
-        self.nbytes = [int(p.ranges[i.depths > 0, 1].sum()) for p, i in zip(places, inputs, strict=True)]
-        self._ranges = np.stack([p.ranges for p in places])
-        largest = self._ranges[:, :, 1].max(axis=1).tolist()
+        self._places = places = Places.empty(*self._depths.shape)
+        for k, own in enumerate(inputs):
+            own.file.find_places(own.tensor, own.depths, k, places)
+        nbytes = places.ranges[:, :, 1]
+        self.nbytes: list[int] = np.where(self._depths > 0, nbytes, 0).sum(axis=1).tolist()
+        largest = nbytes.max(axis=1).tolist()
         self.opened = [opened_bytes(i.file.count(i.tensor, 0), n) for i, n in zip(inputs, largest, strict=True)]
-        self._sums = np.stack([p.checksums for p in places])
-        self._checked = np.stack([p.checked for p in places])
-        self._ends = np.stack([p.ends for p in places])
 
     def open(self, block: int, which: Sequence[int], raw: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
         """Read the layers of a block and open them for `decode_tile`.
@@ -70,15 +69,15 @@ class BlockReader:
         chosen = np.array(which)
         inputs = [self._inputs[k] for k in which]
         count = inputs[0].file.count(inputs[0].tensor, block)
-        place, ranges = layers_start(count), self._ranges[chosen, block]
+        place, ranges = layers_start(count), self._places.ranges[chosen, block]
         fds = [i.file.reader.announce(place, *own) for i, own in zip(inputs, ranges.tolist(), strict=True)]
         got, sound = np.empty(len(fds), np.int64), np.empty(len(fds), np.bool_)
         _open_rows(
             np.array(fds),
             ranges,
-            self._sums[chosen, block],
-            self._checked[chosen, block],
-            self._ends[chosen, block],
+            self._places.checksums[chosen, block],
+            self._places.checked[chosen, block],
+            self._places.ends[chosen, block],
             self._depths[chosen, block],
             self._shifts[chosen],
             count,
