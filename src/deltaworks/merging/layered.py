@@ -208,15 +208,6 @@ def _rank(menu: Menu, part: NDArray[np.float64], cosine: NDArray[np.float64]) ->
     return r
 
 
-def _cosines(gram: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of inner products, a matrix; with ones on the diagonal."""
-    lengths = np.sqrt(gram.diagonal())
-    scale = np.divide(1.0, lengths, out=np.zeros(len(gram)), where=lengths > 0)
-    cosines: NDArray[np.float64] = gram * scale[:, None] * scale
-    np.fill_diagonal(cosines, 1.0)
-    return cosines
-
-
 def pool_cosines(tensors: Sequence[tuple[Menu, Sequence[int]]]) -> list[NDArray[np.float64]]:
     """Cosines between what layers leave of the experts of each tensor: [experts, DEPTH + 1, experts, DEPTH + 1] each.
 
@@ -234,16 +225,40 @@ def pool_cosines(tensors: Sequence[tuple[Menu, Sequence[int]]]) -> list[NDArray[
     total = np.zeros((models * (DEPTH + 1),) * 2)
     for square, gram in zip(own, grams, strict=True):
         total[square] += gram
-    pooled, mixed = _cosines(total), []
+    pooled, mixed = np.ascontiguousarray(_to_cosines(total)), []
     for (menu, places), square, gram in zip(tensors, own, grams, strict=True):
-        cosines, others = _cosines(gram), pooled[square]
+        others = pooled[square]
+        cosines = _to_cosines(gram)
+        trust = trust_in(_spread(cosines, others), 1.0 / (BUCKETS * menu.parts()))
         shape = (len(places), DEPTH + 1) * 2
-        apart = (cosines - others).reshape(shape)
-        apart[range(len(places)), :, range(len(places))] = 0.0
-        spread = float(np.square(apart).sum()) / max(1, int(np.count_nonzero(apart)))
-        trust = trust_in(spread, 1.0 / (BUCKETS * menu.parts()))
         mixed.append((trust * cosines + (1 - trust) * others).reshape(shape))
     return mixed
+
+
+@kernel
+def _to_cosines(gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of inner products, a matrix; with ones on the diagonal."""
+    scale, cosines = np.zeros(len(gram)), np.empty_like(gram)
+    for i in range(len(gram)):
+        scale[i] = 1.0 / np.sqrt(gram[i, i]) if gram[i, i] > 0 else 0.0
+    for i in range(len(gram)):
+        for j in range(len(gram)):
+            cosines[i, j] = gram[i, j] * scale[i] * scale[j]
+        cosines[i, i] = 1.0
+    return cosines
+
+
+@kernel
+def _spread(cosines: NDArray[np.float64], others: NDArray[np.float64]) -> float:
+    """The mean square of how far cosines between different experts are from others."""
+    total, many = 0.0, 0
+    for i in range(len(cosines)):
+        for j in range(len(cosines)):
+            if i // (DEPTH + 1) != j // (DEPTH + 1):
+                apart = cosines[i, j] - others[i, j]
+                total += apart * apart
+                many += apart != 0.0
+    return total / max(1, many)
 
 
 def _square_of(places: Sequence[int], models: int) -> Any:
