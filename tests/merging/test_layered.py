@@ -157,6 +157,17 @@ def test_a_budget_for_all_layers_makes_the_full_merge(catalog: Catalog, family: 
     assert tensors(family / "full") == tensors(family / "layered")
 
 
+@pytest.mark.parametrize("layers", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_budget_for_everything_is_planned_as_if_chosen(
+    catalog: Catalog, family: Path, monkeypatch: pytest.MonkeyPatch, method: str, layers: bool
+) -> None:
+    text = recipe(method, family, **METHODS[method])
+    plan = planned(catalog, text, 1.0, layers=layers)
+    monkeypatch.setattr("deltaworks.merging.weighing._Candidate.whole_bytes", 1 << 60)
+    assert planned(catalog, text, 1.0, layers=layers) == plan
+
+
 def test_two_plans_that_read_to_different_depths(catalog: Catalog, family: Path) -> None:
     text = recipe("task_arithmetic", family, **METHODS["task_arithmetic"])
     few, many, all_ = (planned(catalog, text, share) for share in (0.1, 0.3, 0.75))
