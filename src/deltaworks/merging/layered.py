@@ -286,24 +286,34 @@ class OverlappingLayers:
     cosines: NDArray[np.float64]
 
     @cached_property
-    def _part(self) -> NDArray[np.float64]:
-        part: NDArray[np.float64] = np.sqrt(self.menu.left) * self.coefficients[:, None]
-        return part
-
-    @cached_property
     def _cosine(self) -> NDArray[np.float64]:
+        if (self.thinning == 1.0).all():
+            return self.cosines
         cosine, own = self.cosines.copy(), range(len(self.thinning))
         cosine[own, :, own, :] *= self.thinning[:, None, None]
         return cosine
 
     def rank(self) -> Ranking:
         """See `Layered`; by what squares count, see UNTOLD."""
-        part = self._part * np.sqrt(1.0 + UNTOLD * _shares(self.menu.left))
-        return _rank(self.menu, part, self._cosine)
+        return _rank(self.menu, _parts(self.menu.left, self.coefficients, UNTOLD), self._cosine)
 
     def lost(self, depths: NDArray[np.int8]) -> float:
         """See `Layered`."""
-        return float(layers_loss(self._part, self._cosine, depths))
+        return float(layers_loss(_parts(self.menu.left, self.coefficients, 0.0), self._cosine, depths))
+
+
+@kernel
+def _parts(left: NDArray[np.float64], coefficients: NDArray[np.float64], untold: float) -> NDArray[np.float64]:
+    """Norms of what layers leave of parts of a merge, for `rank_layers`; see `Menu` for `left`, UNTOLD for `untold`."""
+    blocks, experts, depths = left.shape
+    parts = np.empty_like(left)
+    for b in range(blocks):
+        for e in range(experts):
+            whole = left[b, e, 0]
+            each = untold / whole if whole > 0.0 else 0.0
+            for x in range(depths):
+                parts[b, e, x] = np.sqrt(left[b, e, x] * (1.0 + each * left[b, e, x])) * coefficients[e]
+    return parts
 
 
 @kernel
