@@ -124,10 +124,22 @@ def _as_quarters(builder: ir.IRBuilder, value: Any) -> Any:
     return cgutils.pack_array(builder, quarters)  # type: ignore[no-untyped-call]
 
 
+def _lanes_of(builder: ir.IRBuilder, mask: Any) -> Any:
+    """The bits of a uint64, a lane each."""
+    lanes = range(U8.ir.count)
+    if machine_has("avx512bw"):
+        return builder.bitcast(mask, ir.VectorType(ir.IntType(1), len(lanes)))
+    # Without masks in hardware, LLVM would go from bit to bit.
+    own = builder.bitcast(mask, ir.VectorType(ir.IntType(8), len(lanes) // 8))
+    places = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), [i // 8 for i in lanes])
+    each = builder.shuffle_vector(own, ir.Constant(own.type, ir.Undefined), places)
+    wanted = ir.Constant(U8.ir, [1 << (i % 8) for i in lanes])
+    return builder.icmp_unsigned("==", builder.and_(each, wanted), wanted)
+
+
 def _bytes_where(builder: ir.IRBuilder, mask: Any, value: Any) -> Any:
-    chosen = builder.bitcast(mask, ir.VectorType(ir.IntType(1), U8.ir.count))
     kept = value if value.type == U8.ir else spread(builder, value, U8.ir.count)
-    return builder.select(chosen, kept, ir.Constant(U8.ir, None))
+    return builder.select(_lanes_of(builder, mask), kept, ir.Constant(U8.ir, None))
 
 
 def _bytes_above(builder: ir.IRBuilder, value: Any, limit: Any) -> Any:

@@ -306,9 +306,27 @@ def _from_bytes(builder: ir.IRBuilder, lower: Any, upper: Any) -> Any:
     return builder.zext(builder.bitcast(words, _BYTES), U32.ir)
 
 
+def _lookup_by_halves(builder: ir.IRBuilder, table: Any, index: Any) -> Any:
+    def half(value: Any, first: int) -> Any:
+        places = ir.Constant(ir.VectorType(ir.IntType(32), LANES // 2), list(range(first, first + LANES // 2)))
+        return builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), places)
+
+    lower, upper = half(table, 0), half(table, LANES // 2)
+    find, found = llvm_function("llvm.x86.avx2.permps", lower.type), []
+    for first in (0, LANES // 2):
+        own = half(index, first)
+        bit = ir.Constant(own.type, [LANES // 2] * (LANES // 2))
+        is_upper = builder.icmp_unsigned("==", builder.and_(own, bit), bit)
+        found.append(builder.select(is_upper, find(builder, upper, own), find(builder, lower, own)))
+    every = ir.Constant(ir.VectorType(ir.IntType(32), LANES), list(range(LANES)))
+    return builder.shuffle_vector(*found, every)
+
+
 def _lookup(builder: ir.IRBuilder, table: Any, index: Any) -> Any:
     if machine_has("avx512f"):
         return llvm_function("llvm.x86.avx512.permvar.sf.512", F32.ir)(builder, table, index)
+    if machine_has("avx2"):
+        return _lookup_by_halves(builder, table, index)
     kept = cgutils.alloca_once_value(builder, table)  # type: ignore[no-untyped-call]
     elements = builder.bitcast(kept, ir.FloatType().as_pointer())
     found = ir.Constant(F32.ir, ir.Undefined)
