@@ -38,13 +38,13 @@ from deltaworks.checkpoints.codec import decode_reference
 from deltaworks.checkpoints.reader import ByteCounter
 from deltaworks.checkpoints.source import Source
 from deltaworks.merging.budget import Budget
+from deltaworks.merging.candidate import runs_of
 from deltaworks.merging.contributions import Overlapping
 from deltaworks.merging.measured_error import measure_error
 from deltaworks.merging.plan import InputTensor, Plan, PlannedTensor
 from deltaworks.merging.prepare import MergeOptions, Prepared
 from deltaworks.merging.recipe import parse_recipe
 from deltaworks.merging.selection import choose
-from deltaworks.merging.weighing import runs_of
 
 METHODS = {
     "linear": "weight: 1.0",

@@ -11,29 +11,25 @@ from deltaworks.checkpoints.byte_vector import (
     bytes_where,
     from_pairs,
     less_one,
-    load_bytes,
     lookup_bytes,
-    room,
     shifted_sum,
     splat_bytes,
-    store_bytes,
     sums_of_eight,
     widened,
 )
 from deltaworks.checkpoints.jit import inlined, inner, kernel
-from deltaworks.checkpoints.vector import (
-    LANES,
-    bits,
+from deltaworks.checkpoints.memory_vector import (
     load,
     load_at,
+    load_bytes,
     load_each,
     load_floats,
     load_packed,
-    splat,
+    room,
     store,
     store_packed,
-    unpacked,
 )
+from deltaworks.checkpoints.vector import LANES, bits, splat, unpacked
 
 LOWER, UPPER = np.uint64(0x8877665544332211), np.uint64(0xFF0FEEDDCCBBAA99)
 TABLE = np.array([LOWER, UPPER]).view(np.uint8)
@@ -70,7 +66,7 @@ def _all_of_them(
     _spread(shifted_sum(a, less_one(b), b), out[8])
     _spread(shifted_sum(shifted_sum(a, b, a), b, b), out[9])
     _spread(from_pairs(LOWER, UPPER), out[10])
-    store_bytes(stored, 3, a)
+    store(stored, 3, a)
     store(words, 0, sums_of_eight(b))
     words[8] = bytes_above(a, np.uint8(9))
 

@@ -164,7 +164,7 @@ def test_a_budget_for_everything_is_planned_as_if_chosen(
 ) -> None:
     text = recipe(method, family, **METHODS[method])
     plan = planned(catalog, text, 1.0, layers=layers)
-    monkeypatch.setattr("deltaworks.merging.weighing._Candidate.whole_bytes", 1 << 60)
+    monkeypatch.setattr("deltaworks.merging.candidate.Candidate.whole_bytes", 1 << 60)
     assert planned(catalog, text, 1.0, layers=layers) == plan
 
 

@@ -18,6 +18,7 @@ from deltaworks.catalog.storage import ReadCost, fit, read_cost
 from deltaworks.catalog.store import Catalog
 from deltaworks.errors import ChangedError, NonFiniteError, RecipeError, UserError
 from deltaworks.merging.budget import Budget, parse_budget
+from deltaworks.merging.candidate import Knowledge
 from deltaworks.merging.contributions import Overlapping, Overlaps
 from deltaworks.merging.measured_error import measure_error
 from deltaworks.merging.plan import load_plan, save_plan
@@ -25,7 +26,7 @@ from deltaworks.merging.prepare import MergeOptions, plan_inputs, prepare_plan
 from deltaworks.merging.recipe import parse_recipe
 from deltaworks.merging.selection import choose, overlapping_loss
 from deltaworks.merging.snapshot import run_plan
-from deltaworks.merging.weighing import Knowledge, Weighed
+from deltaworks.merging.weighing import Weighed
 
 FIXED = ("linear", "task_arithmetic")
 SHARES = (0.05, 0.10, 0.25, 0.50)

@@ -14,6 +14,7 @@ from deltaworks.catalog.histogram import (
 )
 from deltaworks.checkpoints.codec import TILE, decode
 from deltaworks.checkpoints.jit import inner
+from deltaworks.checkpoints.memory_vector import load
 from deltaworks.checkpoints.sketch import BUCKETS, add_to_sketch, sketch_reference
 from deltaworks.checkpoints.vector import (
     LANES,
@@ -22,7 +23,6 @@ from deltaworks.checkpoints.vector import (
     ZERO,
     bits,
     lanes_set,
-    load,
     splat,
     sum_in_order,
     widen,

@@ -14,7 +14,6 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from deltaworks.checkpoints.vector import (
     LANES,
@@ -187,70 +186,3 @@ define(widened, (U8,), _QUARTERS, _as_quarters)
 define(widened, (U16,), _QUARTERS, _as_quarters)
 define(shifted_sum, (U8, U8, U8), U16, _shifted_sum)
 define(shifted_sum, (U16, U8, U8), U16, _shifted_sum)
-
-
-def room(kind: Any, count: int) -> Any:
-    """What gives a kernel an array on its own stack, [count], to be of use until it returns; it begins at a line.
-
-    Args:
-        kind: Numba's type of the elements.
-        count: how many.
-    """
-    array_type, nbytes = types.Array(kind, 1, "C"), kind.bitwidth // 8
-
-    @intrinsic
-    def make(context: Any) -> Any:
-        del context
-
-        def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
-            from numba.np.arrayobj import populate_array  # noqa: PLC0415  # slow to import, needed to compile alone
-
-            del signature, values
-            byte, word = ir.IntType(8), ir.IntType(64)
-            with builder.goto_entry_block():
-                at = builder.alloca(ir.ArrayType(byte, count * nbytes))
-            at.align = 64
-            array = context.make_array(array_type)(context, builder)
-            shape, strides = (
-                cgutils.pack_array(builder, [ir.Constant(word, n)])  # type: ignore[no-untyped-call]
-                for n in (count, nbytes)
-            )
-            data = builder.bitcast(at, array.data.type)
-            populate_array(array, data, shape, strides, ir.Constant(word, nbytes), meminfo=None)  # type: ignore[no-untyped-call]
-            return array._getvalue()  # noqa: SLF001
-
-        return array_type(), generate
-
-    return make
-
-
-def _address(context: Any, builder: ir.IRBuilder, array: Any, values: Any) -> Any:
-    struct = context.make_array(array)(context, builder, values[0])
-    return builder.bitcast(builder.gep(struct.data, [values[1]]), U8.ir.as_pointer())
-
-
-@intrinsic
-def _load_bytes(context: Any, array: Any, place: Any) -> Any:
-    del context, place
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
-        return builder.load(_address(context, builder, signature.args[0], values), align=1)
-
-    return U8(array, types.intp), generate
-
-
-@intrinsic
-def _store_bytes(context: Any, array: Any, place: Any, value: Any) -> Any:
-    del context, place, value
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
-        builder.store(values[2], _address(context, builder, signature.args[0], values), align=1)
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, U8), generate
-
-
-load_bytes: Any = _load_bytes
-"""``load_bytes(array, place)``: U8 from a place of an array of one dimension."""
-store_bytes: Any = _store_bytes
-"""``store_bytes(array, place, x)``: the inverse."""

@@ -11,18 +11,8 @@ from numpy.typing import NDArray
 
 from deltaworks.checkpoints.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, DType
 from deltaworks.checkpoints.jit import inner
-from deltaworks.checkpoints.vector import (
-    LANES,
-    MAGNITUDE,
-    NOT_FINITE,
-    bits,
-    lanes_set,
-    load,
-    power_of_two,
-    select,
-    splat,
-    store,
-)
+from deltaworks.checkpoints.memory_vector import load, store
+from deltaworks.checkpoints.vector import LANES, MAGNITUDE, NOT_FINITE, bits, lanes_set, power_of_two, select, splat
 
 TILE = 2048
 """Elements a kernel works on at once: a few float32 tiles fit in the first-level cache."""

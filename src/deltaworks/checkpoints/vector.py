@@ -1,8 +1,9 @@
 """Sixteen elements at a time, inside compiled kernels.
 
 A compiler vectorises a loop only where it can prove that it may, and the loops of merges, which choose, compare and
-add in many rows at once, are past what it proves. So kernels say it: a vector is a value with operators, `load` and
-`store` move it, and LLVM maps it to whatever the machine has (one AVX-512 register, two of AVX2, four of NEON).
+add in many rows at once, are past what it proves. So kernels say it: a vector is a value with operators, which `load`
+and `store` of `memory_vector` move, and LLVM maps it to whatever the machine has (one AVX-512 register, two of AVX2,
+four of NEON).
 
 The functions here exist for compiled kernels alone: Numba puts LLVM's instructions in their place, and called from
 Python they raise NotImplementedError. Every operation is IEEE arithmetic, lane by lane, so a kernel gives the same bits
@@ -27,7 +28,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
+from numba.extending import lower_builtin, models, register_model, type_callable
 from numpy.typing import NDArray
 
 LANES = 16
@@ -55,7 +56,6 @@ F64 = Vector("float64", ir.DoubleType())
 U32 = Vector("uint32", ir.IntType(32))
 U64 = Vector("uint64", ir.IntType(64), 8)
 MASK = Vector("bool", ir.IntType(1))
-_HALVES = ir.VectorType(ir.IntType(16), LANES)
 _CHANCES = ir.VectorType(ir.IntType(16), 32)
 _OF = {types.float32: F32, types.float64: F64, types.uint32: U32}
 
@@ -291,7 +291,6 @@ def _sum_in_order(builder: ir.IRBuilder, value: Any) -> Any:
 
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
 _WORDS = ir.VectorType(ir.IntType(64), 2)
-_PLACE = ir.IntType(64)
 
 
 def _bytes(builder: ir.IRBuilder, value: Any, half: int) -> Any:
@@ -374,169 +373,6 @@ define(sum_in_order, (F64,), types.float64, _sum_in_order)
 define(ramp, (types.uint64, types.uint64), U64, _ramp)
 define(bits_below, (U64, types.uint32), types.uint32, _bits_below)
 
-
-def _address(context: Any, builder: ir.IRBuilder, array: Any, values: Sequence[Any], to: ir.Type) -> Any:
-    """A pointer to elements of a contiguous array, of which `values` are its own, the row where it has any, a place."""
-    struct = context.make_array(array)(context, builder, values[0])
-    place = values[-1]
-    if array.ndim == 2:
-        width = cgutils.unpack_tuple(builder, struct.shape, 2)[1]  # type: ignore[no-untyped-call]
-        place = builder.add(builder.mul(values[1], width), place)
-    return builder.bitcast(builder.gep(struct.data, [place]), to.as_pointer())
-
-
-@intrinsic
-def _load(context: Any, array: Any, row: Any, place: Any) -> Any:
-    del context, row, place
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Any]) -> Any:
-        if array.dtype == types.float32:
-            return builder.load(_address(context, builder, signature.args[0], values, F32.ir), align=4)
-        raw = builder.load(_address(context, builder, signature.args[0], values, _HALVES), align=2)
-        upper = builder.shl(builder.zext(raw, U32.ir), ir.Constant(U32.ir, [16] * LANES))
-        return builder.bitcast(upper, F32.ir)
-
-    return F32(array, types.intp, types.intp), generate
-
-
-@intrinsic
-def _load_each(context: Any, array: Any, index: Any) -> Any:
-    del context, index
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Any]) -> Any:
-        word = ir.IntType(32)
-        start = _address(context, builder, signature.args[0], (values[0], ir.Constant(_PLACE, 0)), ir.FloatType())
-        if machine_has("avx512f"):
-            every, scale = ir.Constant(MASK.ir, [1] * LANES), ir.Constant(word, 4)
-            kept, first = ir.Constant(F32.ir, ir.Undefined), builder.bitcast(start, ir.IntType(8).as_pointer())
-            gather = llvm_function("llvm.x86.avx512.mask.gather.dps.512", F32.ir)
-            return gather(builder, kept, first, values[1], every, scale)
-        found = ir.Constant(F32.ir, ir.Undefined)
-        for lane in range(LANES):
-            at = ir.Constant(word, lane)
-            place = builder.zext(builder.extract_element(values[1], at), _PLACE)
-            found = builder.insert_element(found, builder.load(builder.gep(start, [place])), at)
-        return found
-
-    return F32(array, U32), generate
-
-
-@intrinsic
-def _load_at(context: Any, array: Any, place: Any) -> Any:
-    del context, place
-    kind = F32 if array.dtype == types.float32 else U32
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Any]) -> Any:
-        stored = F32.ir if kind is F32 else ir.VectorType(ir.IntType(array.dtype.bitwidth), LANES)
-        value = builder.load(_address(context, builder, signature.args[0], values, stored), align=1)
-        return value if stored == kind.ir else builder.zext(value, kind.ir)
-
-    return kind(array, types.intp), generate
-
-
-@intrinsic
-def _load_floats(context: Any, array: Any, place: Any) -> Any:
-    del context, place
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Any]) -> Any:
-        return builder.load(_address(context, builder, signature.args[0], values, F32.ir), align=1)
-
-    return F32(array, types.intp), generate
-
-
-@intrinsic
-def _store(context: Any, array: Any, place: Any, value: Any) -> Any:
-    del context, place
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Any]) -> Any:
-        data, to = values[2], value.ir
-        if value is U32 and array.dtype.bitwidth < U32.ir.element.width:
-            to = ir.VectorType(ir.IntType(array.dtype.bitwidth), LANES)
-            data = builder.trunc(data, to)
-        builder.store(data, _address(context, builder, signature.args[0], values[:2], to), align=1)
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, value), generate
-
-
-@intrinsic
-def _store_packed(context: Any, array: Any, place: Any, value: Any, mask: Any) -> Any:
-    del context, place, mask
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Any]) -> Any:
-        own, place, value, mask = values
-        if machine_has("avx512f"):
-            # To memory, the instruction that packs takes ten times as long on some machines.
-            none = ir.Constant(F32.ir, None)
-            packed = llvm_function(f"llvm.x86.avx512.mask.compress.v{LANES}f32", F32.ir)(builder, value, none, mask)
-            builder.store(packed, _address(context, builder, signature.args[0], (own, place), F32.ir), align=1)
-        else:
-            for lane in range(LANES):
-                at = ir.Constant(ir.IntType(32), lane)
-                to = _address(context, builder, signature.args[0], (own, place), ir.FloatType())
-                builder.store(builder.extract_element(value, at), to, align=1)
-                place = builder.add(place, builder.zext(builder.extract_element(mask, at), _PLACE))
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, value, MASK), generate
-
-
-@intrinsic
-def _load_packed(context: Any, array: Any, place: Any, mask: Any) -> Any:
-    del context, place, mask
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Any]) -> Any:
-        own, place, mask = values
-        if machine_has("avx512f"):
-            stored = builder.load(_address(context, builder, signature.args[0], (own, place), F32.ir), align=1)
-            none = ir.Constant(F32.ir, None)
-            return llvm_function(f"llvm.x86.avx512.mask.expand.v{LANES}f32", F32.ir)(builder, stored, none, mask)
-        found = ir.Constant(F32.ir, ir.Undefined)
-        for lane in range(LANES):
-            at = ir.Constant(ir.IntType(32), lane)
-            of = _address(context, builder, signature.args[0], (own, place), ir.FloatType())
-            found = builder.insert_element(found, builder.load(of, align=1), at)
-            place = builder.add(place, builder.zext(builder.extract_element(mask, at), _PLACE))
-        return found
-
-    return F32(array, types.intp, MASK), generate
-
-
-@intrinsic
-def _prefetch(context: Any, array: Any, row: Any, place: Any) -> Any:
-    del context, row, place
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[Any]) -> Any:
-        byte, word = ir.IntType(8), ir.IntType(32)
-        address = _address(context, builder, signature.args[0], values, byte)
-        kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), word, word, word])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")  # type: ignore[no-untyped-call]
-        reads, keep, data = (ir.Constant(word, n) for n in (0, 3, 1))
-        builder.call(function, (address, reads, keep, data))
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, types.intp), generate
-
-
-load: Any = _load
-"""``load(table, row, place)``: F32 from a contiguous table ([rows, elements]) of float32, or of BF16 as uint16."""
-prefetch: Any = _prefetch
-"""``prefetch(table, row, place)``: begin to bring to the cache what will be loaded from there; it may lie outside."""
-load_each: Any = _load_each
-"""``load_each(array, index)``: F32 of the elements of float32, in one dimension, that each U32 names."""
-load_at: Any = _load_at
-"""``load_at(array, place)``, in one dimension: F32 from float32, U32 from uint8, uint16 or uint32."""
-load_floats: Any = _load_floats
-"""``load_floats(array, place)``: F32 from the bytes, uint8, from a place on."""
-store: Any = _store
-"""``store(array, place, x)``, in one dimension: F32 to float32, the lower bits of U32 to uint8, uint16 or uint32, all
-of U64 to uint16."""
-store_packed: Any = _store_packed
-"""``store_packed(array, place, x, mask)``: the lanes of F32 where `mask` is set, one after the other, to float32 in one
-dimension; what follows them, to sixteen in all, is anything."""
-load_packed: Any = _load_packed
-"""``load_packed(array, place, mask)``: the inverse, from as many elements as lanes are set; other lanes are anything.
-There must be sixteen to load."""
 
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 MAGNITUDE = np.uint32(0x7FFFFFFF)

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.jit import inlined
-from deltaworks.checkpoints.vector import bits, floats, load, lookup, power_of_two, select, splat
+from deltaworks.checkpoints.memory_vector import load
+from deltaworks.checkpoints.vector import bits, floats, lookup, power_of_two, select, splat
 from deltaworks.layers.bitstream import whole_bits
 from deltaworks.layers.cells import FRACTIONS, MEANS, OCTAVES, SHARES, STEPS, TOLD, WAYS
 

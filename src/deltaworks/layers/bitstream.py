@@ -69,28 +69,21 @@ scatter: Any = _instruction("pdep") if _IS_FAST else scatter_reference
 gather: Any = _instruction("pext") if _IS_FAST else gather_reference
 
 
-@intrinsic
-def _load_word(context: Any, buffer: Any, place: Any) -> Any:
-    del context, buffer, place
+def _loading(bits: int, kind: Any) -> Any:
+    @intrinsic
+    def load(context: Any, buffer: Any, place: Any) -> Any:
+        del context, buffer, place
 
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
-        struct = context.make_array(signature.args[0])(context, builder, values[0])
-        at = builder.bitcast(builder.gep(struct.data, [values[1]]), ir.IntType(64).as_pointer())
-        return builder.load(at, align=1)
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
+            struct = context.make_array(signature.args[0])(context, builder, values[0])
+            word = ir.IntType(bits)
+            at = builder.bitcast(builder.gep(struct.data, [values[1]]), word.as_pointer())
+            value = builder.load(at, align=1)
+            return value if bits == kind.bitwidth else builder.sext(value, ir.IntType(kind.bitwidth))
 
-    return types.uint64(types.Array(types.uint8, 1, "C"), types.intp), generate
+        return kind(types.Array(types.uint8, 1, "C"), types.intp), generate
 
-
-@intrinsic
-def _load_int(context: Any, buffer: Any, place: Any) -> Any:
-    del context, buffer, place
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
-        struct = context.make_array(signature.args[0])(context, builder, values[0])
-        at = builder.bitcast(builder.gep(struct.data, [values[1]]), ir.IntType(32).as_pointer())
-        return builder.sext(builder.load(at, align=1), ir.IntType(64))
-
-    return types.int64(types.Array(types.uint8, 1, "C"), types.intp), generate
+    return load
 
 
 def _storing(bits: int, kind: Any) -> Any:
@@ -122,8 +115,8 @@ def _count_ones(context: Any, x: Any) -> Any:
     return types.int64(x), generate
 
 
-_word: Any = _load_word
-int_at: Any = _load_int
+_word: Any = _loading(64, types.uint64)
+int_at: Any = _loading(32, types.int64)
 """``int_at(buffer, place)``: the int32 in four bytes of uint8 from a place on, as int64. Bytes viewed as numbers take a
 call."""
 _set_word: Any = _storing(64, types.uint64)

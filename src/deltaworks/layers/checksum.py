@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.jit import inlined, inner, kernel
-from deltaworks.checkpoints.vector import LANES, bits, floats, lanes, load, splat, store
+from deltaworks.checkpoints.memory_vector import load, store
+from deltaworks.checkpoints.vector import LANES, bits, floats, lanes, splat
 
 _STEP = 4 * LANES
 _ODD = np.uint32(0x9E3779B1)

@@ -7,22 +7,11 @@ the same tile of the base.
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaworks.checkpoints.byte_vector import (
-    bytes_where,
-    widened,
-)
+from deltaworks.checkpoints.byte_vector import bytes_where, widened
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.jit import inner, kernel
-from deltaworks.checkpoints.vector import (
-    LANES,
-    lanes,
-    load,
-    load_at,
-    lookup,
-    prefetch,
-    splat,
-    store,
-)
+from deltaworks.checkpoints.memory_vector import load, load_at, prefetch, store
+from deltaworks.checkpoints.vector import LANES, lanes, lookup, splat
 from deltaworks.layers.arithmetic import mean_at, scaled, signed
 from deltaworks.layers.bitstream import count_ones
 from deltaworks.layers.cells import DRAFTS, GROUP, RAW, TOLD, WAYS
@@ -136,7 +125,8 @@ def add_drafts(
         # What the next tile needs: there are more streams than a processor follows by itself.
         for line in range(TILE // 8, TILE // 4, 64):
             prefetch(flat, 0, draft.paths[0] + line)
-            prefetch(flat, 0, draft.paths[1] + line)
+            if draft.depth > 1:
+                prefetch(flat, 0, draft.paths[1] + line)
     for g in range(-(-count // GROUP)):
         i = g * GROUP
         a, b, c, d = load(sums, 0, i), load(sums, 0, i + 16), load(sums, 0, i + 32), load(sums, 0, i + 48)

@@ -7,20 +7,19 @@ from numpy.typing import NDArray
 
 from deltaworks.checkpoints.codec import TILE, decode
 from deltaworks.checkpoints.jit import inlined, inner, kernel
+from deltaworks.checkpoints.memory_vector import load, store
 from deltaworks.checkpoints.sketch import BUCKETS, add_to_sketch
 from deltaworks.checkpoints.vector import (
     LANES,
     MAGNITUDE,
     bits,
     leading_zeros,
-    load,
     lookup,
     lower_bytes,
     minimum,
     packed,
     select,
     splat,
-    store,
     sum_in_order,
     unpacked,
     upper_bytes,

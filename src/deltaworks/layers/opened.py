@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.jit import inlined, inner, kernel
-from deltaworks.checkpoints.vector import LANES, load, load_floats, select, splat, store, unpacked
+from deltaworks.checkpoints.memory_vector import load, load_floats, store
+from deltaworks.checkpoints.vector import LANES, select, splat, unpacked
 from deltaworks.layers.arithmetic import factors_above, unit_of
 from deltaworks.layers.bitstream import SLACK, int_at, lanes_below, take_word, whole_bits
 from deltaworks.layers.cells import DRAFTS, GROUP, WAYS

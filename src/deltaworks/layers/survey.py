@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.jit import inner, kernel
+from deltaworks.checkpoints.memory_vector import load
 from deltaworks.checkpoints.vector import (
     LANES,
     MAGNITUDE,
@@ -13,7 +14,6 @@ from deltaworks.checkpoints.vector import (
     floats,
     lanes_set,
     largest,
-    load,
     maximum,
     packed,
     select,

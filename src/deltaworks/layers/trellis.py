@@ -19,18 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.jit import inlined, inner
-from deltaworks.checkpoints.vector import (
-    LANES,
-    bits,
-    load,
-    load_at,
-    lookup,
-    lower_bytes,
-    select,
-    splat,
-    store,
-    upper_bytes,
-)
+from deltaworks.checkpoints.memory_vector import load, load_at, store
+from deltaworks.checkpoints.vector import LANES, bits, lookup, lower_bytes, select, splat, upper_bytes
 from deltaworks.layers.bitstream import put
 from deltaworks.layers.cells import GROUP
 

@@ -8,11 +8,12 @@ from deltaworks.catalog.storage import TYPICAL
 from deltaworks.catalog.store import Catalog
 from deltaworks.catalog.tables import read_table
 from deltaworks.errors import PlanError, UserError
+from deltaworks.merging.candidate import Knowledge
 from deltaworks.merging.contributions import Overlaps
 from deltaworks.merging.plan import Plan
 from deltaworks.merging.stored import find_plan
 from deltaworks.merging.summary import elements_read, layer_of
-from deltaworks.merging.weighing import Knowledge, Weighed
+from deltaworks.merging.weighing import Weighed
 
 
 def snapshot_lineage(catalog: Catalog, path: Path, manifest: dict[str, Any], when: str | None) -> dict[str, Any]:

@@ -17,11 +17,12 @@ from deltaworks.checkpoints.sidecars import chat_template, vocabulary
 from deltaworks.errors import CatalogError, ChangedError, CheckpointError, NonFiniteError, RecipeError
 from deltaworks.layers.file import LayerIndex
 from deltaworks.merging.budget import Budget, parse_budget
+from deltaworks.merging.candidate import Knowledge, no_stand_in
 from deltaworks.merging.contributions import Overlaps
 from deltaworks.merging.plan import Plan, keep_plan
 from deltaworks.merging.planner import DEFAULT_SHARD_BYTES, Trim, make_plan
 from deltaworks.merging.recipe import Recipe
-from deltaworks.merging.weighing import Knowledge, Weighed, no_stand_in
+from deltaworks.merging.weighing import Weighed
 from deltaworks.progress import Progress, Silent
 
 

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.jit import kernel
-from deltaworks.checkpoints.vector import LANES, load, splat, sum_in_order, widen
+from deltaworks.checkpoints.memory_vector import load
+from deltaworks.checkpoints.vector import LANES, splat, sum_in_order, widen
 
 _CACHED = 1024
 """Columns that are multiplied at once: those of a hundred rows stay in a cache."""

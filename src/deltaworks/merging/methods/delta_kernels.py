@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from deltaworks.checkpoints.codec import TILE, encode
 from deltaworks.checkpoints.dtypes import BF16
 from deltaworks.checkpoints.jit import inlined, inner, kernel
+from deltaworks.checkpoints.memory_vector import load, prefetch, store
 from deltaworks.checkpoints.vector import (
     LANES,
     MAGNITUDE,
@@ -18,12 +19,9 @@ from deltaworks.checkpoints.vector import (
     floats,
     lanes_set,
     largest,
-    load,
     maximum,
-    prefetch,
     select,
     splat,
-    store,
     sum_in_order,
     unpacked,
     widen,

@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.jit import inner, kernel
-from deltaworks.checkpoints.vector import LANES, MAGNITUDE, bits, lanes_set, load, packed, splat
+from deltaworks.checkpoints.memory_vector import load
+from deltaworks.checkpoints.vector import LANES, MAGNITUDE, bits, lanes_set, packed, splat
 from deltaworks.merging.methods.operation import Inputs, find_rows, stage, stage_stand_in
 from deltaworks.merging.methods.random_mask import draw_masks, round_density
 

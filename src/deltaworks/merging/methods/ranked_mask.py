@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from deltaworks.checkpoints.codec import TILE
 from deltaworks.checkpoints.jit import inner, kernel
+from deltaworks.checkpoints.memory_vector import load, load_each, store
 from deltaworks.checkpoints.vector import (
     LANES,
     MAGNITUDE,
@@ -27,14 +28,11 @@ from deltaworks.checkpoints.vector import (
     floats,
     lanes_set,
     largest,
-    load,
-    load_each,
     maximum,
     minimum,
     packed,
     ramp,
     splat,
-    store,
     trailing_zeros,
 )
 from deltaworks.merging.methods.operation import Inputs, find_rows, stage, stage_stand_in

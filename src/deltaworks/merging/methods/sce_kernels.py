@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from deltaworks.catalog.histogram import BINS, count_magnitudes, drain
 from deltaworks.checkpoints.codec import TILE, encode
 from deltaworks.checkpoints.jit import inlined, inner, kernel
+from deltaworks.checkpoints.memory_vector import load, store
 from deltaworks.checkpoints.vector import (
     LANES,
     MAGNITUDE,
@@ -16,12 +17,10 @@ from deltaworks.checkpoints.vector import (
     bits,
     lanes_set,
     largest,
-    load,
     maximum,
     packed,
     select,
     splat,
-    store,
     sum_in_order,
     unpacked,
     widen,

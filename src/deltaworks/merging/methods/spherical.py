@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from deltaworks.checkpoints.codec import TILE, encode
 from deltaworks.checkpoints.jit import kernel
-from deltaworks.checkpoints.vector import LANES, load, narrow, splat, store, sum_in_order, widen
+from deltaworks.checkpoints.memory_vector import load, store
+from deltaworks.checkpoints.vector import LANES, narrow, splat, sum_in_order, widen
 from deltaworks.merging.methods.exact_sum import exact_sums
 from deltaworks.merging.methods.operation import (
     Block,

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from deltaworks.checkpoints.codec import TILE, encode
 from deltaworks.checkpoints.jit import inner, kernel
-from deltaworks.checkpoints.vector import LANES, ZERO, fma, fma_reference, load, splat, store
+from deltaworks.checkpoints.memory_vector import load, store
+from deltaworks.checkpoints.vector import LANES, ZERO, fma, fma_reference, splat
 from deltaworks.merging.methods.operation import Block, Inputs, Operation, find_rows, stage, stage_stand_in
 
 
