@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from deltaworks.catalog.models import Model
 from deltaworks.catalog.store import KEPT, Catalog
 from deltaworks.checkpoints.header import TensorInfo
-from deltaworks.checkpoints.sidecars import copy_sidecars
+from deltaworks.checkpoints.sidecars import copy_sidecars, sidecar_names
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES, sample_places, signs
 from deltaworks.checkpoints.source import Source
 from deltaworks.errors import UserError
@@ -55,6 +55,7 @@ class Layering:
 
     def __init__(self, path: Path, expert: Model, base: Model, pairs: Pairs, block_size: int) -> None:
         self._path, self._expert, self._block_size = path, expert.path, block_size
+        sidecar_names(expert.path)  # what cannot be kept is refused before the weights are read
         self._tensors: list[LayeredTensor] = []
         self._deltas: list[LayeredTensor | None] = []
         self._sharing, self._signs = blocks_sharing(block_size), signs()

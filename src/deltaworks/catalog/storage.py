@@ -8,6 +8,7 @@ from pathlib import Path
 
 from deltaworks.catalog.models import Model
 from deltaworks.catalog.store import Catalog
+from deltaworks.checkpoints.transfer import read_available
 
 _SIZES = (1 << 12, 1 << 18, 1 << 21)
 _ROUNDS = 5
@@ -95,7 +96,7 @@ def _sample(path: Path, size: int) -> dict[int, float]:
             for j, n in enumerate(_SIZES):
                 place = (i * len(_SIZES) + j) * step & -mmap.PAGESIZE
                 started = time.perf_counter()
-                os.preadv(file, [memoryview(buffer)[:n]], place)
+                read_available(file, memoryview(buffer)[:n], place)
                 times[n].append(time.perf_counter() - started)
     finally:
         os.close(file)

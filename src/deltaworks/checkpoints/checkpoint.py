@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaworks.checkpoints.header import TensorInfo, read_header
+from deltaworks.checkpoints.own_files import check_regular, own_file
 from deltaworks.checkpoints.reader import ByteCounter, RangeReader
 from deltaworks.errors import CheckpointError
 
@@ -37,12 +38,13 @@ class ShardFile:
         """Describe the file at `path`, following links.
 
         Raises:
-            CheckpointError: there is no such file.
+            CheckpointError: there is no such file, or it is a named pipe, a device or a folder.
         """
         try:
             s = os.stat(path)  # noqa: PTH116  # one call gives every field
         except OSError as error:
             raise CheckpointError(f"cannot find {path}: {error.strerror}; is the download complete?") from error
+        check_regular(path, s.st_mode)
         return cls(path.name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
 
 
@@ -126,10 +128,10 @@ def read_config(
         is_adapter: whether it is a PEFT adapter.
 
     Raises:
-        CheckpointError: it is not a JSON object.
+        CheckpointError: it is not a JSON object, or no file of the model; see `own_file`.
     """
     file = path / (ADAPTER_CONFIG if is_adapter else "config.json")
-    now = ShardFile.of(file) if file.exists() else None
+    now = ShardFile.of(file) if own_file(file) is not None else None
     return known if now is not None and now == known[1] else (read_json(file, missing_ok=True), now)
 
 

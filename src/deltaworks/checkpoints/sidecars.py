@@ -1,11 +1,11 @@
 """The small files beside the weights: tokenizer, chat template, generation settings."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from deltaworks.checkpoints.checkpoint import read_json
+from deltaworks.checkpoints.own_files import copy_own_file, own_file
 
 PATTERNS = (
     "generation_config.json",
@@ -22,17 +22,35 @@ PATTERNS = (
 )
 
 
-def copy_sidecars(source: Path, target: Path) -> list[str]:
-    """Copy the files a model needs beside its weights and `config.json`; returns their names."""
-    names = sorted({p.name for pattern in PATTERNS for p in source.glob(pattern) if p.is_file()})
+def sidecar_names(source: Path) -> list[str]:
+    """Names of the files that a model folder needs beside its weights and `config.json`, sorted.
+
+    Raises:
+        CheckpointError: one of them is no file of the model; see `own_file`.
+    """
+    found = {p.name for pattern in PATTERNS for p in source.glob(pattern)}
+    names = sorted(name for name in found if (source / name).is_symlink() or not (source / name).is_dir())
     for name in names:
-        shutil.copyfile(source / name, target / name)
+        own_file(source / name)
     return names
+
+
+def copy_sidecars(source: Path, target: Path) -> dict[str, str]:
+    """Copy the files a model needs beside its weights and `config.json`, and flush them.
+
+    Returns:
+        The BLAKE3 of each, in hex, by its name.
+
+    Raises:
+        CheckpointError: one of them is no file of the model, or cannot be read; see `own_file`.
+        OSError: a copy cannot be written.
+    """
+    return {name: copy_own_file(source / name, target / name) for name in sidecar_names(source)}
 
 
 def vocabulary(path: Path) -> dict[str, int] | None:
     """Token to id of the fast tokenizer in a model folder; None where there is none to read."""
-    if not (path / "tokenizer.json").is_file():
+    if own_file(path / "tokenizer.json") is None:
         return None
     content = read_json(path / "tokenizer.json")
     vocab = content.get("model", {}).get("vocab", {})
@@ -47,8 +65,9 @@ def vocabulary(path: Path) -> dict[str, int] | None:
 
 def chat_template(path: Path) -> str | None:
     """The chat template of a model folder, from its own file or from the tokenizer's configuration."""
-    if (path / "chat_template.jinja").is_file():
-        return (path / "chat_template.jinja").read_text(encoding="utf-8")
+    if (file := own_file(path / "chat_template.jinja")) is not None:
+        return file.read_text(encoding="utf-8")
+    own_file(path / "tokenizer_config.json")
     template = read_json(path / "tokenizer_config.json", missing_ok=True).get("chat_template")
     return template if isinstance(template, str) else None
 

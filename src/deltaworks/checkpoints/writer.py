@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.dtypes import DType
 from deltaworks.checkpoints.header import write_header
+from deltaworks.checkpoints.transfer import write_all
 from deltaworks.errors import DeltaworksError
 
 
@@ -100,7 +101,7 @@ class ShardWriter:
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
             _allocate(self._fd, layout.nbytes)
-            os.pwrite(self._fd, layout.header, 0)
+            write_all(self._fd, layout.header, 0)
         except OSError as error:
             raise storage_error(path, error) from error
         with suppress(OSError, AttributeError):  # the file system cannot, or the system has no such flag
@@ -115,22 +116,25 @@ class ShardWriter:
         position = self.layout.offsets[tensor] + start_byte
         # Only whole pages can go around the cache; where data lie askew in memory, that is for the system to find.
         lead, end = -position % PAGE, (position + len(data)) // PAGE * PAGE - position
-        if self._direct_fd >= 0 and lead < end and self._write(self._direct_fd, data[lead:end].data, position + lead):
-            self._write(self._fd, data[:lead].data, position)
-            self._write(self._fd, data[end:].data, position + end)
-        else:
-            self._write(self._fd, data.data, position)
+        try:
+            if self._direct_fd >= 0 and lead < end and self._write_direct(data[lead:end].data, position + lead):
+                write_all(self._fd, data[:lead].data, position)
+                write_all(self._fd, data[end:].data, position + end)
+            else:
+                write_all(self._fd, data.data, position)
+        except OSError as error:
+            raise storage_error(self.path, error) from error
 
-    def _write(self, fd: int, view: memoryview, position: int) -> bool:
-        """Whether `view` was written; False where it cannot go this way."""
+    def _write_direct(self, view: memoryview, position: int) -> bool:
+        """Write whole pages around the page cache; False where they cannot all go this way."""
         while view:
             try:
-                done = os.pwrite(fd, view, position)
+                done = os.pwrite(self._direct_fd, view, position)
             except OSError as error:
-                if error.errno == errno.EINVAL and fd == self._direct_fd:
+                if error.errno == errno.EINVAL:
                     return False
-                raise storage_error(self.path, error) from error
-            if fd == self._direct_fd and done % PAGE:
+                raise
+            if done == 0 or done % PAGE:
                 return False
             view, position = view[done:], position + done
         return True

@@ -19,6 +19,7 @@ from deltaworks.checkpoints.dtypes import BF16, DTYPES, F8_E4M3, F8_E5M2, F16, F
 from deltaworks.checkpoints.jit import kernel
 from deltaworks.checkpoints.reader import ByteCounter, RangeReader, page_aligned
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES
+from deltaworks.checkpoints.transfer import read_available
 from deltaworks.errors import CatalogError, CheckpointError
 from deltaworks.layers.cells import DEPTH, DRAFTS, FORMAT_VERSION
 from deltaworks.layers.checksum import checksum_of
@@ -109,7 +110,7 @@ class LayerIndex:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 self._end = end = self._tail(file.fileno(), size)
-                head = os.pread(file.fileno(), PAGE, 0)
+                head = _section(file.fileno(), 0, min(PAGE, size)).tobytes()
                 index = _section(file.fileno(), int(end["index"]), int(end["residuals"]))
                 contents = _section(file.fileno(), int(end["contents"]), size - END.itemsize)
         except OSError as error:
@@ -128,7 +129,7 @@ class LayerIndex:
         self.index = index.view(INDEX)
 
     def _tail(self, fd: int, size: int) -> Any:
-        tail = os.pread(fd, END.itemsize, max(0, size - END.itemsize))
+        tail = _section(fd, max(0, size - END.itemsize), size).tobytes()
         if len(tail) == END.itemsize:
             end = np.frombuffer(tail, END)[0]
             first, last = int(end["index"]), int(end["contents"])
@@ -218,7 +219,7 @@ def _tensors_of(text: bytes) -> Mapping[str, LayeredTensor]:
 def _section(fd: int, first: int, last: int) -> NDArray[np.uint8]:
     """The bytes of a file from one place to another, or to its end."""
     data = np.empty(last - first, np.uint8)
-    return data[: os.preadv(fd, [data.data], first)]
+    return data[: read_available(fd, data.data, first)]
 
 
 @kernel

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deltaworks.checkpoints.transfer import write_all
 from deltaworks.layers.cells import DEPTH, DRAFTS, FORMAT_VERSION
 from deltaworks.layers.checksum import checksum_of, prefix_checksums
 from deltaworks.layers.file import RESIDUAL, LayeredTensor, aligned, alignment, ends_in_part
@@ -58,8 +59,8 @@ class LayerWriter:
             # Padding is under the last checksum.
             checked[which][-1] = nbytes
             prefix_checksums(part, checked[which], sums[which])
-            self._write(part.data, offset)
-            self._write(bytes(nbytes - len(part)), offset + len(part))
+            write_all(self._fd, part.data, offset)
+            write_all(self._fd, bytes(nbytes - len(part)), offset + len(part))
             offset += nbytes
         own["checksums"] = sums
 
@@ -95,9 +96,9 @@ class LayerWriter:
         end["magic"] = MAGIC
         at = self._end
         for part in (index, residuals, contents, end.view(np.uint8)):
-            self._write(part.data, at)
+            write_all(self._fd, part.data, at)
             at += len(part)
-        self._write(MAGIC, 0)
+        write_all(self._fd, MAGIC, 0)
         os.fsync(self._fd)
         self._partial.replace(self._path)
 
@@ -107,9 +108,3 @@ class LayerWriter:
             os.close(self._fd)
             self._fd = -1
         self._partial.unlink(missing_ok=True)
-
-    def _write(self, data: Any, offset: int) -> None:
-        view = memoryview(data)
-        while view:
-            done = os.pwrite(self._fd, view, offset)
-            view, offset = view[done:], offset + done

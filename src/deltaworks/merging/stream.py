@@ -19,9 +19,10 @@ from deltaworks.checkpoints.pipeline import Piece
 from deltaworks.checkpoints.reader import page_aligned
 from deltaworks.checkpoints.source import Source, place_in_row
 from deltaworks.checkpoints.together import RowRange, read_together
+from deltaworks.checkpoints.transfer import read_available, write_all
 from deltaworks.checkpoints.vector import LANES
 from deltaworks.checkpoints.writer import storage_error
-from deltaworks.errors import CheckpointError
+from deltaworks.errors import CheckpointError, DeltaworksError
 from deltaworks.layers.cells import DEPTH
 from deltaworks.layers.file import LayerFile
 from deltaworks.layers.reading import BlockReader, LayerInput
@@ -306,7 +307,7 @@ class TensorStream:
             info, source, row = self.infos[r], sources[self.places[r]], int(rows.row_of[r])
             nbytes = info.dtype.nbytes(count)
             if use.is_again and use.spools:
-                os.preadv(self._spool(), [rows.raw[row, place : place + nbytes].data], self._spool_place(r, first))
+                self._take_back(rows.raw[row, place : place + nbytes], r, first)
                 continue
             keeps = use.spools and not rows.stays
             # What is read again had better be in the page cache by then.
@@ -338,7 +339,7 @@ class TensorStream:
             if not use.is_wanted or (use.is_again and rows.holds):
                 continue
             if use.is_again and use.spools:
-                os.preadv(self._spool(), [self._opened_row(rows, r).data], self._spool_place(r, first))
+                self._take_back(self._opened_row(rows, r), r, first)
             else:
                 wanted.append(r)
         if wanted:
@@ -360,14 +361,31 @@ class TensorStream:
         return _Use(is_wanted, stage > first_read, comes_again, spools)
 
     def _keep(self, part: NDArray[np.uint8], r: int, first: int) -> None:
-        """Put aside what later passes need."""
-        view, at = part.data, self._spool_place(r, first)
+        """Put aside what later passes need.
+
+        Raises:
+            DeltaworksError: the spool file cannot be written.
+        """
         try:
-            while len(view):
-                done = os.pwrite(self._spool(), view, at)
-                view, at = view[done:], at + done
+            write_all(self._spool(), part.data, self._spool_place(r, first))
         except OSError as error:
             raise storage_error(self._spool_folder, error) from error
+
+    def _take_back(self, part: NDArray[np.uint8], r: int, first: int) -> None:
+        """Fill `part` with what an earlier pass put aside.
+
+        Raises:
+            DeltaworksError: the spool file cannot be read, or lacks some of it.
+        """
+        try:
+            got = read_available(self._spool(), part.data, self._spool_place(r, first))
+        except OSError as error:
+            raise DeltaworksError(f"cannot read a spool file in {self._spool_folder}: {error.strerror}") from error
+        if got < len(part):
+            raise DeltaworksError(
+                f"a spool file in {self._spool_folder} lacks {len(part) - got:,} of {len(part):,} bytes that were"
+                " written to it; check that device, and run the same command again"
+            )
 
     def _spool(self) -> int:
         with self._lock:

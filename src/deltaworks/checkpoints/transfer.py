@@ -1,0 +1,52 @@
+"""Positioned reads and writes that are completed, whatever the system transfers at once.
+
+One call of the system may transfer less than it was asked for: near the end of a device, on a network file system, or
+where a signal arrives. Every read and write of this package that bypasses Python's buffered files comes through here or
+through `RangeReader`.
+"""
+
+import errno
+import os
+from typing import Any
+
+
+def read_available(fd: int, buffer: Any, offset: int) -> int:
+    """Fill a buffer from an open file, or as much of it as the file has.
+
+    Args:
+        fd: the descriptor.
+        buffer: anything writable with contiguous bytes.
+        offset: position in the file.
+
+    Returns:
+        The number of bytes read; less than the size of the buffer only where the file ends.
+
+    Raises:
+        OSError: the device fails.
+    """
+    view, done = memoryview(buffer).cast("B"), 0
+    while done < len(view):
+        got = os.preadv(fd, [view[done:]], offset + done)
+        if got == 0:
+            break
+        done += got
+    return done
+
+
+def write_all(fd: int, data: Any, offset: int) -> None:
+    """Write all of some bytes to an open file.
+
+    Args:
+        fd: the descriptor.
+        data: anything with contiguous bytes.
+        offset: position in the file.
+
+    Raises:
+        OSError: the device fails, or takes no more bytes.
+    """
+    view = memoryview(data).cast("B")
+    while view:
+        done = os.pwrite(fd, view, offset)
+        if done == 0:
+            raise OSError(errno.EIO, "the device takes no more bytes")
+        view, offset = view[done:], offset + done
