@@ -1,7 +1,7 @@
 import pytest
 
 from deltaworks.errors import UserError
-from deltaworks.units import format_bytes, parse_bytes
+from deltaworks.units import format_bytes, format_error, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ def test_amounts(text: str, count: int) -> None:
     assert parse_bytes(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "big", "-5GB", "0", "5XB", "GB", "1e9", "5 G i B"])
+@pytest.mark.parametrize("text", ["", "big", "-5GB", "0", "5XB", "GB", "1e9", "5 G i B", "9" * 400, "9" * 5000])
 def test_no_amounts(text: str) -> None:
     with pytest.raises(UserError, match="write it like 500MB"):
         parse_bytes(text)
@@ -31,3 +31,11 @@ def test_no_amounts(text: str) -> None:
 )
 def test_for_people(count: float, text: str) -> None:
     assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [(0.0, "exact"), (0.25, "0.2500"), (0.00005, "0.0001"), (0.000049, "5e-05"), (4e-7, "4e-07"), (5e-324, "5e-324")],
+)
+def test_an_error_is_exact_only_where_it_is_zero(error: float, text: str) -> None:
+    assert format_error(error) == text

@@ -16,13 +16,46 @@ DeltaworksError            a failure; the command line exits with 1
 └── VerificationError      a snapshot whose files do not match its manifest
 """
 
+import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
+class _Quote(reprlib.Repr):
+    """`repr` of values from outside: bounded in depth, in length and in time, whatever they hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxdict, self.maxlist, self.maxtuple = 3, 3, 4, 4
+        self.maxset, self.maxstring, self.maxother = 3, 70, 70
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Numbers of more than 64 bits in hexadecimal: decimal digits of a long one take quadratic time."""
+        del level  # a number holds nothing further
+        text = repr(x) if x.bit_length() <= 64 else hex(x >> max(0, x.bit_length() - 128))
+        return text if x.bit_length() <= 128 else f"{text[:30]}... ({x.bit_length():,} bits)"
+
+
+_QUOTE = _Quote()
+_QUOTED = 100
+"""Characters of a value that a message quotes."""
+
+
+def quoted(value: object) -> str:
+    """A value as a message quotes it: on one line, cut after about a hundred characters.
+
+    Args:
+        value: anything that was read from a file or a command line, however large.
+    """
+    text = _QUOTE.repr(value)
+    return text if len(text) <= _QUOTED else f"{text[: _QUOTED - 3]}..."
+
+
 def did_you_mean(name: object, known: Iterable[str], called: str = "") -> str:
     """The end of an error about a name that is not known: a known one that is close, or nothing."""
-    close = get_close_matches(str(name), list(known), 1, cutoff=0.5)
+    if not isinstance(name, str) or len(name) > _QUOTED:
+        return ""
+    close = get_close_matches(name, list(known), 1, cutoff=0.5)
     return f"; did you mean {called}{close[0]!r}?" if close else ""
 
 

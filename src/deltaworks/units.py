@@ -2,7 +2,7 @@
 
 import re
 
-from deltaworks.errors import UserError
+from deltaworks.errors import UserError, quoted
 
 _UNITS = {"": 1} | {u: 1000 ** (i + 1) for i, u in enumerate("kmgt")}
 _UNITS |= {f"{u}i": 1024 ** (i + 1) for i, u in enumerate("kmgt")}
@@ -14,11 +14,16 @@ def parse_bytes(text: str) -> int:
     Raises:
         UserError: it is no amount, or less than one byte.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]i?)?b?\s*", text.lower())
     count = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if count < 1:
-        raise UserError(f"{text!r} is not an amount of bytes; write it like 500MB or 2GiB")
+        raise UserError(f"{quoted(text)} is not an amount of bytes; write it like 500MB or 2GiB")
     return count
+
+
+def lacks_unit(text: str) -> bool:
+    """Whether an amount is a plain number, such as ``25`` or ``0.5``: neither a share nor bytes."""
+    return re.fullmatch(r"\s*\d+(?:\.\d+)?\s*", text) is not None
 
 
 def format_bytes(nbytes: float) -> str:
@@ -28,6 +33,13 @@ def format_bytes(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.2f} TB"
+
+
+def format_error(error: float) -> str:
+    """A relative error with four decimals; ``exact`` for zero, and never zeros alone for another."""
+    if error == 0:
+        return "exact"
+    return f"{error:.4f}" if error >= 0.00005 else f"{error:.0e}"
 
 
 def format_time(milliseconds: float | None) -> str:

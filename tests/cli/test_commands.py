@@ -186,6 +186,39 @@ def test_a_merge_within_a_budget(shell: Shell, tmp_path: Path) -> None:
     assert "no budget" in shell.error("plan", "ties.yml", "--budget", "some")
 
 
+@pytest.mark.parametrize("command", [("merge", "ties.yml", "out"), ("plan", "ties.yml"), ("sweep", "ties.yml")])
+def test_a_budget_needs_a_unit(shell: Shell, command: tuple[str, ...]) -> None:
+    assert "--budget 25: write 25% or 25B" in shell.error(*command, "--budget", "25")
+
+
+def test_a_plan_that_reads_nothing_is_made_on_demand_only(shell: Shell) -> None:
+    nothing = "reads nothing of any expert"
+    for command in (("merge", "ties.yml", "out"), ("plan", "ties.yml", "-o", "plan.json")):
+        assert nothing in shell.error(*command, "--budget", "25B", "-q")
+        assert not (shell.root / command[-1]).exists()
+    shell.run("plan", "ties.yml", "-o", "plan.json", "--budget", "25B", "--force")
+    assert "the result is the base model" in shell.run("show", "plan.json").stdout
+    assert nothing in shell.error("run", "plan.json", "out")
+    assert shell.json("run", "plan.json", "out", "--force")["expert_bytes_read"] == 0
+    told = shell.run("sweep", "ties.yml", "--budget", "25B,50%")
+    assert "1 of 2 plans read nothing of any expert" in told.stderr
+    assert [row["reads_nothing"] for row in shell.json("sweep", "ties.yml", "--budget", "25B,50%")["plans"]] == [
+        True,
+        False,
+    ]
+
+
+def test_exact_is_said_where_it_is(shell: Shell) -> None:
+    shell.run("plan", "ties.yml", "-o", "plan.json", "--budget", "100%")
+    assert "error       exact" in shell.run("show", "plan.json").stdout
+    merged = shell.run("merge", "ties.yml", "out", "--budget", "100%", "--verify-error").stdout
+    assert "; exact, exact measured" in merged
+    assert shell.run("sweep", "ties.yml", "--budget", "100%").stdout.splitlines()[-1].split()[3] == "exact"
+    for text in (merged, shell.run("lineage", "out").stdout, shell.run("show", "out").stdout):
+        assert "exact" in text
+        assert "0.0000" not in text
+
+
 def test_a_linear_budget_names_the_base(shell: Shell, tmp_path: Path) -> None:
     (tmp_path / "linear.yml").write_text(recipe("linear", tmp_path, base=False, parameters="weight: 1"))
     assert "register the experts with --base" in shell.error("merge", "linear.yml", "out", "--budget", "30%")

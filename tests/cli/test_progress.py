@@ -50,6 +50,20 @@ def test_nothing_is_guessed_from_the_first_bytes(
     assert capsys.readouterr().err == "merge: 600 B of 1.0 MB, 20 B/s, 49970 s left\n"
 
 
+def test_the_first_tensors_may_be_empty(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where nothing is done after a long time there is no rate to tell, and none to divide by."""
+    clock, lines = Clock(monkeypatch), Lines()
+    for total in (1000, 0):
+        lines.start("merge", total)
+        clock.now += 30
+        lines.advance(0)
+    assert capsys.readouterr().err.splitlines() == ["merge: 0 B of 1.0 kB", "merge: 0 B of 0 B"]
+    lines.start("merge", 1000)
+    clock.now += 30
+    lines.advance(1500)
+    assert capsys.readouterr().err == "merge: 1.5 kB of 1.0 kB, 50 B/s, 0 s left\n"
+
+
 def test_notes_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
     Lines().note("look")
     Bar().note("look [here]")

@@ -1,6 +1,7 @@
 """Planning within a budget: monotone, deterministic, honest, and what users write."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -277,7 +278,7 @@ def test_the_cost_of_reading_is_fitted_once_a_storage(catalog: Catalog, tmp_path
         (" 7.5 % ", Budget(share=0.075)),
         ("0%", Budget(share=0.0)),
         ("2GiB", Budget(nbytes=2**31)),
-        ("70000", Budget(nbytes=70000)),
+        ("70000B", Budget(nbytes=70000)),
     ],
 )
 def test_budgets_as_people_write_them(text: str, expected: Budget) -> None:
@@ -285,10 +286,31 @@ def test_budgets_as_people_write_them(text: str, expected: Budget) -> None:
     assert Budget(share=0.25).of(1001) == 250
 
 
-@pytest.mark.parametrize("text", ["a lot", "-5%", "101%", "5 %%", "", "0"])
+@pytest.mark.parametrize("text", ["a lot", "-5%", "101%", "5 %%", "", "0B", "9" * 400 + "%", "9" * 5000 + "B", "1e9"])
 def test_what_is_no_budget(text: str) -> None:
-    with pytest.raises(UserError, match=r"budget|more than the experts hold"):
+    with pytest.raises(UserError, match=r"budget|more than the experts hold") as told:
         parse_budget(text)
+    assert len(str(told.value)) < 250
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("25", "write 25% or 25B"),
+        ("0", "write 0% or 0B"),
+        ("70000", "write 70000% or 70000B"),
+        (" 12.5 ", "write 12.5% or 12.5B"),
+        ("0.25", "write 25% or 0.25B"),
+    ],
+)
+def test_a_number_without_a_unit_is_no_budget(text: str, advice: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"--budget {text.strip()}: {advice}")):
+        parse_budget(text, "--budget")
+    with pytest.raises(RecipeError, match=re.escape(advice)):
+        parse_recipe(RECIPE_WITH_BUDGET.format(text))
+
+
+RECIPE_WITH_BUDGET = "merge_method: linear\nmodels: [{{model: a}}]\nx-deltaworks: {{budget: {}}}\n"
 
 
 def test_a_recipe_may_carry_its_budget(catalog: Catalog, family: Path) -> None:
@@ -300,7 +322,7 @@ def test_a_recipe_may_carry_its_budget(catalog: Catalog, family: Path) -> None:
         catalog, parse_recipe(text + "x-deltaworks: {budget: 10%}\n"), MergeOptions(budget=parse_budget("20%"))
     )
     assert over.budget_bytes == plan.expert_bytes // 5
-    assert prepare_plan(catalog, parse_recipe(text + "x-deltaworks: {budget: 5000}\n")).budget_bytes == 5000
+    assert prepare_plan(catalog, parse_recipe(text + "x-deltaworks: {budget: 5000B}\n")).budget_bytes == 5000
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from deltaworks.cli.options import AsJson, CatalogPath, print_json
-from deltaworks.units import format_bytes
+from deltaworks.units import format_bytes, format_error
 
 
 def attach(app: typer.Typer) -> None:
@@ -44,7 +44,7 @@ def _snapshot(facts: dict[str, Any]) -> None:
     when = f" on {facts['committed_at']} UTC" if facts["committed_at"] else ""
     budget = "no budget" if facts["budget_bytes"] is None else f"a budget of {format_bytes(facts['budget_bytes'])}"
     typer.echo(f"{facts['snapshot']}, made{when} by {facts['method']} with {budget}")
-    typer.echo(f"plan {facts['plan_digest']}, predicted error {facts['predicted_error']:.4f}\n")
+    typer.echo(f"plan {facts['plan_digest']}, predicted error {format_error(facts['predicted_error'])}\n")
     for row in facts["inputs"]:
         origin = f", itself a merge: {row['snapshot']}" if row["snapshot"] else ""
         if row["role"] == "base":

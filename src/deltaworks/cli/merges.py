@@ -9,7 +9,7 @@ import typer
 
 from deltaworks.checkpoints.ahead import fetch_ahead
 from deltaworks.cli.options import AsJson, BlockSize, CatalogPath, Quiet, Threads, print_json
-from deltaworks.units import format_bytes
+from deltaworks.units import format_bytes, format_error
 
 if TYPE_CHECKING:
     from deltaworks.merging.budget import Budget
@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A mergekit YAML file.")]
 Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to appear; it must not exist.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace OUT, in one step, when the merge is complete.")]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Replace OUT, in one step, when the merge is complete; merge even where nothing of any expert is read.",
+    ),
+]
 ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest output file, like 5GB or 500MiB.")]
 Seed = Annotated[int, typer.Option(metavar="N", help="What DARE's random masks start from; same seed, same bytes.")]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Write NaN and infinity instead of failing.")]
@@ -26,7 +32,8 @@ BudgetText = Annotated[
     typer.Option(
         "--budget",
         metavar="SHARE|BYTES",
-        help="Most that may be read from experts: a share of all they hold, like 25%, or bytes, like 2GiB. What is"
+        help="Most that may be read from experts: a share of all they hold, like 25%, or bytes, like 2GiB; a number"
+        " needs its unit. What is"
         " not read is taken from the base. [default: the recipe's x-deltaworks.budget, else everything]",
         show_default=False,
     ),
@@ -137,6 +144,7 @@ def merge(
     check_output(out, force=force)
     with Catalog(catalog) as opened:
         made = prepare_plan(opened, loaded, options, relative_to=recipe.parent, progress=progress)
+        made.check_reads(force=force)
         models = plan_inputs(opened, made)  # whatever there is to say of them, planning said
         result = run_plan(opened, made, models, out, options, force=force, verify_error=verify_error, progress=progress)
     _print_result(result.to_json(), as_json=as_json)
@@ -158,6 +166,9 @@ def plan(
     seed: Seed = 0,
     block_size: BlockSize = None,
     threads: Threads = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write the plan even where it reads nothing of any expert.")
+    ] = False,
     catalog: CatalogPath = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -189,6 +200,7 @@ def plan(
     loaded = load_recipe(recipe)
     with Catalog(catalog) as opened:
         made = prepare_plan(opened, loaded, options, relative_to=recipe.parent, progress=make_progress(quiet=quiet))
+    made.check_reads(force=force)
     save_plan(made, output)
     facts = plan_facts(made) | {
         "base_bytes_read": 0,
@@ -233,6 +245,7 @@ def run(
     loaded = load_plan(plan_file)
     options = MergeOptions(block_size=block_size, threads=threads, allow_nonfinite=allow_nonfinite, layers=layers)
     check_output(out, force=force)
+    loaded.check_reads(force=force)
     with Catalog(catalog) as opened:
         models = plan_inputs(opened, loaded, progress)
         result = run_plan(
@@ -299,7 +312,7 @@ def _fetch_ahead(recipe: Path, catalog: Path | None, *, all_models: bool, layers
 def _budget(text: str | None) -> "Budget | None":
     from deltaworks.merging.budget import parse_budget
 
-    return None if text is None else parse_budget(text)
+    return None if text is None else parse_budget(text, "--budget")
 
 
 def _print_result(result: dict[str, Any], *, as_json: bool) -> None:
@@ -332,8 +345,7 @@ def _error(result: dict[str, Any]) -> str:
     """What a budget cost, where there is one."""
     if result["budget_bytes"] is None:
         return ""
-    measured = result["measured_error"]
-    bound = f", at most {result['error_bound']:.4f}" if result["error_bound"] else ""
-    return f"; error {result['predicted_error']:.4f} predicted{bound}" + (
-        "" if measured is None else f", {measured:.4f} measured"
-    )
+    predicted, bound, measured = result["predicted_error"], result["error_bound"], result["measured_error"]
+    text = "; exact" if predicted == 0 else f"; error {format_error(predicted)} predicted"
+    text += f", at most {format_error(bound)}" if bound else ""
+    return text + ("" if measured is None else f", {format_error(measured)} measured")

@@ -7,7 +7,7 @@ import typer
 
 from deltaworks.cli.merges import Balanced, Fair, RecipeFile, Seed, ShardSize, StandIn
 from deltaworks.cli.options import AsJson, BlockSize, CatalogPath, Quiet, Threads, print_json
-from deltaworks.units import format_bytes
+from deltaworks.units import format_bytes, format_error
 
 _PLAN = "A plan file, a merged model's folder, or the first characters of a plan's digest."
 
@@ -106,6 +106,7 @@ def sweep(
     """
     from deltaworks.catalog.store import Catalog
     from deltaworks.cli.progress import make_progress
+    from deltaworks.merging.budget import parse_budget
     from deltaworks.merging.plan import save_plan
     from deltaworks.merging.prepare import MergeOptions
     from deltaworks.merging.recipe import load_recipe
@@ -114,8 +115,11 @@ def sweep(
 
     texts = [*(axes or ()), *(f"{n}={v}" for n, v in (("weight", weight), ("density", density)) if v is not None)]
     budgets = [b.strip() for b in (budget or "").split(",") if b.strip()]
+    for one in budgets:
+        parse_budget(one, "--budget")
     options = MergeOptions(parse_bytes(shard_size), seed, block_size, threads, base=base, fair=fair, balanced=balanced)
     rows: list[dict[str, Any]] = []
+    progress = make_progress(quiet=quiet)
     with Catalog(catalog) as opened:
         variations = sweep(
             opened,
@@ -124,7 +128,7 @@ def sweep(
             budgets,
             options,
             relative_to=recipe.parent,
-            progress=make_progress(quiet=quiet),
+            progress=progress,
         )
         for number, found in enumerate(variations, 1):
             file = None
@@ -138,6 +142,7 @@ def sweep(
                     "plan_digest": found.plan.digest,
                     "expert_bytes": found.plan.expert_bytes,
                     "expert_bytes_planned": found.plan.expert_bytes_planned,
+                    "reads_nothing": found.plan.reads_nothing,
                     "predicted_error": found.plan.predicted_error,
                     "error_bound": found.plan.error_bound,
                     "predicted_read_s": found.plan.predicted_read_s,
@@ -147,6 +152,11 @@ def sweep(
             )
             if not as_json:
                 _row(rows, folder)
+        if nothing := sum(row["reads_nothing"] for row in rows):
+            progress.note(
+                f"{nothing} of {len(rows)} plans read nothing of any expert, so the result is the base model; give a"
+                " larger budget"
+            )
     if as_json:
         print_json({"plans": rows})
 
@@ -159,4 +169,4 @@ def _row(rows: list[dict[str, Any]], folder: Path | None) -> None:
     cells = "".join(f"{v!s:>16}" for v in row["settings"].values())
     reads, took = format_bytes(row["expert_bytes_planned"]), f"{row['plan_s'] * 1000:.0f} ms"
     plan = row["file"] if folder else row["plan_digest"][:12]
-    typer.echo(f"{cells}{reads:>12}{row['predicted_error']:>9.4f}{took:>12}  {plan}")
+    typer.echo(f"{cells}{reads:>12}{format_error(row['predicted_error']):>9}{took:>12}  {plan}")

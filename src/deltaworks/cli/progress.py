@@ -115,9 +115,12 @@ class Lines:
             if now < self._next or warming_up:
                 return
             self._next = now + _LINE_EVERY
-            rate = self._done / elapsed
-            line = f"{self._label}: {format_bytes(self._done)} of {format_bytes(self._total)}, {format_bytes(rate)}/s"
-            line += f", {(self._total - self._done) / rate:.0f} s left"
+            line = f"{self._label}: {format_bytes(self._done)} of {format_bytes(self._total)}"
+            # Tensors without elements advance by nothing, so after any time nothing may be done.
+            if self._done > 0 and elapsed > 0:
+                rate = self._done / elapsed
+                left = max(0, self._total - self._done) / rate
+                line += f", {format_bytes(rate)}/s, {left:.0f} s left"
         sys.stderr.write(f"{line}\n")
 
     def finish(self) -> None:

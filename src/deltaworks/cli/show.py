@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from deltaworks.cli.options import AsJson, CatalogPath, print_json
-from deltaworks.units import format_bytes
+from deltaworks.units import format_bytes, format_error
 
 
 def attach(app: typer.Typer) -> None:
@@ -109,7 +109,9 @@ def _plan(facts: dict[str, Any]) -> None:
     goals = "".join(f", {goal}" for goal in ("fair", "balanced") if facts[goal])
     rows.append(("budget", "none" if budget is None else format_bytes(budget) + goals))
     experts = format_bytes(facts["expert_bytes"])
-    rows.append(("reads", f"{format_bytes(facts['expert_bytes_planned'])} of {experts} from experts ({share:.1%})"))
+    nothing = "; nothing of any expert, so the result is the base model" if facts["reads_nothing"] else ""
+    read = format_bytes(facts["expert_bytes_planned"])
+    rows.append(("reads", f"{read} of {experts} from experts ({share:.1%}){nothing}"))
     if facts["read_cost"]:
         cost = facts["read_cost"]
         price = f"{cost['request_s'] * 1000:.2g} ms a request and {format_bytes(cost['bytes_per_s'])}/s"
@@ -128,8 +130,10 @@ def error_text(facts: dict[str, Any]) -> str:
     """What a plan says of its error."""
     if facts["budget_bytes"] is None or facts["expert_bytes_planned"] == 0 == facts["expert_bytes"]:
         return "none: everything is read"
-    text = f"{facts['predicted_error']:.4f} predicted, relative to the full merge's distance from the base"
-    return text + (f"; at most {facts['error_bound']:.4f}" if facts["error_bound"] else "")
+    if facts["predicted_error"] == 0:
+        return "exact: the same result as reading everything"
+    text = f"{format_error(facts['predicted_error'])} predicted, relative to the full merge's distance from the base"
+    return text + (f"; at most {format_error(facts['error_bound'])}" if facts["error_bound"] else "")
 
 
 _BANDS = 20
@@ -153,7 +157,12 @@ def _table(facts: dict[str, Any], what: str) -> None:
         for e in range(len(experts)):
             read = [r[cell][e] for r in band if r[cell][e] is not None]
             cells.append(f"{sum(read) / len(read):>{form}}" if read else "     -")
-        typer.echo(f"{label[:27]:<28}{sum(weights):>6.1%}  {error:>5.2f}{''.join(cells)}")
+        typer.echo(f"{label[:27]:<28}{sum(weights):>6.1%}  {_short(error):>5}{''.join(cells)}")
+
+
+def _short(error: float) -> str:
+    """An error in a column of five characters."""
+    return "exact" if error == 0 else "<0.01" if error < 0.005 else f"{error:.2f}"
 
 
 def _bands(rows: list[dict[str, Any]], what: str) -> list[list[dict[str, Any]]]:

@@ -3,8 +3,8 @@
 import re
 from dataclasses import dataclass
 
-from deltaworks.errors import UserError
-from deltaworks.units import parse_bytes
+from deltaworks.errors import UserError, quoted
+from deltaworks.units import lacks_unit, parse_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,17 +19,27 @@ class Budget:
         return int(self.share * expert_bytes) if self.share is not None else self.nbytes or 0
 
 
-def parse_budget(text: str) -> Budget:
-    """A budget as people write it: ``25%``, ``2GiB``, ``500000``.
+def parse_budget(text: str, where: str = "budget") -> Budget:
+    """A budget as people write it: ``25%``, ``2GiB``, ``500000B``.
+
+    Args:
+        text: what was written.
+        where: the option or key it stands at, for messages.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is neither a share nor an amount of bytes; a number without a unit could be both.
     """
     if match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text):
         if float(match[1]) > 100:
-            raise UserError(f"a budget of {text.strip()} is more than the experts hold; 100% reads everything")
+            raise UserError(f"{where} {quoted(text.strip())} is more than the experts hold; 100% reads everything")
         return Budget(share=float(match[1]) / 100)
+    if lacks_unit(text):
+        number = quoted(text.strip())[1:-1]
+        share = f"{100 * float(number):g}%" if len(number) < 30 and 0 < float(number) < 1 else f"{number}%"
+        raise UserError(f"{where} {number}: write {share} or {number}B; a number alone is neither a share nor bytes")
     try:
         return Budget(nbytes=parse_bytes(text))
     except UserError as error:
-        raise UserError(f"{text!r} is no budget; write a share like 25%, or an amount like 2GiB") from error
+        raise UserError(
+            f"{where}: {quoted(text)} is no budget; write a share like 25%, or an amount like 2GiB"
+        ) from error

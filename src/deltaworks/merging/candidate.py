@@ -65,8 +65,13 @@ class Knowledge:
 
 
 def relative(lost: float, full: float) -> float:
-    """A relative error from squares, with six digits: more would differ from machine to machine."""
-    return float(f"{math.sqrt(lost / full):.6g}") if full > 0 and lost > 0 else 0.0
+    """A relative error from squares, with six digits: more would differ from machine to machine.
+
+    Zero means that nothing is lost; where something is and the full merge changes nothing, it is 1.
+    """
+    if lost <= 0:
+        return 0.0
+    return float(f"{math.sqrt(lost / full):.6g}") if full > 0 else 1.0
 
 
 class Candidate:

@@ -6,6 +6,7 @@ import yaml
 
 from deltaworks.checkpoints.hub import HUB_ID
 from deltaworks.merging.plan import Plan
+from deltaworks.units import format_error
 
 
 def model_card(plan: Plan, name: str) -> str:
@@ -39,4 +40,5 @@ def _budget(plan: Plan) -> str:
     if plan.budget_bytes is None:
         return ""
     share = plan.expert_bytes_planned / max(1, plan.expert_bytes)
-    return f" from {share:.1%} of the experts' bytes (predicted relative error {plan.predicted_error:.3f})"
+    error = "exact" if plan.predicted_error == 0 else f"predicted relative error {format_error(plan.predicted_error)}"
+    return f" from {share:.1%} of the experts' bytes ({error})"

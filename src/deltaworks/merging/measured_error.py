@@ -39,9 +39,9 @@ class MeasuredError:
 
     @property
     def relative(self) -> float:
-        """Of all tensors together."""
-        full = math.fsum(self.full.values())
-        return math.sqrt(math.fsum(self.lost.values()) / full) if full > 0 else 0.0
+        """Of all tensors: zero where nothing is lost, 1 where something is and the full merge changes nothing."""
+        lost, full = math.fsum(self.lost.values()), math.fsum(self.full.values())
+        return 0.0 if lost == 0 else math.sqrt(lost / full) if full > 0 else 1.0
 
 
 def measure_error(

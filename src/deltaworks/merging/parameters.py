@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deltaworks.errors import RecipeError
+from deltaworks.errors import RecipeError, quoted
 from deltaworks.merging.methods import REQUIRED, Parameter
 
 Settings = Mapping[str, "Setting"]
@@ -58,10 +58,12 @@ def parse_setting(raw: Any, kind: type, where: str) -> Setting:
 
 def _choice(raw: Any, kind: type, where: str) -> tuple[str | None, tuple[float | bool, ...]]:
     if not isinstance(raw, dict) or "value" not in raw or not raw.keys() <= {"filter", "value"}:
-        raise RecipeError(f"{where}: a choice by tensor name is written {{filter: NAME, value: VALUE}}, not {raw!r}")
+        raise RecipeError(
+            f"{where}: a choice by tensor name is written {{filter: NAME, value: VALUE}}, not {quoted(raw)}"
+        )
     pattern = raw.get("filter")
     if pattern is not None and not isinstance(pattern, str):
-        raise RecipeError(f"{where}: a filter is a part of a tensor's name, not {pattern!r}")
+        raise RecipeError(f"{where}: a filter is a part of a tensor's name, not {quoted(pattern)}")
     return None if pattern in (None, "*") else pattern, _values(raw["value"], kind, where)
 
 
@@ -76,15 +78,15 @@ def _scalar(raw: Any, kind: type, where: str) -> float | bool:
     if kind is bool:
         if isinstance(raw, bool) or raw in (0, 1):
             return bool(raw)
-        raise RecipeError(f"{where}: expected true or false, not {raw!r}")
+        raise RecipeError(f"{where}: expected true or false, not {quoted(raw)}")
     try:
         if not isinstance(raw, bool):
             value = float(raw)  # YAML reads 1e-3 as text
             if value == value and abs(value) != float("inf"):  # noqa: PLR0124  # NaN differs from itself
                 return value
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
-    raise RecipeError(f"{where}: expected a number, not {raw!r}")
+    raise RecipeError(f"{where}: expected a number, not {quoted(raw)}")
 
 
 def resolve(parameter: Parameter, sources: Iterable[Settings], tensor: str, position: float, model: str = "") -> Any:

@@ -14,6 +14,7 @@ from deltaworks.errors import PlanError
 from deltaworks.merging.methods import OPERATIONS
 from deltaworks.merging.methods.operation import Operation
 from deltaworks.merging.summary import by_layer
+from deltaworks.units import format_bytes
 
 SCHEMA_VERSION = 2
 
@@ -130,6 +131,33 @@ class Plan:
     read_cost: tuple[float, float] | None = field(default=None, compare=False)
     predicted_read_s: float | None = field(default=None, compare=False)
     _digest: list[str] = field(default_factory=list, init=False, compare=False, repr=False)
+
+    @property
+    def reads_nothing(self) -> bool:
+        """Whether there are experts and no byte of any is read, so that the result is the base model."""
+        return self.expert_bytes > 0 and self.expert_bytes_planned == 0
+
+    def check_reads(self, *, force: bool) -> None:
+        """Refuse a plan that reads nothing of any expert.
+
+        Args:
+            force: accept it all the same.
+
+        Raises:
+            PlanError: it reads nothing.
+        """
+        if not self.reads_nothing or force:
+            return
+        if self.predicted_error == 0:
+            raise PlanError(
+                "the plan reads nothing of any expert, as none of them changes the base model; add --force to make"
+                " a copy of the base model"
+            )
+        budget = "" if self.budget_bytes is None else f" ({format_bytes(self.budget_bytes)})"
+        raise PlanError(
+            f"the plan reads nothing of any expert: its budget{budget} is less than any block takes, so the result"
+            " would be the base model; give a larger budget, or add --force"
+        )
 
     @property
     def digest(self) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from deltaworks.checkpoints.dtypes import DType, float_dtype
-from deltaworks.errors import RecipeError, UserError, did_you_mean
+from deltaworks.errors import RecipeError, UserError, did_you_mean, quoted
+from deltaworks.merging.budget import parse_budget
 from deltaworks.merging.methods import METHODS, Method, Parameter, Scope
 from deltaworks.merging.parameters import Setting, Settings, parse_setting
 
@@ -154,13 +155,13 @@ class _Reader:
         self._content, self._text = content, text
         self._warnings: list[str] = []
         # Keys of other tools are theirs: mergekit skips what starts like this, and so do we.
-        self._check_keys({k: v for k, v in content.items() if not str(k).startswith("x-")}, _TOP, "")
+        self._check_keys(
+            {k: v for k, v in content.items() if not (isinstance(k, str) and k.startswith("x-"))}, _TOP, ""
+        )
         name = content.get("merge_method")
         if not isinstance(name, str) or name not in METHODS:
-            hint = did_you_mean(name, METHODS)
-            raise RecipeError(
-                f"merge_method: {'missing' if name is None else repr(name) + ' is not known'}{hint or _listed(METHODS)}"
-            )
+            problem = "missing" if name is None else f"{quoted(name)} is not known"
+            raise RecipeError(f"merge_method: {problem}{did_you_mean(name, METHODS) or _listed(METHODS)}")
         self._method = METHODS[name]
 
     def recipe(self) -> Recipe:
@@ -203,13 +204,21 @@ class _Reader:
         self._check_keys(raw, ("budget", "base", "fair", "balanced"), f"{EXTENSION}.")
         budget, base = raw.get("budget"), raw.get("base")
         switches = {name: raw.get(name, False) for name in ("fair", "balanced")}
-        if isinstance(budget, bool) or not isinstance(budget, int | str | None):
-            raise RecipeError(f"{EXTENSION}.budget: write a share like 25%, or an amount like 2GiB, not {budget!r}")
+        if isinstance(budget, bool) or not isinstance(budget, int | float | str | None):
+            raise RecipeError(
+                f"{EXTENSION}.budget: write a share like 25%, or an amount like 2GiB, not {quoted(budget)}"
+            )
+        if budget is not None:
+            budget = budget if isinstance(budget, str) else quoted(budget)
+            try:
+                parse_budget(budget, f"{EXTENSION}.budget:")
+            except UserError as error:
+                raise RecipeError(str(error)) from error
         for name, value in switches.items():
             if not isinstance(value, bool):
-                raise RecipeError(f"{EXTENSION}.{name}: expected true or false, not {value!r}")
+                raise RecipeError(f"{EXTENSION}.{name}: expected true or false, not {quoted(value)}")
         return {
-            "budget": None if budget is None else str(budget),
+            "budget": budget,
             "stand_in": None if base is None else self._reference(base, f"{EXTENSION}.base"),
             **switches,
         }
@@ -247,7 +256,9 @@ class _Reader:
                 or any(type(n) is not int for n in layers)
                 or not 0 <= layers[0] < layers[1]
             ):
-                raise RecipeError(f"{where}.layer_range: expected [first, end] with 0 <= first < end, not {layers!r}")
+                raise RecipeError(
+                    f"{where}.layer_range: expected [first, end] with 0 <= first < end, not {quoted(layers)}"
+                )
             layers = (layers[0], layers[1])
         return Input(
             self._reference(raw["model"], f"{where}.model"),
@@ -259,13 +270,13 @@ class _Reader:
         method, names = self._method, [i.model for i in part.inputs]
         base = part.base_model or base
         if twice := [n for n in names if names.count(n) > 1]:
-            raise RecipeError(f"{where}: {twice[0]!r} stands twice")
+            raise RecipeError(f"{where}: {quoted(twice[0])} stands twice")
         if method.needs_base and base is None:
             raise RecipeError(
                 f"base_model: missing; {method.name} merges deltas, so it must know what they are taken against"
             )
         if method.needs_base and base not in names:
-            raise RecipeError(f"{where}: the base model {base!r} must be one of the sources")
+            raise RecipeError(f"{where}: the base model {quoted(base)} must be one of the sources")
         if len(names) < method.min_inputs or (method.max_inputs and len(names) > method.max_inputs):
             wanted = method.max_inputs or f"at least {method.min_inputs}"
             raise RecipeError(
@@ -291,7 +302,9 @@ class _Reader:
             elif name in _EVERY_PARAMETER:
                 self._warnings.append(f"{where}.{name}: not a parameter of {self._method.name}; it has no effect")
             else:
-                raise RecipeError(f"{where}: unknown parameter {name!r}{did_you_mean(name, known) or _listed(known)}")
+                raise RecipeError(
+                    f"{where}: unknown parameter {quoted(name)}{did_you_mean(name, known) or _listed(known)}"
+                )
         return settings
 
     @staticmethod
@@ -307,10 +320,11 @@ class _Reader:
         if isinstance(raw, dict) and raw.keys() <= {"path", "revision"} and isinstance(raw.get("path"), str):
             raw = raw["path"] + (f"@{raw['revision']}" if raw.get("revision") else "")
         if not isinstance(raw, str) or not raw.strip():
-            raise RecipeError(f"{where}: expected a path, a hub id or a registered name, not {raw!r}")
+            raise RecipeError(f"{where}: expected a path, a hub id or a registered name, not {quoted(raw)}")
         if "+" in raw and not Path(raw).is_dir():
             raise RecipeError(
-                f"{where}: {raw!r} applies an adapter to a model; fold the adapter in first, that is not done here"
+                f"{where}: {quoted(raw)} applies an adapter to a model; fold the adapter in first, that is not done"
+                " here"
             )
         return raw
 
@@ -340,19 +354,19 @@ class _Reader:
     def _text_or_none(self, key: str) -> str | None:
         value = self._content.get(key)
         if value is not None and not isinstance(value, str):
-            raise RecipeError(f"{key}: expected text, not {value!r}")
+            raise RecipeError(f"{key}: expected text, not {quoted(value)}")
         return value
 
     @staticmethod
     def _list(raw: Any, where: str) -> list[Any]:
         if not isinstance(raw, list) or not raw:
-            raise RecipeError(f"{where}: expected a list with at least one entry, not {raw!r}")
+            raise RecipeError(f"{where}: expected a list with at least one entry, not {quoted(raw)}")
         return raw
 
     @staticmethod
     def _check_mapping(raw: Any, where: str) -> None:
         if not isinstance(raw, dict):
-            raise RecipeError(f"{where}: expected keys and values, not {raw!r}")
+            raise RecipeError(f"{where}: expected keys and values, not {quoted(raw)}")
 
     @staticmethod
     def _check_keys(raw: dict[str, Any], known: tuple[str, ...], where: str) -> None:
@@ -360,7 +374,8 @@ class _Reader:
             if key not in known:
                 if key in ("modules", "residual_weight"):
                     raise RecipeError(f"{where}{key}: not supported; use models or slices")
-                raise RecipeError(f"unknown key {where + str(key)!r}{did_you_mean(key, known) or _listed(known)}")
+                name = quoted(where + key if isinstance(key, str) else key)
+                raise RecipeError(f"unknown key {name}{did_you_mean(key, known) or _listed(known)}")
 
 
 def _listed(known: Any) -> str:

@@ -56,7 +56,8 @@ def _by(plan: "Plan", what: str, of: Callable[[str], str]) -> list[dict[str, Any
             {
                 what: name,
                 "weight": round(squares / total, 6) if known and total else None,
-                "error": round(math.sqrt(lost / squares), 6) if known and squares else 0.0 if known else None,
+                # Six digits, not six decimals: an error that is not zero must not be told as zero.
+                "error": float(f"{math.sqrt(lost / squares):.6g}") if known and squares else 0.0 if known else None,
                 "read": _shares(plan, tensors, experts),
                 **({"bits": _bits(plan, tensors, experts)} if has_layers else {}),
             }

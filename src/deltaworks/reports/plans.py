@@ -22,6 +22,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "expert_bytes_planned": plan.expert_bytes_planned,
         "predicted_error": plan.predicted_error,
         "error_bound": plan.error_bound,
+        "reads_nothing": plan.reads_nothing,
         "read_cost": plan.read_cost and {"request_s": plan.read_cost[0], "bytes_per_s": plan.read_cost[1]},
         "predicted_read_s": plan.predicted_read_s,
         "parameters": sum(t.count for t in plan.tensors),
