@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaworks import documents
-from deltaworks.documents import load_document, load_json, parse_json, parse_yaml, quoted, read_bytes
-from deltaworks.errors import ProfileError, WorkloadError
+from deltaworks.documents import load_document, load_json, parse_json, parse_yaml, read_bytes
+from deltaworks.errors import ProfileError, WorkloadError, quoted
 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join(10 * [f'*a{i - 1}'])}]\n" for i in range(1, 10)

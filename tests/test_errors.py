@@ -39,7 +39,7 @@ def endless() -> list[Any]:
 )
 def test_a_quotation_is_one_short_line(value: Any) -> None:
     text = quoted(value)
-    assert len(text) <= 100
+    assert len(text) <= 120
     assert text.isprintable()
 
 

@@ -10,7 +10,6 @@ expand to more than `MAX_NODES` values.
 import json
 import os
 import re
-import reprlib
 import stat
 from collections.abc import Hashable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from deltaworks.errors import DeltaworksError
+from deltaworks.errors import DeltaworksError, quoted
 
 DOCUMENT_BYTES = 64 << 20
 """The largest JSON document that is read, unless the caller has a limit of its own."""
@@ -31,18 +30,7 @@ MAX_NODES = 1_000_000
 MAX_DIGITS = 100
 """Digits of a whole number, at most."""
 
-_QUOTED = 120
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def quoted(value: object, width: int = _QUOTED) -> str:
-    """A value as an error quotes it: on one line of at most ``width`` characters, whatever its size."""
-    try:
-        text = _BRIEF.repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits; something that holds itself
-        text = f"<{type(value).__name__}>"
-    text = text if text.isprintable() else " ".join(text.split())
-    return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
 def read_bytes(path: Path, what: str, error: type[DeltaworksError], limit: int = DOCUMENT_BYTES) -> bytes:
@@ -194,15 +182,6 @@ def _check_regular(found: os.stat_result, start: str, error: type[DeltaworksErro
         return
     kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, device or socket"
     raise error(f"{start}: it is {kind}, not a file")
-
-
-class _Brief(reprlib.Repr):
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel, self.maxstring, self.maxother, self.maxlong = 3, _QUOTED, _QUOTED, _QUOTED
-
-
-_BRIEF = _Brief()
 
 
 # JSON

@@ -27,7 +27,7 @@ class _Quote(reprlib.Repr):
     def __init__(self) -> None:
         super().__init__()
         self.maxlevel, self.maxdict, self.maxlist, self.maxtuple = 3, 3, 4, 4
-        self.maxset, self.maxstring, self.maxother = 3, 70, 70
+        self.maxset, self.maxstring, self.maxother = 3, 100, 100
 
     def repr_int(self, x: int, level: int) -> str:
         """Numbers of more than 64 bits in hexadecimal: decimal digits of a long one take quadratic time."""
@@ -37,18 +37,20 @@ class _Quote(reprlib.Repr):
 
 
 _QUOTE = _Quote()
-_QUOTED = 100
+_QUOTED = 120
 """Characters of a value that a message quotes."""
 
 
-def quoted(value: object) -> str:
-    """A value as a message quotes it: on one line, cut after about a hundred characters.
+def quoted(value: object, width: int = _QUOTED) -> str:
+    """A value as a message quotes it: on one line of at most `width` characters.
 
     Args:
         value: anything that was read from a file or a command line, however large.
+        width: the most characters.
     """
     text = _QUOTE.repr(value)
-    return text if len(text) <= _QUOTED else f"{text[: _QUOTED - 3]}..."
+    text = text if text.isprintable() else " ".join(text.split())
+    return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
 def did_you_mean(name: object, known: Iterable[str], called: str = "") -> str:
