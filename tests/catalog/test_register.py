@@ -62,9 +62,9 @@ def test_an_expert_of_another_base(catalog: Catalog, tmp_path: Path) -> None:
     fewer = {n: v for n, v in base.items() if "layers.2" not in n}
     more = base | {"model.layers.3.input_layernorm.weight": base["model.norm.weight"]}
     for name, tensors, message in (
-        ("wider", wider, r"'lm_head.weight' is \[131, 25\] in the one"),
-        ("fewer", fewer, "fewer lacks 9 of the tensors"),
-        ("more", more, "base lacks 1 of the tensors"),
+        ("wider", wider, r"'lm_head.weight' is \[131, 24\] in base and \[131, 25\] in wider"),
+        ("fewer", fewer, "base has 9 tensors that fewer lacks"),
+        ("more", more, "more has 1 tensor that base lacks"),
     ):
         with pytest.raises(CheckpointError, match=message):
             register(catalog, name, str(write_model(tmp_path / name, tensors)), str(tmp_path / "base"))

@@ -7,7 +7,8 @@ from pathlib import Path
 from deltaworks.catalog.fingerprint import combine, hash_files
 from deltaworks.catalog.models import Kind, Model
 from deltaworks.catalog.store import Catalog
-from deltaworks.checkpoints.checkpoint import EMBEDDINGS, HEAD, Checkpoint, ShardFile, open_checkpoint, read_config
+from deltaworks.checkpoints.checkpoint import Checkpoint, ShardFile, open_checkpoint, read_config
+from deltaworks.checkpoints.comparison import Named, explain_difference, is_recomputed, shapes_differ
 from deltaworks.checkpoints.hub import resolve_source
 from deltaworks.checkpoints.reader import ByteCounter
 from deltaworks.errors import CatalogError, ChangedError, CheckpointError, did_you_mean
@@ -204,12 +205,15 @@ def base_of(catalog: Catalog, model: Model, chosen: str | None = None, *, progre
 
     Raises:
         CatalogError: it is a base or an adapter, and none is chosen.
+        CheckpointError: its tensors are not those of the chosen base.
         ChangedError: the base's files have changed.
     """
     if model.kind is Kind.ADAPTER or (chosen is None and model.base is None):
         raise CatalogError(f"{model.name} is no expert of a registered base; give the base with --base")
     if chosen is not None:
-        return ensure_registered(catalog, chosen, progress=progress)
+        base = ensure_registered(catalog, chosen, progress=progress)
+        check_same_tensors(model.name, model.checkpoint, base)
+        return base
     return check_unchanged(catalog, find_model(catalog, model.base or ""), progress)
 
 
@@ -224,22 +228,18 @@ def untouched(model: Model) -> bool:
 def check_same_tensors(name: str, expert: Checkpoint, base: Model) -> None:
     """Make sure that an expert's tensors match its base's in name and shape.
 
-    A tied model may leave its `lm_head` out; that is no difference.
+    A tied model may leave its `lm_head` out; that is no difference. Neither are buffers that loaders compute.
 
     Raises:
         CheckpointError: they do not match, so it is no fine-tune of that base.
     """
     theirs = base.checkpoint.tensors
+    if difference := explain_difference(Named(base.name, theirs), Named(name, expert.tensors)):
+        raise CheckpointError(f"{name} is no fine-tune of {base.name}: {difference}")
     for tensor in expert.tensors.values():
         other = theirs.get(tensor.name)
-        if other is not None and other.shape != tensor.shape:
+        if other is not None and other.shape != tensor.shape and not is_recomputed(tensor):
             raise CheckpointError(
-                f"{name} is no fine-tune of {base.name}: tensor {tensor.name!r} is {list(tensor.shape)} in the one and"
-                f" {list(other.shape)} in the other"
-                + (" (align their vocabularies first)" if tensor.name.endswith((*EMBEDDINGS, HEAD)) else "")
-            )
-    for one, missing_in, label in ((expert.tensors, theirs, base.name), (theirs, expert.tensors, name)):
-        if lost := [n for n in one if n not in missing_in and not n.endswith(HEAD)]:
-            raise CheckpointError(
-                f"{name} is no fine-tune of {base.name}: {label} lacks {len(lost)} of the tensors (first: {lost[0]!r})"
+                f"{name} is no fine-tune of {base.name}: "
+                + shapes_differ(tensor.name, (base.name, other.shape), (name, tensor.shape))
             )

@@ -246,6 +246,8 @@ def run(
     options = MergeOptions(block_size=block_size, threads=threads, allow_nonfinite=allow_nonfinite, layers=layers)
     check_output(out, force=force)
     loaded.check_reads(force=force)
+    for note in loaded.notes:
+        progress.note(note)
     with Catalog(catalog) as opened:
         models = plan_inputs(opened, loaded, progress)
         result = run_plan(

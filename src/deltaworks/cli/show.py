@@ -97,6 +97,18 @@ def _inputs(models: list[dict[str, Any]]) -> None:
         )
 
 
+def _accounting(facts: dict[str, Any]) -> None:
+    """What becomes of every tensor of each input, and what there is to note; plans of earlier versions have neither."""
+    from deltaworks.merging.accounting import account_text
+
+    if rows := facts.get("accounting"):
+        typer.echo("\nTensors of each input\n")
+        for row in rows:
+            typer.echo(f"    {row['name']:<24}{row['tensors']:>6}: {account_text(row)}")
+    for note in facts.get("notes", ()):
+        typer.echo(f"note: {note}")
+
+
 def _plan(facts: dict[str, Any]) -> None:
     share = facts["expert_bytes_planned"] / max(1, facts["expert_bytes"])
     rows = [
@@ -120,6 +132,7 @@ def _plan(facts: dict[str, Any]) -> None:
     _lines(rows)
     typer.echo("")
     _inputs(facts["models"])
+    _accounting(facts)
     if budget is not None:
         _table(facts, "layer")
         if any("bits" in row for row in facts["modules"]):
@@ -192,3 +205,4 @@ def _snapshot(facts: dict[str, Any]) -> None:
         ]
     )
     _inputs(facts["inputs"])
+    _accounting(facts)

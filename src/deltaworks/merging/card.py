@@ -1,5 +1,6 @@
 """The README of a merged model, in the form the Hugging Face hub reads."""
 
+from html import escape
 from pathlib import Path
 
 import yaml
@@ -26,7 +27,7 @@ A merge of {len(plan.models)} models by `{plan.method}`, made with deltaworks{_b
 | model | role | fingerprint |
 |---|---|---|
 {rows}
-
+{_notes(plan)}
 `deltaworks.json` names every input and the hash of every file; `deltaworks verify` checks them, and
 `deltaworks run deltaworks_plan.json OUT` makes the same bytes again.
 
@@ -34,6 +35,12 @@ A merge of {len(plan.models)} models by `{plan.method}`, made with deltaworks{_b
 {plan.recipe.strip()}
 ```
 """
+
+
+def _notes(plan: Plan) -> str:
+    if not plan.notes:
+        return ""
+    return "\nNotes:\n\n" + "".join(f"- {escape(note, quote=False)}\n" for note in plan.notes)
 
 
 def _budget(plan: Plan) -> str:

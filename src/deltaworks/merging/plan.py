@@ -107,6 +107,11 @@ class Plan:
         error_bound: what that error cannot exceed, for methods with fixed coefficients; None for others.
         fair: whether experts with small deltas were given the same weight as others.
         balanced: whether tensors with small deltas were given the same weight as others.
+        accounting: what becomes of every tensor of each input, as `account_for` gives it; empty in plans of earlier
+            versions.
+        notes: what the user should know of the merge.
+        code: the files of custom code that are copied, each with the place in `models` of the model that has it; None
+            where custom code was not asked for.
         read_cost: seconds a request and bytes a second of the storage that was planned for.
         predicted_read_s: seconds that reading will take one reader there.
     """
@@ -128,6 +133,9 @@ class Plan:
     error_bound: float | None = 0.0
     fair: bool = False
     balanced: bool = False
+    accounting: tuple[dict[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+    code: tuple[tuple[int, str], ...] | None = None
     read_cost: tuple[float, float] | None = field(default=None, compare=False)
     predicted_read_s: float | None = field(default=None, compare=False)
     _digest: list[str] = field(default_factory=list, init=False, compare=False, repr=False)
@@ -200,6 +208,10 @@ class Plan:
             "shard_bytes": self.shard_bytes,
             "config": self.config,
             "recipe": self.recipe,
+            # Plans of earlier versions lack what follows, and keep their digests.
+            **({"accounting": list(self.accounting)} if self.accounting else {}),
+            **({"notes": list(self.notes)} if self.notes else {}),
+            **({"code": self.code} if self.code is not None else {}),
             "tensors": [
                 {
                     "name": t.name,
@@ -268,6 +280,9 @@ class Plan:
                         "predicted_read_s",
                     )
                 },
+                accounting=tuple(content.get("accounting", ())),
+                notes=tuple(content.get("notes", ())),
+                code=tuple((i, name) for i, name in content["code"]) if "code" in content else None,
                 read_cost=content["read_cost"] and tuple(content["read_cost"]),
             )
         except (KeyError, TypeError, ValueError) as error:

@@ -13,6 +13,7 @@ from deltaworks.checkpoints.dtypes import DTYPES, DType, promote
 from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.checkpoints.sidecars import output_config
 from deltaworks.errors import RecipeError, UserError
+from deltaworks.merging.accounting import account_for
 from deltaworks.merging.methods.copying import Copy
 from deltaworks.merging.methods.delta import DeltaSum, Sparsify
 from deltaworks.merging.methods.operation import Operation
@@ -127,6 +128,9 @@ def make_plan(
         recipe=recipe.text,
         expert_bytes=sum(m.nbytes for m in planned if m.role != "base"),
         expert_bytes_planned=sum(read),
+        accounting=account_for(
+            references, models, tensors, is_sliced=recipe.is_sliced, unmerged=set(references) - set(recipe.models())
+        ),
     )
 
 

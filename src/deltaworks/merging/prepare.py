@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltaworks.catalog.cuts import find_cuts
@@ -16,6 +16,7 @@ from deltaworks.catalog.tables import DeltaTable, read_table
 from deltaworks.checkpoints.sidecars import chat_template, vocabulary
 from deltaworks.errors import CatalogError, ChangedError, CheckpointError, NonFiniteError, RecipeError
 from deltaworks.layers.file import LayerIndex
+from deltaworks.merging.accounting import plan_notes
 from deltaworks.merging.budget import Budget, parse_budget
 from deltaworks.merging.candidate import Knowledge, no_stand_in
 from deltaworks.merging.contributions import Overlaps
@@ -77,6 +78,8 @@ def prepare_plan(
     budget = options.budget or (parse_budget(recipe.budget) if recipe.budget is not None else None)
     prepared = Prepared(catalog, recipe, options, relative_to=relative_to, progress=progress, weighs=budget is not None)
     plan = prepared.plan(recipe, budget)
+    for note in plan.notes[len(prepared.notes) :]:
+        (progress or Silent()).note(note)
     keep_plan(catalog, plan)
     return plan
 
@@ -91,6 +94,10 @@ class Prepared:
         relative_to: a second folder in which paths are looked up.
         progress: told of the work.
         weighs: whether plans will have a budget, so that every expert must be analyzed.
+
+    Attributes:
+        models: the model behind every reference.
+        notes: what the user should know of the models, whatever the plan; `progress` was told already.
 
     Raises:
         As `prepare_plan`.
@@ -112,6 +119,7 @@ class Prepared:
         stand_in = options.base or recipe.stand_in
         if weighs:
             _check_stand_in(catalog, recipe, stand_in, relative_to)
+        self.notes: list[str] = []
         self.models, stand_in = _models(catalog, recipe, stand_in, relative_to, self._progress)
         _check_bases(catalog, recipe, self.models)
         gone = [m.name for m in self.models.values() if m.is_gone]
@@ -150,6 +158,7 @@ class Prepared:
             shard_bytes=options.shard_bytes,
             seed=options.seed,
         )
+        full = replace(full, notes=(*self.notes, *plan_notes(full)))
         return full if budget is None else self.within(full, budget)
 
     def within(self, full: Plan, budget: Budget) -> Plan:
@@ -273,6 +282,11 @@ def _models(
         if same is not None:
             raise RecipeError(f"{reference!r} and {same!r} are the same model ({model.path}); name it once")
         models[reference] = model
+    base_model = None if recipe.is_sliced else models.get(recipe.base_model or stand_in or "")
+    for model in models.values():
+        # Of a model that is new this was checked when it was registered; the others are to be refused alike.
+        if base_model is not None and model is not base_model:
+            check_same_tensors(model.name, model.checkpoint, base_model)
     return models, stand_in
 
 

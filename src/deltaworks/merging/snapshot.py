@@ -56,6 +56,7 @@ class MergeResult:
         measured_error: the real one, where it was measured.
         wall_s: seconds this run took.
         stages: where they went.
+        notes: the plan's.
     """
 
     output: str
@@ -71,6 +72,7 @@ class MergeResult:
     measured_error: float | None
     wall_s: float
     stages: StageTimes
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As the command line prints it."""
@@ -214,6 +216,7 @@ def run_plan(
         predicted_error=plan.predicted_error,
         error_bound=plan.error_bound,
         measured_error=measured,
+        notes=plan.notes,
         wall_s=round(time.monotonic() - started, 3),
         stages=stages,
     )
@@ -377,6 +380,8 @@ def _write_manifest(
         "error_bound": plan.error_bound,
         "expert_bytes_read": staging.reads.expert.value,
         "base_bytes_read": staging.reads.base.value,
+        "accounting": list(plan.accounting),
+        "notes": list(plan.notes),
         "versions": {name: version(name) for name in ("deltaworks", "numpy", "numba")},
     }
     write_json(folder / MANIFEST, manifest)

@@ -1,16 +1,17 @@
 """Which tensors a recipe writes, and from which tensors of which models each is made."""
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
 from deltaworks.catalog.models import Model
 from deltaworks.checkpoints.checkpoint import EMBEDDINGS, HEAD
+from deltaworks.checkpoints.comparison import LAYER, Named, explain_difference, is_recomputed, shapes_differ
+from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.errors import CheckpointError, RecipeError
 from deltaworks.merging.parameters import Settings
 from deltaworks.merging.recipe import Recipe, Slice
 
-_LAYER = re.compile(r"(?P<stack>(?:^|.*?\.)(?:layers|layer|h|blocks|block)\.)(?P<index>\d+)(?P<rest>\..*)")
 _FIRST = (*EMBEDDINGS, "wpe.weight", "embed_positions.weight", "embeddings.weight")
 
 
@@ -41,15 +42,18 @@ class TensorRecipe:
 def output_tensors(recipe: Recipe, models: Mapping[str, Model]) -> list[TensorRecipe]:
     """Every tensor that `recipe` writes, in the order of the first model's files.
 
+    Buffers that loaders compute are left out where the models do not agree on them.
+
     Args:
         recipe: the recipe.
         models: the model behind every reference in it.
 
     Raises:
         RecipeError: a slice asks for layers that a model does not have.
-        CheckpointError: a model lacks a tensor, or two models differ in a tensor's shape.
+        CheckpointError: a model has a tensor that another lacks, or two models differ in a tensor's shape.
     """
     tensors = _sliced(recipe, models) if recipe.is_sliced else _whole(recipe.slices[0], recipe, models)
+    tensors = [t for t in tensors if not _is_dispensable(t, models)]
     for tensor in tensors:
         _check(tensor, models)
     return tensors
@@ -63,13 +67,22 @@ def _leader(part: Slice, recipe: Recipe, models: Mapping[str, Model]) -> Model:
 
 
 def _whole(part: Slice, recipe: Recipe, models: Mapping[str, Model]) -> list[TensorRecipe]:
-    names = list(_leader(part, recipe, models).checkpoint.tensors)
+    leader = _leader(part, recipe, models)
+    inputs = [models[i.model] for i in part.inputs]
+    if any(explain_difference(_named(leader), _named(m)) for m in inputs):
+        # The pair that is named does not hang on the order of the recipe.
+        inputs.sort(key=lambda m: m.name)
+        against_base = [(leader, m) for m in inputs] if recipe.base_model else []
+        for one, other in (*against_base, *combinations(inputs, 2)):
+            if difference := explain_difference(_named(one), _named(other)):
+                raise CheckpointError(difference)
+    names = list(leader.checkpoint.tensors)
     for i in part.inputs:
         names += [n for n in models[i.model].checkpoint.tensors if n.endswith(HEAD) and n not in names]
     last = _last_layers(names)
     result = []
     for name in names:
-        match = _LAYER.fullmatch(name)
+        match = LAYER.fullmatch(name)
         position = 0.0
         if match:
             end = last[match["stack"]]
@@ -81,7 +94,7 @@ def _whole(part: Slice, recipe: Recipe, models: Mapping[str, Model]) -> list[Ten
 def _last_layers(names: list[str]) -> dict[str, int]:
     last: dict[str, int] = {}
     for name in names:
-        if match := _LAYER.fullmatch(name):
+        if match := LAYER.fullmatch(name):
             last[match["stack"]] = max(last.get(match["stack"], 0), int(match["index"]))
     return last
 
@@ -97,7 +110,12 @@ def _sliced(recipe: Recipe, models: Mapping[str, Model]) -> list[TensorRecipe]:
     (stack,) = last
     before: list[TensorRecipe] = []
     after: list[TensorRecipe] = []
-    outside = [n for n in leader.checkpoint.tensors if not _LAYER.fullmatch(n)]
+    outside = [n for n in leader.checkpoint.tensors if not LAYER.fullmatch(n)]
+    for part in (first, final):
+        ours = _outside(leader, part, recipe)
+        for i in part.inputs:
+            if difference := explain_difference(ours, _outside(models[i.model], part, recipe)):
+                raise CheckpointError(difference)
     for i in (*first.inputs, *final.inputs):
         outside += [n for n in models[i.model].checkpoint.tensors if n.endswith(HEAD) and n not in outside]
     for name in outside:
@@ -109,27 +127,61 @@ def _sliced(recipe: Recipe, models: Mapping[str, Model]) -> list[TensorRecipe]:
         ranges = [i.layers or (0, 0) for i in part.inputs]
         for i, (_, end) in zip(part.inputs, ranges, strict=True):
             own = _last_layers(list(models[i.model].checkpoint.tensors)).get(stack, -1) + 1
+            if not own and (difference := explain_difference(_named(leader), _named(models[i.model]))):
+                raise CheckpointError(difference)
             if end > own:
                 raise RecipeError(f"layer_range {list(i.layers or ())} of {i.model}: it has {own} layers")
         count = ranges[0][1] - ranges[0][0]
         lead = _leader(part, recipe, models)
         lead_first = ranges[[models[i.model].name for i in part.inputs].index(lead.name)][0]
-        rests = _rests(lead, stack)
+        rests = {i.model: _rests(models[i.model], stack) for i in part.inputs}
+        own_rests = _rests(lead, stack)
         for offset in range(count):
             position = offset / (count - 1) if count > 1 else 1.0
-            for rest in rests[lead_first + offset]:
-                sources = tuple(f"{stack}{start + offset}{rest}" for start, _ in ranges)
-                layers.append(TensorRecipe(f"{stack}{out}{rest}", sources, part, position))
+            ours = Named(f"layer {lead_first + offset} of {lead.name}", own_rests[lead_first + offset])
+            for i, (start, _) in zip(part.inputs, ranges, strict=True):
+                theirs = Named(f"layer {start + offset} of {models[i.model].name}", rests[i.model][start + offset])
+                if difference := explain_difference(ours, theirs):
+                    raise CheckpointError(difference)
+            for rest in own_rests[lead_first + offset]:
+                sources = tuple(f"{stack}{start + offset}.{rest}" for start, _ in ranges)
+                layers.append(TensorRecipe(f"{stack}{out}.{rest}", sources, part, position))
             out += 1
     return before + layers + after
 
 
-def _rests(model: Model, stack: str) -> dict[int, list[str]]:
-    rests: dict[int, list[str]] = {}
-    for name in model.checkpoint.tensors:
-        if (match := _LAYER.fullmatch(name)) and match["stack"] == stack:
-            rests.setdefault(int(match["index"]), []).append(match["rest"])
+def _named(model: Model) -> Named:
+    return Named(model.name, model.checkpoint.tensors)
+
+
+def _outside(model: Model, part: Slice, recipe: Recipe) -> Named:
+    """The tensors outside the layers of a model that the first or the last slice makes those of the output from."""
+    chosen = {
+        name: tensor
+        for name, tensor in model.checkpoint.tensors.items()
+        if not LAYER.fullmatch(name)
+        and (part is recipe.slices[0] if name.endswith(_FIRST) else part is recipe.slices[-1])
+    }
+    return Named(model.name, chosen)
+
+
+def _rests(model: Model, stack: str) -> dict[int, dict[str, TensorInfo]]:
+    """The tensors of each layer of a model, by their names inside the layer."""
+    rests: dict[int, dict[str, TensorInfo]] = {}
+    for name, tensor in model.checkpoint.tensors.items():
+        if (match := LAYER.fullmatch(name)) and match["stack"] == stack:
+            rests.setdefault(int(match["index"]), {})[match["rest"][1:]] = tensor
     return rests
+
+
+def _is_dispensable(tensor: TensorRecipe, models: Mapping[str, Model]) -> bool:
+    """Whether an output tensor is a buffer that loaders compute, and that the models do not agree on."""
+    found = [models[i.model].checkpoint.find(s) for s, i in zip(tensor.sources, tensor.part.inputs, strict=True)]
+    held = [t for t in found if t is not None]
+    if not any(is_recomputed(t) for t in held):
+        return False
+    is_float = all(t.dtype.is_float for t in held)
+    return len(held) < len(found) or len({(t.shape, None if is_float else t.dtype) for t in held}) > 1
 
 
 def layer_count(tensors: list[TensorRecipe]) -> int:
@@ -147,9 +199,5 @@ def _check(tensor: TensorRecipe, models: Mapping[str, Model]) -> None:
                 f"{model.name} ({model.path}) lacks the tensor {source!r}; is it a fine-tune of the same base?"
             )
         if shape is not None and found.shape != shape:
-            raise CheckpointError(
-                f"tensor {tensor.name!r} is {list(shape)} in {owner} and {list(found.shape)} in {model.name};"
-                " models can be merged only where shapes agree"
-                + (" (align their vocabularies first)" if tensor.name.endswith((*EMBEDDINGS, HEAD)) else "")
-            )
+            raise CheckpointError(shapes_differ(tensor.name, (owner, shape), (model.name, found.shape)))
         shape, owner = found.shape, model.name

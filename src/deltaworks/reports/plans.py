@@ -28,6 +28,8 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "parameters": sum(t.count for t in plan.tensors),
         "tensors": len(plan.tensors),
         "operations": operations,
+        "accounting": list(plan.accounting),
+        "notes": list(plan.notes),
         "models": [m._asdict() for m in plan.models],
         "layers": by_layer(plan),
         "modules": by_module(plan),
