@@ -2,14 +2,17 @@
 
 import itertools
 import json
+import re
 import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from deltaworks.errors import UserError
+from deltaworks.errors import PlacementError, UserError
 from deltaworks.serving import deploy
 from deltaworks.serving.document import read_placement, with_traces
 from deltaworks.serving.profile import KvCache, Profile, StepTime
@@ -28,6 +31,13 @@ def gpu(index: int, adapters: list[tuple[str, float]]) -> dict[str, Any]:
         "max_lora_rank": 16,
     }
 
+
+ODD = [
+    "a=b", "--flag", "-O3", "{x}", "a,b", "$HOME", "$$", "$(HOME)", "${HOME:-x}", "`id`", "it's \"quoted\"",
+    "\U0001f9a5", "caf\u00e9", "team/legal v2", "org/model@v1", "a=$ADAPTERS/b", "back\\slash", "*", "~", "#x", "null",
+    "1e3", "- x: y", "{{ x }}", "%s", "a;b&c|d>e", "!important", "</details><b>", "  two  ", "x" * 255,
+]  # fmt: skip
+"""Names that some file needs quoted or escaped."""
 
 GPUS = [gpu(0, [("hot", 0.25), ("it's $odd", 1.0)]), gpu(1, [("hot", 0.75)])]
 FILES = deploy.files({"gpus": GPUS}, {"p": PROFILE}, {"hot": "org/hot"})
@@ -60,6 +70,83 @@ def test_the_script_is_shell_and_quotes_names(tmp_path: Path) -> None:
     assert "no server called gpu-7" in wrong.stderr
 
 
+def vllm_modules(words: list[str]) -> dict[str, str]:
+    """Adapters as vLLM's parser reads the words after ``--lora-modules``."""
+    found = {}
+    for word in words:
+        assert not word.startswith("-"), "argparse takes it for a flag"
+        if "=" in word and "," not in word:
+            name, path = word.split("=")  # vLLM 0.8.5 takes no second one
+        else:
+            name, path = json.loads(word).values()
+        found[name] = path
+    return found
+
+
+def escapes_undone(word: str) -> str:
+    """A word as compose and Kubernetes read it, where nothing is left that they would replace."""
+    assert re.fullmatch(r"(?:[^$]|\$\$)*", word), word
+    return word.replace("$$", "$")
+
+
+def test_odd_names_reach_vllm_from_every_file(tmp_path: Path) -> None:
+    placement = {"gpus": [gpu(0, [(name, 1.0) for name in ODD])]}
+    remote = {"*": "org/a,b", "a,b": "/models/one=two", "~": "/it's $HOME"}
+    files = deploy.files(placement, {"p": PROFILE}, remote)
+    expected = {name: remote.get(name, f"/my adapters/{name}") for name in ODD}
+    (tmp_path / "serve.sh").write_text(files["serve.sh"], encoding="utf-8")
+    code = "import json, sys; print(json.dumps(sys.argv[1:]))"
+    (tmp_path / "vllm").write_text(f"#!/bin/sh\nexec {sys.executable} -c '{code}' \"$@\"\n")
+    (tmp_path / "vllm").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "ADAPTERS": "/my adapters", "PYTHONUTF8": "1"}
+    subprocess.run(["bash", "-n", "serve.sh"], cwd=tmp_path, check=True)
+    done = subprocess.run(["bash", "serve.sh", "gpu-0"], cwd=tmp_path, env=environment, capture_output=True, check=True)
+    words = json.loads(done.stdout)
+    assert vllm_modules(words[words.index("--lora-modules") + 1 :]) == expected
+    inside = {n: p if n == "*" else f"/adapters/{n}" for n, p in expected.items()}
+    service = yaml.safe_load(files["compose.yaml"])["services"]["gpu-0"]["command"]
+    pod = next(yaml.safe_load_all(files["kubernetes.yaml"]))["spec"]["template"]["spec"]["containers"][0]["args"]
+    for listed in (service, pod):
+        words = [escapes_undone(word) for word in listed]
+        assert vllm_modules(words[words.index("--lora-modules") + 1 :]) == inside
+    assert set(json.loads(files["routes.json"])) == set(ODD)
+    models = yaml.safe_load(files["litellm.yaml"])["model_list"]
+    assert sorted(m["model_name"] for m in models) == sorted(ODD)
+    assert all(m["litellm_params"]["model"] == f"hosted_vllm/{m['model_name']}" for m in models)
+
+
+@pytest.mark.parametrize("folder", ["/a=b", "/a,b", '/a"b', "/a\\b", "/a\nb"])
+def test_the_script_refuses_folders_that_vllm_would_misread(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "serve.sh").write_text(FILES["serve.sh"])
+    done = subprocess.run(
+        ["bash", "serve.sh"], cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "ADAPTERS": folder}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("ADAPTERS must be a path without")
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("", "more than spaces"), ("  ", "more than spaces"), ("a\nb", "control character"), ("a\0b", "control character"),
+    ("a\x1b[31m", "control character"), ("a\x7f", "control character"), ("a\u0085b", "control character"),
+    ("a\u2028b", "control character"), ("\ud83e", "control character"), ("x" * 256, "takes 256 bytes"),
+    ("\U0001f9a5" * 64, "takes 256 bytes"), ("org/model", "the name of the base model"), ("../../etc/x", "'..'"),
+    ("..", "'..'"), (".", "'.'"), ("a/../b", "'..'"), ("a//b", "is empty"), ("a/", "is empty"), ("a/./b", "'.'"),
+    ("/etc/x", "begins with '/'"),
+], ids=ascii)  # fmt: skip
+def test_names_that_cannot_be_deployed_are_refused(name: str, said: str) -> None:
+    with pytest.raises(PlacementError) as caught:
+        deploy.files({"gpus": [gpu(0, [("a", 1.0), (name, 1.0)])]}, {"p": PROFILE}, {})
+    assert re.fullmatch(r"adapter '.*' cannot be deployed: .*; give it another name", str(caught.value))
+    assert said in str(caught.value)
+    assert len(str(caught.value)) < 250
+
+
+def test_an_adapter_of_a_hub_needs_no_folder() -> None:
+    files = deploy.files({"gpus": [gpu(0, [("../x", 1.0)])]}, {"p": PROFILE}, {"../x": "org/x"})
+    assert "../x=org/x" in yaml.safe_load(files["compose.yaml"])["services"]["gpu-0"]["command"]
+
+
 def test_every_request_has_a_way() -> None:
     routes = json.loads(FILES["routes.json"])
     assert set(routes) == {"hot", "it's $odd"}
@@ -68,7 +155,29 @@ def test_every_request_has_a_way() -> None:
     models = yaml.safe_load(FILES["litellm.yaml"])["model_list"]
     weights = [m["litellm_params"]["weight"] for m in models if m["model_name"] == "hot"]
     assert weights == [250, 750]
-    assert {m["litellm_params"]["api_base"] for m in models} == {"http://localhost:8000/v1", "http://localhost:8001/v1"}
+
+
+@pytest.mark.parametrize("target", ["", ".compose", ".kubernetes"])
+def test_routes_lead_to_the_servers_of_their_target(target: str) -> None:
+    services = yaml.safe_load(FILES["compose.yaml"])["services"]
+    documents = list(yaml.safe_load_all(FILES["kubernetes.yaml"]))
+    reached = {
+        # The script listens where compose publishes its services.
+        "": [f"http://localhost:{service['ports'][0].partition(':')[0]}" for service in services.values()],
+        ".compose": [f"http://{name}:{service['ports'][0].partition(':')[2]}" for name, service in services.items()],
+        ".kubernetes": [
+            f"http://{d['metadata']['name']}:{d['spec']['ports'][0]['port']}"
+            for d in documents
+            if d["kind"] == "Service"
+        ],
+    }[target]
+    routes = json.loads(FILES[f"routes{target}.json"])
+    assert [t["url"] for t in routes["hot"]] == reached
+    assert [t["url"] for t in routes["it's $odd"]] == reached[:1]
+    models = yaml.safe_load(FILES[f"litellm{target}.yaml"])["model_list"]
+    bases = [m["litellm_params"]["api_base"] for m in models if m["model_name"] == "hot"]
+    assert bases == [f"{url}/v1" for url in reached]
+    assert re.findall(r"exec vllm .* --port (\d+)", FILES["serve.sh"]) == ["8000", "8001"]
 
 
 def test_compose_and_kubernetes_agree_on_the_servers() -> None:
@@ -84,6 +193,17 @@ def test_compose_and_kubernetes_agree_on_the_servers() -> None:
         assert container["resources"]["limits"] == {"nvidia.com/gpu": "1"}
         labels = documents[2 * index]["spec"]["template"]["metadata"]["labels"]
         assert documents[2 * index + 1]["spec"]["selector"] == labels
+
+
+def test_pods_of_several_types_select_their_nodes() -> None:
+    other = replace(PROFILE, name="q", gpu="NVIDIA L40S (48 GB)")
+    mixed = [GPUS[0], GPUS[1] | {"type": "q"}]
+    documents = yaml.safe_load_all(deploy.kubernetes(mixed, {"p": PROFILE, "q": other}, {}))
+    selectors = [d["spec"]["template"]["spec"]["nodeSelector"] for d in documents if d["kind"] == "Deployment"]
+    assert selectors == [{"nvidia.com/gpu.product": "g"}, {"nvidia.com/gpu.product": "NVIDIA-L40S-48-GB"}]
+    assert "nodeSelector" not in FILES["kubernetes.yaml"]
+    labels = deploy.node_labels({"p": replace(PROFILE, gpu="_" * 99), "q": replace(PROFILE, gpu="x " * 99), "#": other})
+    assert all(re.fullmatch(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?", value) for value in labels.values())
 
 
 @pytest.mark.parametrize(("text", "said"), [

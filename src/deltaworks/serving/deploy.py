@@ -1,4 +1,4 @@
-"""Files that run a placement: vLLM commands, compose, Kubernetes, a static routing map, a LiteLLM router's config."""
+"""Files that run a placement: vLLM commands, compose, Kubernetes, routing maps, configs of a LiteLLM router."""
 
 import json
 import re
@@ -11,20 +11,43 @@ from typing import Any
 
 import yaml
 
+from deltaworks.serving.names import check_names, doubled, is_hub_id, lora_module, shell_module
 from deltaworks.serving.profile import Profile
 
 FIRST_PORT = 8000
+NODE_LABEL = "nvidia.com/gpu.product"
+"""The node label that tells GPU types apart in Kubernetes, as NVIDIA's GPU feature discovery sets it."""
+
+_TARGETS = {
+    "": lambda index, _: f"http://localhost:{FIRST_PORT + index}",
+    ".compose": lambda _, gpu: f"http://{gpu}:{FIRST_PORT}",
+    ".kubernetes": lambda _, gpu: f"http://{_service(gpu)}:{FIRST_PORT}",
+}
+"""Where a server is reached, from its number and its id, by what the names of routing files have before their suffix.
+
+The first is this machine: serve.sh listens there, and compose.yaml publishes the same ports.
+"""
 
 
-def command(gpu: Mapping[str, Any], profile: Profile, paths: Mapping[str, str], port: int) -> list[str]:
+def command(
+    gpu: Mapping[str, Any], profile: Profile, paths: Mapping[str, str], port: int, folder: str = "$ADAPTERS"
+) -> list[str]:
     """The `vllm serve` command of a GPU, word by word; adapters are loaded at the start.
 
     Args:
         gpu: As in placement.json.
         profile: Of its type.
-        paths: Of adapters by name; others are expected under ``$ADAPTERS``.
+        paths: Of adapters by name; others are expected in ``folder``.
         port: To listen on.
+        folder: Of adapters, each in a folder of its name.
     """
+    words = _server(gpu, profile, port)
+    names = [adapter["name"] for adapter in gpu["adapters"]]
+    return words + [lora_module(name, paths.get(name, f"{folder}/{name}")) for name in names]
+
+
+def _server(gpu: Mapping[str, Any], profile: Profile, port: int) -> list[str]:
+    """The command without its adapters; the last word is the flag that they follow."""
     flags = profile.server
     words = [
         "vllm", "serve", profile.model, "--port", str(port), "--enable-lora",
@@ -34,8 +57,6 @@ def command(gpu: Mapping[str, Any], profile: Profile, paths: Mapping[str, str], 
     ]  # fmt: skip
     if gpu["adapters"]:
         words.append("--lora-modules")
-        names = [adapter["name"] for adapter in gpu["adapters"]]
-        words += [f"{name}={paths.get(name, f'$ADAPTERS/{name}')}" for name in names]
     return words
 
 
@@ -46,15 +67,22 @@ def files(placement: Mapping[str, Any], profiles: Mapping[str, Profile], paths: 
         placement: As in placement.json.
         profiles: The types of GPU, by name.
         paths: Of adapters by name, as far as they are known.
+
+    Raises:
+        PlacementError: an adapter's name cannot be deployed.
     """
     gpus = placement["gpus"]
-    return {
+    names = {adapter["name"]: None for gpu in gpus for adapter in gpu["adapters"]}
+    check_names(names, paths, {profiles[gpu["type"]].model for gpu in gpus})
+    found = {
         "serve.sh": script(gpus, profiles, paths),
         "compose.yaml": compose(gpus, profiles, paths),
         "kubernetes.yaml": kubernetes(gpus, profiles, paths),
-        "routes.json": json.dumps(routes(gpus), indent=1) + "\n",
-        "litellm.yaml": litellm(gpus),
     }
+    for target in _TARGETS:
+        found[f"routes{target}.json"] = json.dumps(routes(gpus, target), indent=1) + "\n"
+        found[f"litellm{target}.yaml"] = litellm(gpus, target)
+    return found
 
 
 def script(gpus: list[Any], profiles: Mapping[str, Profile], paths: Mapping[str, str]) -> str:
@@ -65,13 +93,18 @@ def script(gpus: list[Any], profiles: Mapping[str, Profile], paths: Mapping[str,
         "# Adapters are looked for under $ADAPTERS, a folder for each.",
         "set -euo pipefail",
         'export ADAPTERS="${ADAPTERS:-./adapters}"',
+        "# vLLM reads these characters in --lora-modules as marks of its own.",
+        'case "$ADAPTERS" in *[=,\\"\\\\[:cntrl:]]*)',
+        "  echo 'ADAPTERS must be a path without = , \" \\ and control characters' >&2; exit 2 ;;",
+        "esac",
         "",
         'start() { case "$1" in',
     ]
     for index, gpu in enumerate(gpus):
-        words = command(gpu, profiles[gpu["type"]], paths, FIRST_PORT + index)
+        words = [shlex.quote(word) for word in _server(gpu, profiles[gpu["type"]], FIRST_PORT + index)]
+        words += [shell_module(adapter["name"], paths.get(adapter["name"])) for adapter in gpu["adapters"]]
         lines.append(f'  {gpu["id"]}) export CUDA_VISIBLE_DEVICES="${{DEVICE:-{index}}}"')
-        lines.append("    exec " + " ".join(map(_quoted, words)) + " ;;")
+        lines.append("    exec " + " ".join(words) + " ;;")
     lines += [
         '  *) echo "no server called $1" >&2; exit 2 ;;',
         "esac; }",
@@ -81,12 +114,6 @@ def script(gpus: list[Any], profiles: Mapping[str, Profile], paths: Mapping[str,
         "wait",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _quoted(word: str) -> str:
-    """A word for a shell, in which ``$ADAPTERS`` still stands for its value."""
-    name, mark, path = word.partition("=$ADAPTERS/")
-    return shlex.quote(name) + '="$ADAPTERS"/' + shlex.quote(path) if mark else shlex.quote(word)
 
 
 def image(profile: Profile) -> str:
@@ -103,7 +130,7 @@ def compose(gpus: list[Any], profiles: Mapping[str, Profile], paths: Mapping[str
         devices = [{"driver": "nvidia", "device_ids": [str(index)], "capabilities": ["gpu"]}]
         services[gpu["id"]] = {
             "image": f"${{VLLM_IMAGE:-{image(profile)}}}",
-            "command": _contained(gpu, profile, paths, FIRST_PORT)[2:],
+            "command": _contained(gpu, profile, paths)[2:],
             "ports": [f"{FIRST_PORT + index}:{FIRST_PORT}"],
             "environment": {"HF_TOKEN": "${HF_TOKEN:-}"},
             "volumes": ["${ADAPTERS:-./adapters}:/adapters:ro"],
@@ -113,19 +140,43 @@ def compose(gpus: list[Any], profiles: Mapping[str, Profile], paths: Mapping[str
     return _yaml({"services": services})
 
 
-def _contained(gpu: Mapping[str, Any], profile: Profile, paths: Mapping[str, str], port: int) -> list[str]:
-    """The command in a container, where adapters lie under /adapters unless they have a hub id."""
-    remote = {name: path for name, path in paths.items() if not path.startswith("/")}
-    return [w.replace("=$ADAPTERS/", "=/adapters/") for w in command(gpu, profile, remote, port)]
+def _contained(gpu: Mapping[str, Any], profile: Profile, paths: Mapping[str, str]) -> list[str]:
+    """The command in a container, escaped for its file; adapters without a hub id lie under /adapters there."""
+    remote = {name: path for name, path in paths.items() if is_hub_id(path)}
+    return [doubled(word) for word in command(gpu, profile, remote, FIRST_PORT, "/adapters")]
+
+
+def _service(gpu: str) -> str:
+    """What a GPU's Deployment and Service are called in Kubernetes."""
+    return f"vllm-{gpu}"
+
+
+def node_labels(profiles: Mapping[str, Profile]) -> dict[str, str]:
+    """For each type of GPU the value of `NODE_LABEL`: its product, as far as a label may hold it.
+
+    Args:
+        profiles: The types of GPU, by name.
+    """
+    values = {}
+    for name, profile in profiles.items():
+        value = re.sub(r"[^A-Za-z0-9_.]+", "-", profile.gpu)[:63].strip("-_.")
+        values[name] = value or re.sub(r"[^A-Za-z0-9_.]+", "-", name)[:63].strip("-_.") or "unknown"
+    return values
 
 
 def kubernetes(gpus: list[Any], profiles: Mapping[str, Profile], paths: Mapping[str, str]) -> str:
-    """A Deployment and a Service for each GPU; adapters come from a claim called ``lora-adapters``."""
+    """A Deployment and a Service for each GPU; adapters come from a claim called ``lora-adapters``.
+
+    Where there are several types of GPU, a node selector keeps every pod on nodes of its own.
+    """
+    types = {gpu["type"]: profiles[gpu["type"]] for gpu in gpus}
+    products = node_labels(types)
+    head = _SELECTED if len(types) > 1 else ""
     documents = []
     for gpu in gpus:
         profile = profiles[gpu["type"]]
         labels = {"app.kubernetes.io/name": "vllm", "app.kubernetes.io/instance": gpu["id"]}
-        words = _contained(gpu, profile, paths, FIRST_PORT)
+        words = _contained(gpu, profile, paths)
         probe = {"httpGet": {"path": "/health", "port": FIRST_PORT}}
         container = {
             "name": "vllm",
@@ -149,19 +200,19 @@ def kubernetes(gpus: list[Any], profiles: Mapping[str, Profile], paths: Mapping[
             {"name": "adapters", "persistentVolumeClaim": {"claimName": "lora-adapters", "readOnly": True}},
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
         ]
+        pod: dict[str, Any] = {"containers": [container], "volumes": volumes}
+        if len(types) > 1:
+            pod = {"nodeSelector": {NODE_LABEL: products[gpu["type"]]}, **pod}
         documents.append(
             {
                 "apiVersion": "apps/v1",
                 "kind": "Deployment",
-                "metadata": {"name": f"vllm-{gpu['id']}", "labels": labels},
+                "metadata": {"name": _service(gpu["id"]), "labels": labels},
                 "spec": {
                     "replicas": 1,
                     "strategy": {"type": "Recreate"},
                     "selector": {"matchLabels": labels},
-                    "template": {
-                        "metadata": {"labels": labels},
-                        "spec": {"containers": [container], "volumes": volumes},
-                    },
+                    "template": {"metadata": {"labels": labels}, "spec": pod},
                 },
             }
         )
@@ -169,42 +220,55 @@ def kubernetes(gpus: list[Any], profiles: Mapping[str, Profile], paths: Mapping[
             {
                 "apiVersion": "v1",
                 "kind": "Service",
-                "metadata": {"name": f"vllm-{gpu['id']}", "labels": labels},
+                "metadata": {"name": _service(gpu["id"]), "labels": labels},
                 "spec": {"selector": labels, "ports": [{"name": "http", "port": FIRST_PORT, "targetPort": "http"}]},
             }
         )
-    return "---\n".join(_yaml(document) for document in documents)
+    return head + "---\n".join(_yaml(document) for document in documents)
 
 
-def routes(gpus: list[Any]) -> dict[str, list[dict[str, Any]]]:
-    """Where the requests of every adapter go: servers and shares that sum to one."""
+_SELECTED = f"""\
+# There are several types of GPU, so every pod has a selector for nodes with the label {NODE_LABEL}, which
+# NVIDIA's GPU feature discovery sets. Its values here are those of the profiles; adapt them to your nodes:
+#   kubectl get nodes -L {NODE_LABEL}
+"""
+
+
+def routes(gpus: list[Any], target: str = "") -> dict[str, list[dict[str, Any]]]:
+    """Where the requests of every adapter go: servers and shares that sum to one.
+
+    Args:
+        gpus: As in placement.json.
+        target: Where the router runs, one of `_TARGETS`.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
     for index, gpu in enumerate(gpus):
         for adapter in gpu["adapters"]:
-            target = {"server": gpu["id"], "url": _url(index), "share": adapter["share"]}
-            found.setdefault(adapter["name"], []).append(target)
+            url = _TARGETS[target](index, gpu["id"])
+            found.setdefault(adapter["name"], []).append({"server": gpu["id"], "url": url, "share": adapter["share"]})
     return dict(sorted(found.items()))
 
 
-def litellm(gpus: list[Any]) -> str:
-    """A LiteLLM router's config: one deployment for each adapter on each GPU, weighted by its share."""
+def litellm(gpus: list[Any], target: str = "") -> str:
+    """A LiteLLM router's config: one deployment for each adapter on each GPU, weighted by its share.
+
+    Args:
+        gpus: As in placement.json.
+        target: Where the router runs, one of `_TARGETS`.
+    """
     models = [
         {
             "model_name": name,
             "litellm_params": {
                 "model": f"hosted_vllm/{name}",
-                "api_base": f"{target['url']}/v1",
-                "weight": round(1000 * target["share"]),
+                "api_base": f"{server['url']}/v1",
+                "weight": max(round(1000 * server["share"]), 1),
             },
         }
-        for name, targets in routes(gpus).items()
-        for target in targets
+        for name, servers in routes(gpus, target).items()
+        for server in servers
     ]
     return _yaml({"model_list": models, "router_settings": {"routing_strategy": "simple-shuffle"}})
-
-
-def _url(index: int) -> str:
-    return f"http://localhost:{FIRST_PORT + index}"
 
 
 def _yaml(content: Any) -> str:
