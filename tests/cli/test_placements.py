@@ -30,7 +30,8 @@ def placed(shell: Shell) -> Any:
 def test_a_placement_is_written_and_can_be_checked(shell: Shell, placed: Any) -> None:
     out = shell.root / "out"
     assert {path.name for path in out.iterdir()} == {
-        "placement.json", "index.html", "serve.sh", "compose.yaml", "kubernetes.yaml", "routes.json", "litellm.yaml"
+        "placement.json", "index.html", "serve.sh", "compose.yaml", "kubernetes.yaml", "routes.json", "litellm.yaml",
+        "routes.compose.json", "litellm.compose.yaml", "routes.kubernetes.json", "litellm.kubernetes.yaml",
     }  # fmt: skip
     assert placed["verified"]
     assert placed["gpu_count"] == len(placed["gpus"]) >= placed["lower_bound"] >= 1

@@ -137,7 +137,7 @@ def test_the_script_refuses_folders_that_vllm_would_misread(tmp_path: Path, fold
 def test_names_that_cannot_be_deployed_are_refused(name: str, said: str) -> None:
     with pytest.raises(PlacementError) as caught:
         deploy.files({"gpus": [gpu(0, [("a", 1.0), (name, 1.0)])]}, {"p": PROFILE}, {})
-    assert re.fullmatch(r"adapter '.*' cannot be deployed: .*; give it another name", str(caught.value))
+    assert re.fullmatch(r"adapter ['\"].*['\"] cannot be deployed: .*; give it another name", str(caught.value))
     assert said in str(caught.value)
     assert len(str(caught.value)) < 250
 

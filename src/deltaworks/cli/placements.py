@@ -87,8 +87,8 @@ def place(
 ) -> None:
     """Place LoRA adapters on the fewest GPUs without starvation, checked by the digital twin on every GPU.
 
-    The output folder holds placement.json, index.html, serve.sh, compose.yaml, kubernetes.yaml, routes.json and
-    litellm.yaml.
+    The output folder holds placement.json, index.html, serve.sh, compose.yaml, kubernetes.yaml, and for each of the
+    last three routes and a LiteLLM config (routes.json, litellm.yaml; routes.compose.json and so on).
     """
     from deltaworks.cli.progress import make_steps
     from deltaworks.errors import PlacementError

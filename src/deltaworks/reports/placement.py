@@ -52,8 +52,12 @@ def placement_page(placement: Mapping[str, Any]) -> str:
 
 _START = (
     "<p>One server: <code>./serve.sh gpu-0</code>. All on one machine: <code>./serve.sh</code> or <code>docker compose"
-    " up</code>. A cluster: <code>kubectl apply -f kubernetes.yaml</code>. Requests are routed by"
-    " <code>routes.json</code>, or by LiteLLM with <code>litellm.yaml</code>.</p>"
+    " up</code>. A cluster: <code>kubectl apply -f kubernetes.yaml</code>.</p>"
+    "<p>Requests are routed by a routing map, or by LiteLLM with a config. Which of them holds the right addresses"
+    " depends on where the router runs: on the machine of the servers <code>routes.json</code> and"
+    " <code>litellm.yaml</code>, inside the compose project <code>routes.compose.json</code> and"
+    " <code>litellm.compose.yaml</code>, inside the cluster <code>routes.kubernetes.json</code> and"
+    " <code>litellm.kubernetes.yaml</code>.</p>"
 )
 
 

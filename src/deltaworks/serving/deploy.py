@@ -5,7 +5,7 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ FIRST_PORT = 8000
 NODE_LABEL = "nvidia.com/gpu.product"
 """The node label that tells GPU types apart in Kubernetes, as NVIDIA's GPU feature discovery sets it."""
 
-_TARGETS = {
+_TARGETS: dict[str, Callable[[int, str], str]] = {
     "": lambda index, _: f"http://localhost:{FIRST_PORT + index}",
     ".compose": lambda _, gpu: f"http://{gpu}:{FIRST_PORT}",
     ".kubernetes": lambda _, gpu: f"http://{_service(gpu)}:{FIRST_PORT}",

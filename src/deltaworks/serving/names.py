@@ -5,7 +5,7 @@ import shlex
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping
 
-from deltaworks.errors import PlacementError
+from deltaworks.errors import PlacementError, quoted
 
 LONGEST_NAME = 255
 """Bytes of UTF-8; what file systems take as the name of a folder."""
@@ -28,9 +28,9 @@ def check_names(names: Iterable[str], paths: Mapping[str, str], models: Collecti
     for name in names:
         source = paths.get(name, "")
         if (fault := _fault(name, models)) or (not is_hub_id(source) and (fault := _folder_fault(name))):
-            raise PlacementError(f"adapter {_quoted(name)} cannot be deployed: {fault}; give it another name")
+            raise PlacementError(f"adapter {quoted(name)} cannot be deployed: {fault}; give it another name")
         if _has_controls(source):
-            raise PlacementError(f"adapter {_quoted(name)} cannot be deployed: its path holds a control character")
+            raise PlacementError(f"adapter {quoted(name)} cannot be deployed: its path holds a control character")
 
 
 def is_hub_id(path: str) -> bool:
@@ -62,11 +62,6 @@ def _folder_fault(name: str) -> str:
 
 def _has_controls(text: str) -> bool:
     return any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
-
-
-def _quoted(name: str) -> str:
-    """A name in quotes, on one line and not too long for a message."""
-    return repr(name if len(name) <= 60 else name[:57] + "...")
 
 
 def lora_module(name: str, path: str) -> str:
