@@ -2,9 +2,13 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from families import random_tensors, write_model
 
+from deltaworks.catalog.register import register
+from deltaworks.catalog.rows import CHECKED, checksum, columns
 from deltaworks.catalog.store import Catalog, default_path
 from deltaworks.errors import CatalogError
 
@@ -43,3 +47,163 @@ def test_many_processes_open_a_new_catalog_at_once(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "catalog.sqlite") as db:
         assert db.execute("SELECT count(*) FROM plans").fetchone() == (80,)
     db.close()
+
+
+SHAPES = {"model.layers.0.mlp.up_proj.weight": (64, 64)}
+ANALYSIS = ("e" * 64, "b" * 64)
+
+
+def _filled(root: Path) -> Path:
+    """A catalog with a row in every table."""
+    made = random_tensors(0, SHAPES)
+    with Catalog(root / "catalog") as catalog:
+        register(catalog, "base", str(write_model(root / "base", made)))
+        file = catalog.statistics_file(*ANALYSIS)
+        file.write_bytes(b"")
+        catalog.save_analysis(*ANALYSIS, 4096, file, {"nonfinite": []})
+        catalog.save_cuts(*ANALYSIS, {("t", 5): (1, 2, 3, 4)})
+        catalog.save_storage("dev", 0.5, 2.0)
+        catalog.save_plan("d" * 64, "{}")
+        catalog.save_snapshot(root / "out", "d" * 64, {"inputs": []})
+        catalog.begin_staging(root / ".two.deltaworks", root / "two", "d" * 64)
+    return root / "catalog"
+
+
+def _execute(catalog: Path, statement: str) -> None:
+    with sqlite3.connect(catalog / "catalog.sqlite") as db:
+        assert db.execute(statement).rowcount == 1
+    db.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "row"),
+    [
+        ("UPDATE models SET tensors = '[[1]]'", "models(base)"),
+        ("UPDATE models SET tensors = 'x'", "models(base)"),
+        ("UPDATE models SET shards = replace(shards, '1', '2')", "models(base)"),
+        ("UPDATE models SET config = 7", "models(base)"),
+        ("UPDATE models SET kind = 'teapot'", "models(base)"),
+        ("UPDATE models SET path = CAST(x'ff2f' AS TEXT)", "models(base)"),
+        ("UPDATE models SET checksum = ''", "models(base)"),
+        ("UPDATE snapshots SET manifest = 'x'", "snapshots("),
+        ("UPDATE snapshots SET plan_digest = 'e'", "snapshots("),
+    ],
+)
+def test_a_damaged_row_is_named(tmp_path: Path, change: str, row: str) -> None:
+    """And can be dropped; the rest of the catalog stays."""
+    _execute(_filled(tmp_path), change)
+    with Catalog(tmp_path / "catalog") as catalog:
+        with pytest.raises(CatalogError, match="deltaworks gc") as caught:
+            (catalog.models(), catalog.snapshots())
+        assert row in str(caught.value)
+        assert len(str(caught.value)) < 400
+        assert len(catalog.damaged()) == 1
+        (dropped,) = catalog.drop_damaged()
+        assert dropped.startswith(row)
+        assert not catalog.damaged()
+        assert len(catalog.models()) + len(catalog.snapshots()) == 1
+
+
+def test_a_row_that_parses_and_is_wrong_is_damaged_even_with_a_checksum(tmp_path: Path) -> None:
+    _execute(_filled(tmp_path), "UPDATE models SET config = '[1]'")
+    with sqlite3.connect(tmp_path / "catalog" / "catalog.sqlite") as db:
+        row = db.execute(f"SELECT {columns('models')} FROM models").fetchone()
+        db.execute("UPDATE models SET checksum = ?", (checksum("models", row[:-1]),))
+    db.close()
+    with Catalog(tmp_path / "catalog") as catalog, pytest.raises(CatalogError, match=r"models\(base\) .* is damaged"):
+        catalog.find("base")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE analyses SET block_size = 8192",
+        "UPDATE cuts SET cut = replace(cut, '3', '4')",
+        "UPDATE storages SET request_s = 0.25",
+        "UPDATE plans SET content = '[]'",
+    ],
+)
+def test_damaged_rows_of_what_can_be_made_anew_are_not_believed(tmp_path: Path, change: str) -> None:
+    def known(catalog: Catalog) -> list[bool]:
+        return [
+            catalog.find_analysis(*ANALYSIS) is not None,
+            bool(catalog.find_cuts(*ANALYSIS)),
+            catalog.find_storage("dev") is not None,
+            catalog.has_plan("d" * 64),
+        ]
+
+    path = _filled(tmp_path)
+    with Catalog(path) as catalog:
+        assert known(catalog) == [True] * 4
+    _execute(path, change)
+    with Catalog(path) as catalog:
+        assert known(catalog).count(False) == 1
+        assert len(catalog.drop_damaged()) == 1
+
+
+def test_a_catalog_of_the_version_before_is_taken_over(tmp_path: Path) -> None:
+    """Its rows get checksums; a reader that may not write sees the same and leaves it alone."""
+    path = _filled(tmp_path)
+    with sqlite3.connect(path / "catalog.sqlite") as db:
+        for table in CHECKED:
+            db.execute(f"ALTER TABLE {table} DROP COLUMN checksum")
+        db.execute("DROP TABLE stagings")
+        db.execute("PRAGMA user_version = 2")
+    db.close()
+    with Catalog(path, to_read=True) as catalog:
+        assert catalog.is_copy
+        assert catalog.find("base") is not None
+        assert len(catalog.snapshots()) == 1
+    with Catalog(path) as catalog:
+        assert not catalog.damaged()
+        assert catalog.find("base") is not None
+        assert catalog.has_plan("d" * 64)
+        assert catalog.stagings() == []
+    with Catalog(path, to_read=True) as catalog:
+        assert not catalog.is_copy
+
+
+def test_to_read_makes_no_catalog(tmp_path: Path) -> None:
+    with Catalog(tmp_path / "none", to_read=True) as catalog:
+        assert catalog.models() == []
+        assert catalog.is_copy
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_catalog_that_cannot_be_written_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _filled(tmp_path)
+    connect = sqlite3.connect
+
+    def read_only(database: str, **more: Any) -> Any:
+        if database.endswith("catalog.sqlite"):
+            raise sqlite3.OperationalError("unable to open database file")
+        if database.endswith("mode=ro"):
+            raise sqlite3.OperationalError("attempt to write a readonly database")
+        return connect(database, **more)
+
+    monkeypatch.setattr(sqlite3, "connect", read_only)
+    with Catalog(path, to_read=True) as catalog:
+        assert [m.name for m in catalog.models()] == ["base"]
+        assert catalog.is_copy
+    with pytest.raises(CatalogError, match=r"cannot use .*catalog as a catalog: unable to open"):
+        Catalog(path)
+
+
+def test_a_database_without_structure_is_named(tmp_path: Path) -> None:
+    path = _filled(tmp_path)
+    content = bytearray((path / "catalog.sqlite").read_bytes())
+    for page in range(1, len(content) // 4096):  # the first page has the schema
+        content[page * 4096 : page * 4096 + 100] = b"\xff" * 100
+    (path / "catalog.sqlite").write_bytes(content)
+    with Catalog(path) as catalog, pytest.raises(CatalogError, match=r"catalog\.sqlite is damaged: .*malformed"):
+        catalog.models()
+
+
+def test_plans_that_nothing_was_made_by_can_be_dropped(tmp_path: Path) -> None:
+    with Catalog(_filled(tmp_path)) as catalog:
+        catalog.save_plan("a" * 64, "x" * 1_000_000)
+        assert catalog.unused_plans() == [("a" * 64, 1_000_000)]
+        catalog.drop_plans(["a" * 64])
+        assert catalog.unused_plans() == []
+        assert catalog.has_plan("d" * 64)
+    assert (tmp_path / "catalog" / "catalog.sqlite").stat().st_size < 500_000

@@ -3,49 +3,31 @@
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import quote
 
 from deltaworks.catalog.models import Kind, Model
+from deltaworks.catalog.rows import (
+    CHECKED,
+    SCHEMA_VERSION,
+    Value,
+    checksum,
+    columns,
+    damaged_rows,
+    is_sound,
+    row_name,
+    update_schema,
+)
 from deltaworks.checkpoints.checkpoint import Checkpoint, ShardFile
 from deltaworks.checkpoints.dtypes import DTYPES
 from deltaworks.checkpoints.header import TensorInfo
-from deltaworks.errors import CatalogError
-
-SCHEMA_VERSION = 2
-
-_SCHEMA = """
-CREATE TABLE models(
-    name TEXT PRIMARY KEY, kind TEXT NOT NULL, source TEXT NOT NULL, path TEXT NOT NULL, base TEXT,
-    base_is_declared INTEGER NOT NULL, fingerprint TEXT NOT NULL, shards TEXT NOT NULL, tensors TEXT NOT NULL,
-    config TEXT NOT NULL, registered_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP
-) STRICT;
-CREATE TABLE analyses(
-    expert TEXT NOT NULL, base TEXT NOT NULL, block_size INTEGER NOT NULL, file TEXT NOT NULL, summary TEXT NOT NULL,
-    analyzed_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP, PRIMARY KEY (expert, base)
-) STRICT;
-CREATE TABLE cuts(
-    expert TEXT NOT NULL, base TEXT NOT NULL, tensor TEXT NOT NULL, keep INTEGER NOT NULL,
-    cut TEXT NOT NULL, PRIMARY KEY (expert, base, tensor, keep)
-) STRICT;
-CREATE TABLE storages(
-    device TEXT PRIMARY KEY, request_s REAL NOT NULL, bytes_per_s REAL NOT NULL,
-    measured_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP
-) STRICT;
-CREATE TABLE plans(
-    digest TEXT PRIMARY KEY, content TEXT NOT NULL, made_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP
-) STRICT;
-CREATE TABLE snapshots(
-    path TEXT PRIMARY KEY, plan_digest TEXT NOT NULL, manifest TEXT NOT NULL,
-    committed_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP
-) STRICT;
-"""
-
+from deltaworks.errors import CatalogError, DeltaworksError
 
 _DATABASE = "catalog.sqlite"
 KEPT = ".files"
@@ -72,25 +54,23 @@ class Catalog:
     """An open catalog. Several processes may use one at once; one object belongs to one thread.
 
     Args:
-        path: its folder; made where it does not exist.
+        path: its folder.
+        to_read: nothing need be written. A folder without a catalog then reads as an empty one and is not touched, and
+            of a catalog that cannot be written a copy in memory is read.
+
+    Attributes:
+        path: its folder.
+        is_copy: whether what is written is lost, see `to_read`.
 
     Raises:
         CatalogError: the folder cannot be used, or was written by another version.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path or default_path()
+    def __init__(self, path: Path | None = None, *, to_read: bool = False) -> None:
+        self.path, self.is_copy = path or default_path(), False
         try:
-            (self.path / "statistics").mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(self.path / _DATABASE, timeout=60, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            with self.transaction():
-                version = self._db.execute("PRAGMA user_version").fetchone()[0]
-                if version == 0:
-                    for statement in filter(str.strip, _SCHEMA.split(";")):
-                        self._db.execute(statement)
-                    self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-                    version = SCHEMA_VERSION
+            self._db = self._open(to_read=to_read)
+            version = self._update_schema()
         except (OSError, sqlite3.Error) as error:
             raise CatalogError(
                 f"cannot use {self.path} as a catalog: {error}; choose another with --catalog"
@@ -102,9 +82,60 @@ class Catalog:
                 " choose another with --catalog"
             )
 
+    @property
+    def database(self) -> Path:
+        """The database file."""
+        return self.path / _DATABASE
+
+    def _open(self, *, to_read: bool) -> sqlite3.Connection:
+        if to_read and not is_catalog(self.path):
+            with suppress(FileNotFoundError):
+                os.listdir(self.path)  # noqa: PTH208  # a file in its place, or a folder that may not be entered, is an error
+            self.is_copy = True
+            return _connect(":memory:")
+        try:
+            (self.path / "statistics").mkdir(parents=True, exist_ok=True)
+            db = _connect(str(self.database))
+            db.execute("PRAGMA journal_mode = WAL")
+            if not to_read:  # what cannot be written is refused before any work
+                db.execute("BEGIN IMMEDIATE")
+                db.execute("ROLLBACK")
+            is_usable = not to_read or db.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION
+        except (OSError, sqlite3.Error):
+            if not to_read:
+                raise
+            is_usable = False
+        if is_usable:
+            return db
+        self.is_copy = True
+        return self._copy()
+
+    def _copy(self) -> sqlite3.Connection:
+        """The database in memory."""
+        copy = _connect(":memory:")
+        where = f"file:{quote(str(self.database.resolve()))}"
+        try:
+            with closing(_connect(f"{where}?mode=ro")) as db:
+                db.backup(copy)
+        except sqlite3.OperationalError:
+            # Even to read a database with a log, SQLite makes files beside it unless it is told that nobody writes.
+            with closing(_connect(f"{where}?immutable=1")) as db:
+                db.backup(copy)
+        return copy
+
+    def _update_schema(self) -> int:
+        version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
+        if version == SCHEMA_VERSION:  # most often; a reader does not wait for writers then
+            return version
+        with self.transaction():
+            return update_schema(self._db)
+
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All writes inside happen, or none."""
+        """All writes inside happen, or none. One inside another is part of that."""
+        if self._db.in_transaction:
+            yield
+            return
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -112,6 +143,68 @@ class Catalog:
             self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
+
+    def _rows(self, statement: str, *values: Value) -> list[tuple[Any, ...]]:
+        """All rows that a query finds.
+
+        Raises:
+            CatalogError: the database is damaged.
+            DeltaworksError: it cannot be read.
+        """
+        try:
+            return self._db.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise self._failure("read", error) from error
+
+    def _write(self, statement: str, rows: Iterable[Sequence[Value]]) -> None:
+        """Execute a statement for each of some rows, all or none.
+
+        Raises:
+            DeltaworksError: the database cannot be written.
+        """
+        try:
+            with self.transaction():
+                self._db.executemany(statement, rows)
+        except sqlite3.Error as error:
+            raise self._failure("written", error) from error
+
+    def _failure(self, what: str, error: sqlite3.Error) -> DeltaworksError:
+        if isinstance(error, sqlite3.OperationalError):
+            return DeltaworksError(f"the catalog {self.database} cannot be {what}: {error}")
+        return CatalogError(
+            f"the catalog {self.database} is damaged: {error}; move it away and register the models again,"
+            " or choose another with --catalog"
+        )
+
+    def _save(self, table: str, *rows: Sequence[Value]) -> None:
+        """Add or replace rows of a table, each with its checksum."""
+        marks = ", ".join("?" * (len(CHECKED[table]) + 1))
+        self._write(
+            f"REPLACE INTO {table}({columns(table)}) VALUES ({marks})",  # noqa: S608  # constants
+            [(*row, checksum(table, row)) for row in rows],
+        )
+
+    def _sound(self, table: str, where: str = "", *values: Value) -> list[tuple[Any, ...]]:
+        """The rows of a table that are what was written, without their checksums; the others are left out."""
+        found = self._rows(f"SELECT {columns(table)} FROM {table} {where}", *values)  # noqa: S608  # constants
+        return [row[:-1] for row in found if is_sound(table, row)]
+
+    def damaged(self) -> list[str]:
+        """What is called by each row that is not what was written."""
+        return [name for _, _, name in self._damaged()]
+
+    def drop_damaged(self) -> list[str]:
+        """Delete every row that is not what was written; returns their names."""
+        found = self._damaged()
+        for table, rowid, _ in found:
+            self._write(f"DELETE FROM {table} WHERE rowid = ?", [(rowid,)])  # noqa: S608  # a constant
+        return [name for _, _, name in found]
+
+    def _damaged(self) -> list[tuple[str, int, str]]:
+        try:
+            return list(damaged_rows(self._db))
+        except sqlite3.Error as error:
+            raise self._failure("read", error) from error
 
     def close(self) -> None:
         """Close the database."""
@@ -130,15 +223,15 @@ class Catalog:
     def save_model(self, model: Model) -> None:
         """Add or replace `model`."""
         checkpoint = model.checkpoint
-        self._db.execute(
-            f"REPLACE INTO models({_MODEL}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608  # a constant
+        self._save(
+            "models",
             (
                 model.name,
-                model.kind,
+                model.kind.value,
                 model.source,
                 str(checkpoint.path),
                 model.base,
-                model.base_is_declared,
+                int(model.base_is_declared),
                 model.fingerprint,
                 json.dumps([asdict(s) for s in checkpoint.shards]),
                 json.dumps(
@@ -149,23 +242,45 @@ class Catalog:
         )
 
     def models(self) -> list[Model]:
-        """Every model, in the order of registration."""
-        rows = self._db.execute(f"SELECT {_MODEL} FROM models ORDER BY registered_at, rowid")  # noqa: S608  # a constant
-        return [_model(row) for row in rows]
+        """Every model, in the order of registration.
+
+        Raises:
+            CatalogError: a row is damaged.
+        """
+        return self._models("ORDER BY registered_at, rowid")
 
     def find(self, name: str) -> Model | None:
-        """The model called `name`, if there is one."""
-        row = self._db.execute(f"SELECT {_MODEL} FROM models WHERE name = ?", (name,)).fetchone()  # noqa: S608
-        return _model(row) if row else None
+        """The model called `name`, if there is one.
+
+        Raises:
+            CatalogError: its row is damaged.
+        """
+        return next(iter(self._models("WHERE name = ?", name)), None)
 
     def find_path(self, path: Path) -> Model | None:
-        """The model registered from the folder `path`, if there is one."""
-        row = self._db.execute(f"SELECT {_MODEL} FROM models WHERE path = ?", (str(path),)).fetchone()  # noqa: S608
-        return _model(row) if row else None
+        """The model registered from the folder `path`, if there is one.
+
+        Raises:
+            CatalogError: its row is damaged.
+        """
+        return next(iter(self._models("WHERE path = ?", str(path))), None)
+
+    def _models(self, where: str, *values: Value) -> list[Model]:
+        found = self._rows(f"SELECT {columns('models')} FROM models {where}", *values)  # noqa: S608  # constants
+        models = []
+        for row in found:
+            model = _model(row[:-1]) if is_sound("models", row) else None
+            if model is None:
+                raise CatalogError(
+                    f"the row {row_name('models', row)} of {self.database} is damaged; drop it with `deltaworks gc`"
+                    " and register that model again"
+                )
+            models.append(model)
+        return models
 
     def names(self) -> list[str]:
         """The names in use."""
-        return [row[0] for row in self._db.execute("SELECT name FROM models ORDER BY rowid")]
+        return [row[0] for row in self._rows("SELECT name FROM models ORDER BY rowid")]
 
     # Analyses
 
@@ -191,48 +306,39 @@ class Catalog:
     def save_analysis(self, expert: str, base: str, block_size: int, file: Path, summary: dict[str, Any]) -> None:
         """Record that the statistics of the delta `expert` minus `base` (fingerprints) stand in `file`."""
         with self.transaction():
-            self._db.execute(
-                "REPLACE INTO analyses(expert, base, block_size, file, summary) VALUES (?, ?, ?, ?, ?)",
-                (expert, base, block_size, file.name, json.dumps(summary)),
-            )
-            self._db.execute("DELETE FROM cuts WHERE expert = ? AND base = ?", (expert, base))
+            self._save("analyses", (expert, base, block_size, file.name, json.dumps(summary)))
+            self._write("DELETE FROM cuts WHERE expert = ? AND base = ?", [(expert, base)])
 
     def find_analysis(self, expert: str, base: str) -> tuple[int, Path, dict[str, Any]] | None:
-        """Block size, statistics file and summary of an analyzed delta; None where it is not analyzed."""
-        row = self._db.execute(
-            "SELECT block_size, file, summary FROM analyses WHERE expert = ? AND base = ?", (expert, base)
-        ).fetchone()
-        if row is None or not (file := self.path / "statistics" / row[1]).is_file():
-            return None
-        return int(row[0]), file, json.loads(row[2])
+        """Block size, statistics file and summary of an analyzed delta.
+
+        None where it is not analyzed, or the row that says so is damaged: then it is to be analyzed again.
+        """
+        for _, _, block_size, name, summary in self._sound("analyses", "WHERE expert = ? AND base = ?", expert, base):
+            file = self.path / "statistics" / name
+            if file.is_file():
+                return block_size, file, json.loads(summary)
+        return None
 
     def save_cuts(self, expert: str, base: str, cuts: Mapping[tuple[str, int], Sequence[int]]) -> None:
         """Remember packed trim cuts, each under its tensor and number of kept elements."""
-        with self.transaction():
-            self._db.executemany(
-                "REPLACE INTO cuts(expert, base, tensor, keep, cut) VALUES (?, ?, ?, ?, ?)",
-                [(expert, base, tensor, keep, json.dumps(cut)) for (tensor, keep), cut in cuts.items()],
-            )
+        rows = ((expert, base, tensor, keep, json.dumps(cut)) for (tensor, keep), cut in cuts.items())
+        self._save("cuts", *rows)
 
     def find_cuts(self, expert: str, base: str) -> dict[tuple[str, int], list[int]]:
-        """Every remembered cut of a delta, packed, by tensor and number of kept elements."""
-        rows = self._db.execute("SELECT tensor, keep, cut FROM cuts WHERE expert = ? AND base = ?", (expert, base))
-        return {(row[0], row[1]): json.loads(row[2]) for row in rows}
+        """Every remembered cut of a delta, packed, by tensor and number of kept elements; no damaged ones."""
+        rows = self._sound("cuts", "WHERE expert = ? AND base = ?", expert, base)
+        return {(tensor, keep): json.loads(cut) for _, _, tensor, keep, cut in rows}
 
     # Storages
 
     def save_storage(self, device: str, request_s: float, bytes_per_s: float) -> None:
         """Remember what reading costs on a storage."""
-        self._db.execute(
-            "REPLACE INTO storages(device, request_s, bytes_per_s) VALUES (?, ?, ?)", (device, request_s, bytes_per_s)
-        )
+        self._save("storages", (device, request_s, bytes_per_s))
 
     def find_storage(self, device: str) -> tuple[float, float] | None:
-        """Seconds a request and bytes a second of a storage; None where it was not measured."""
-        row: tuple[float, float] | None = self._db.execute(
-            "SELECT request_s, bytes_per_s FROM storages WHERE device = ?", (device,)
-        ).fetchone()
-        return row
+        """Seconds a request and bytes a second of a storage; None where it was not measured, or its row is damaged."""
+        return next((row[1:] for row in self._sound("storages", "WHERE device = ?", device)), None)
 
     # Servers
 
@@ -249,47 +355,92 @@ class Catalog:
 
     def save_plan(self, digest: str, content: str) -> None:
         """Keep a plan's text under its digest."""
-        self._db.execute("INSERT OR IGNORE INTO plans(digest, content) VALUES (?, ?)", (digest, content))
+        self._save("plans", (digest, content))
 
     def has_plan(self, digest: str) -> bool:
         """Whether the text of the plan with this digest is kept."""
-        return self._db.execute("SELECT 1 FROM plans WHERE digest = ?", (digest,)).fetchone() is not None
-
-    def save_snapshot(self, path: Path, plan_digest: str, manifest: dict[str, Any]) -> None:
-        """Record a committed merged model."""
-        self._db.execute(
-            "REPLACE INTO snapshots(path, plan_digest, manifest) VALUES (?, ?, ?)",
-            (str(path), plan_digest, json.dumps(manifest)),
-        )
+        return bool(self._sound("plans", "WHERE digest = ?", digest))
 
     def find_plans(self, prefix: str) -> list[str]:
         """The text of every plan whose digest begins with `prefix`."""
-        rows = self._db.execute("SELECT content FROM plans WHERE substr(digest, 1, ?) = ?", (len(prefix), prefix))
-        return [row[0] for row in rows]
+        return [row[1] for row in self._sound("plans", "WHERE substr(digest, 1, ?) = ?", len(prefix), prefix)]
+
+    def unused_plans(self) -> list[tuple[str, int]]:
+        """Digest and bytes of every plan that no recorded snapshot and no unfinished merge was made by."""
+        return self._rows(
+            "SELECT digest, length(CAST(content AS BLOB)) FROM plans WHERE digest NOT IN"
+            " (SELECT plan_digest FROM snapshots UNION SELECT plan_digest FROM stagings) ORDER BY made_at, digest"
+        )
+
+    def drop_plans(self, digests: Sequence[str]) -> None:
+        """Delete plans, and give the space to the file system."""
+        self._write("DELETE FROM plans WHERE digest = ?", [(d,) for d in digests])
+        self._rows("VACUUM")
+
+    def save_snapshot(self, path: Path, plan_digest: str, manifest: dict[str, Any]) -> None:
+        """Record a committed merged model; what was begun for it is finished then."""
+        with self.transaction():
+            self._save("snapshots", (str(path), plan_digest, json.dumps(manifest)))
+            self._write("DELETE FROM stagings WHERE out = ?", [(str(path),)])
 
     def snapshots(self) -> list[tuple[Path, str, dict[str, Any], str]]:
-        """Path, plan digest, manifest and time of every committed snapshot, newest last."""
-        rows = self._db.execute(
-            "SELECT path, plan_digest, manifest, committed_at FROM snapshots ORDER BY committed_at, rowid"
+        """Path, plan digest, manifest and time of every committed snapshot, newest last.
+
+        Raises:
+            CatalogError: a row is damaged.
+        """
+        rows = self._rows(
+            f"SELECT committed_at, {columns('snapshots')} FROM snapshots ORDER BY committed_at, rowid"  # noqa: S608
         )
-        return [(Path(row[0]), row[1], json.loads(row[2]), row[3]) for row in rows]
+        for _, *row in rows:
+            if not is_sound("snapshots", row):
+                raise CatalogError(
+                    f"the row {row_name('snapshots', row)} of {self.database} is damaged; drop it with `deltaworks gc`"
+                    " and enter that merged model again: deltaworks verify OUT"
+                )
+        return [(Path(path), digest, json.loads(manifest), when) for when, path, digest, manifest, _ in rows]
+
+    # Merges that are not finished
+
+    def begin_staging(self, path: Path, out: Path, plan_digest: str) -> None:
+        """Record the folder in which a merge builds what will appear at `out`."""
+        self._write(
+            "REPLACE INTO stagings(path, out, plan_digest) VALUES (?, ?, ?)", [(str(path), str(out), plan_digest)]
+        )
+
+    def end_staging(self, path: Path) -> None:
+        """Forget a folder in which a merge was building."""
+        self._write("DELETE FROM stagings WHERE path = ?", [(str(path),)])
+
+    def stagings(self) -> list[tuple[Path, Path, str]]:
+        """Folder, output and plan digest of every merge that was begun and is not recorded as finished."""
+        rows = self._rows("SELECT path, out, plan_digest FROM stagings ORDER BY started_at, rowid")
+        return [(Path(path), Path(out), digest) for path, out, digest in rows]
 
 
-_MODEL = "name, kind, source, path, base, base_is_declared, fingerprint, shards, tensors, config"
+def _connect(database: str) -> sqlite3.Connection:
+    db = sqlite3.connect(database, timeout=60, isolation_level=None, uri=database.startswith("file:"))
+    # Text that is damaged is found by its checksum, which names the row.
+    db.text_factory = lambda raw: raw.decode("utf-8", "replace")
+    return db
 
 
-def _model(row: tuple[Any, ...]) -> Model:
+def _model(row: tuple[Any, ...]) -> Model | None:
+    """The model of a row; None where the row does not parse."""
     name, kind, source, path, base, declared, fingerprint, shards, tensors, config = row
-    content, file = json.loads(config)
-    checkpoint = Checkpoint(
-        Path(path),
-        tuple(ShardFile(**s) for s in json.loads(shards)),
-        _tensors(tensors),
-        content,
-        ShardFile(**file) if file else None,
-        kind == Kind.ADAPTER,
-    )
-    return Model(name, Kind(kind), source, base, bool(declared), fingerprint, checkpoint)
+    try:
+        content, file = json.loads(config)
+        checkpoint = Checkpoint(
+            Path(path),
+            tuple(ShardFile(**s) for s in json.loads(shards)),
+            _tensors(tensors),
+            content,
+            ShardFile(**file) if file else None,
+            kind == Kind.ADAPTER,
+        )
+        return Model(name, Kind(kind), source, base, bool(declared), fingerprint, checkpoint)
+    except (ValueError, TypeError, LookupError):
+        return None
 
 
 @lru_cache(maxsize=16)
