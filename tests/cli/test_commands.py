@@ -41,6 +41,7 @@ def test_a_day_of_work(shell: Shell, tmp_path: Path) -> None:
         "predicted_error",
         "error_bound",
         "output",
+        "notes",
     }
     after = {"expert_bytes_read", "base_bytes_read", "output_bytes_written", "measured_error", "wall_s", "stages"}
     assert before < planned.keys()
