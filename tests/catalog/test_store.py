@@ -150,7 +150,7 @@ def test_a_catalog_of_the_version_before_is_taken_over(tmp_path: Path) -> None:
         db.execute("DROP TABLE stagings")
         db.execute("PRAGMA user_version = 2")
     db.close()
-    with Catalog(path, to_read=True) as catalog:
+    with Catalog.to_read(path) as catalog:
         assert catalog.is_copy
         assert catalog.find("base") is not None
         assert len(catalog.snapshots()) == 1
@@ -159,12 +159,12 @@ def test_a_catalog_of_the_version_before_is_taken_over(tmp_path: Path) -> None:
         assert catalog.find("base") is not None
         assert catalog.has_plan("d" * 64)
         assert catalog.stagings() == []
-    with Catalog(path, to_read=True) as catalog:
+    with Catalog.to_read(path) as catalog:
         assert not catalog.is_copy
 
 
 def test_to_read_makes_no_catalog(tmp_path: Path) -> None:
-    with Catalog(tmp_path / "none", to_read=True) as catalog:
+    with Catalog.to_read(tmp_path / "none") as catalog:
         assert catalog.models() == []
         assert catalog.is_copy
     assert not (tmp_path / "none").exists()
@@ -182,7 +182,7 @@ def test_a_catalog_that_cannot_be_written_can_be_read(tmp_path: Path, monkeypatc
         return connect(database, **more)
 
     monkeypatch.setattr(sqlite3, "connect", read_only)
-    with Catalog(path, to_read=True) as catalog:
+    with Catalog.to_read(path) as catalog:
         assert [m.name for m in catalog.models()] == ["base"]
         assert catalog.is_copy
     with pytest.raises(CatalogError, match=r"cannot use .*catalog as a catalog: unable to open"):

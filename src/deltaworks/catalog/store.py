@@ -55,21 +55,20 @@ class Catalog:
 
     Args:
         path: its folder.
-        to_read: nothing need be written. A folder without a catalog then reads as an empty one and is not touched, and
-            of a catalog that cannot be written a copy in memory is read.
+        only_reads: see `to_read`.
 
     Attributes:
         path: its folder.
-        is_copy: whether what is written is lost, see `to_read`.
+        is_copy: whether what is written is lost; see `to_read`.
 
     Raises:
         CatalogError: the folder cannot be used, or was written by another version.
     """
 
-    def __init__(self, path: Path | None = None, *, to_read: bool = False) -> None:
+    def __init__(self, path: Path | None = None, only_reads: bool = False) -> None:
         self.path, self.is_copy = path or default_path(), False
         try:
-            self._db = self._open(to_read=to_read)
+            self._db = self._open(only_reads=only_reads)
             version = self._update_schema()
         except (OSError, sqlite3.Error) as error:
             raise CatalogError(
@@ -82,13 +81,25 @@ class Catalog:
                 " choose another with --catalog"
             )
 
+    @classmethod
+    def to_read(cls, path: Path | None = None) -> Self:
+        """Open a catalog for a command that need not write.
+
+        A folder without a catalog reads as an empty one and is not touched; of a catalog that cannot be written, a copy
+        in memory is read.
+
+        Raises:
+            CatalogError: the folder cannot be read, or was written by another version.
+        """
+        return cls(path, True)
+
     @property
     def database(self) -> Path:
         """The database file."""
         return self.path / _DATABASE
 
-    def _open(self, *, to_read: bool) -> sqlite3.Connection:
-        if to_read and not is_catalog(self.path):
+    def _open(self, *, only_reads: bool) -> sqlite3.Connection:
+        if only_reads and not is_catalog(self.path):
             with suppress(FileNotFoundError):
                 os.listdir(self.path)  # noqa: PTH208  # a file in its place, or a folder that may not be entered, is an error
             self.is_copy = True
@@ -97,12 +108,12 @@ class Catalog:
             (self.path / "statistics").mkdir(parents=True, exist_ok=True)
             db = _connect(str(self.database))
             db.execute("PRAGMA journal_mode = WAL")
-            if not to_read:  # what cannot be written is refused before any work
+            if not only_reads:  # what cannot be written is refused before any work
                 db.execute("BEGIN IMMEDIATE")
                 db.execute("ROLLBACK")
-            is_usable = not to_read or db.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION
+            is_usable = not only_reads or db.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION
         except (OSError, sqlite3.Error):
-            if not to_read:
+            if not only_reads:
                 raise
             is_usable = False
         if is_usable:

@@ -28,7 +28,7 @@ def lineage(
     from deltaworks.merging.lineage import model_lineage, snapshot_lineage
     from deltaworks.merging.stored import find_snapshot
 
-    with Catalog(catalog, to_read=True) as opened:
+    with Catalog.to_read(catalog) as opened:
         found = find_snapshot(opened, what) if opened.find(what) is None else None
         if found is not None:
             facts, show = snapshot_lineage(opened, *found), _snapshot

@@ -199,7 +199,7 @@ def list_(catalog: CatalogPath = None, as_json: AsJson = False) -> None:
     from deltaworks.catalog.store import Catalog
     from deltaworks.reports.facts import catalog_facts
 
-    with Catalog(catalog, to_read=True) as opened:
+    with Catalog.to_read(catalog) as opened:
         facts = catalog_facts(opened)
     if as_json:
         print_json(facts)

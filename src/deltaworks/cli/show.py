@@ -29,7 +29,7 @@ def show(
     from deltaworks.reports.facts import analysis_facts, model_facts
 
     path = Path(what)
-    with Catalog(catalog, to_read=True) as opened:
+    with Catalog.to_read(catalog) as opened:
         if opened.find(what) is None and path.is_file():
             from deltaworks.merging.plan import load_plan
             from deltaworks.reports.plans import plan_facts
