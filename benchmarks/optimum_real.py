@@ -51,9 +51,9 @@ def recommended(rows: list[dict[str, str]]) -> dict[str, str]:
     """The configuration that the twin recommends: of the most throughput that it sees kept up with, with headroom."""
     plain, more = list(answers(rows, 1.0)), list(answers(rows, 1.0 + HEADROOM))
     good = [
-        (a["throughput_tps"], a["ttft_ms"]["p99"] or 0.0, i)
+        (a["throughput_tps"], a["ttft_completed_ms"]["p99"] or 0.0, i)
         for i, (a, b) in enumerate(zip(plain, more, strict=True))
-        if not (a["starved"] or b["starved"] or a["memory_error"])
+        if not (a["starved_server"] or b["starved_server"] or a["memory_error"])
     ]
     most = max(g[0] for g in good)
     return rows[min((g for g in good if g[0] >= (1 - ALIKE) * most), key=lambda g: g[1])[2]]

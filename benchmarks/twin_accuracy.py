@@ -67,7 +67,7 @@ def predicted(row: dict[str, str], profile: Profile, seed: int = 0) -> dict[str,
              "failed": failed, "memory_error": answer["memory_error"], "wall_s": wall}  # fmt: skip
     if failed or answer["memory_error"]:
         return found
-    requests, ttft = answer["requests"], answer["ttft_ms"]["mean"]
+    requests, ttft = answer["requests"], answer["ttft_completed_ms"]["mean"]
     real_tps, starved = number(row["total_throughput_tps"]), row["starved"] == "True"
     exhausted = row["client_port_exhausted"] == "True"
     unfinished = penalised(ttft, requests["completed"], requests["arrived"])
@@ -75,8 +75,8 @@ def predicted(row: dict[str, str], profile: Profile, seed: int = 0) -> dict[str,
     return found | {
         "starved": starved,
         "exhausted": exhausted,
-        "starved_right": answer["starved"] == starved,
-        "false_alarm": answer["starved"] and not starved,
+        "starved_right": answer["starved_server"] == starved,
+        "false_alarm": answer["starved_server"] and not starved,
         "throughput": smape(answer["throughput_tps"], real_tps),
         "trivial": smape(answer["offered_tps"], real_tps),
         "itl": smape(answer["itl_ms"]["mean"], number(row["itl_mean_ms"])),
@@ -210,7 +210,8 @@ def cpu_cases(profile: Profile) -> list[dict[str, Any]]:
         found.append({
             "case": asked["name"], "throughput": smape(answer["throughput_tps"], tps),
             "itl": smape(answer["itl_ms"]["mean"], 1000 * case["summary"]["itl_mean_s"]),
-            "starved": case["summary"]["starved"], "starved_right": answer["starved"] == case["summary"]["starved"],
+            "starved": case["summary"]["starved"],
+            "starved_right": answer["starved_server"] == case["summary"]["starved"],
         })  # fmt: skip
     return found
 

@@ -21,6 +21,7 @@ class Request:
     place: int = 0
     first_token_s: float = math.nan
     finish_s: float = math.nan
+    preempted_s: float = math.nan
     state: str = "never"
 
     @property
@@ -185,6 +186,7 @@ class Twin:
         victim.computed = 0
         victim.decoding = False
         victim.state = "waiting"
+        victim.preempted_s = self.now
         self.first_place -= 1
         victim.place = self.first_place
         self.waiting.insert(0, victim)

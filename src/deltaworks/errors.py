@@ -9,6 +9,7 @@ DeltaworksError            a failure; the command line exits with 1
 │   ├── WorkloadError      a workload or trace with an unknown key, a wrong value or an impossible request
 │   ├── ProfileError       a profile that is unknown or malformed, or tables that do not determine one
 │   ├── PlacementError     a placement that cannot be made, or a file that is none
+│   │   └── ImpossibleError    what no number of GPUs does; the command line exits with 1
 │   ├── ChangedError       a model that changed since it was registered
 │   └── OutputError        an output folder that exists, or that another process is writing
 ├── BudgetError            a read that would exceed the I/O budget, stopped before it happened
@@ -62,11 +63,19 @@ def did_you_mean(name: object, known: Iterable[str], called: str = "") -> str:
 
 
 class DeltaworksError(Exception):
-    """A failure; its text is one sentence that says what is wrong, where, and what to do."""
+    """A failure; its text is one sentence that says what is wrong, where, and what to do.
+
+    Attributes:
+        exit_code: Of the command line.
+    """
+
+    exit_code = 1
 
 
 class UserError(DeltaworksError):
     """Something the caller can mend."""
+
+    exit_code = 2
 
 
 class CheckpointError(UserError):
@@ -95,6 +104,12 @@ class ProfileError(UserError):
 
 class PlacementError(UserError):
     """A placement cannot be made as asked, or a file is no placement."""
+
+
+class ImpossibleError(PlacementError):
+    """No number of GPUs does what is asked; the sentence says what can be done. A result, so it exits with 1."""
+
+    exit_code = 1
 
 
 class ChangedError(UserError):

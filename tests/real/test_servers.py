@@ -46,7 +46,7 @@ def test_published_runs(model: str) -> None:
     assert not any(a["memory_error"] for a, _ in answers)
     assert sum(near(a["throughput_tps"], float(r["total_throughput_tps"]), 4) for a, r in answers) >= len(answers) - 1
     assert sum(near(a["itl_ms"]["mean"], float(r["itl_mean_ms"]), 9) for a, r in answers) >= len(answers) - 2
-    assert sum(a["starved"] == (r["starved"] == "True") for a, r in answers) >= len(answers) - 1
+    assert sum(a["starved_server"] == (r["starved"] == "True") for a, r in answers) >= len(answers) - 1
 
 
 @pytest.mark.skipif(not CASES.is_dir(), reason="the recorded runs are not beside this checkout")
@@ -66,4 +66,4 @@ def test_recorded_runs_on_a_cpu(path: Path) -> None:
     done = [r for r in case["requests"] if r["finished"] and r["finish_s"] <= duration]
     assert near(answer["throughput_tps"], sum(r["prompt_len"] + r["output_len"] for r in done) / duration, 6)
     assert near(answer["itl_ms"]["mean"], 1000 * case["summary"]["itl_mean_s"], 12)
-    assert answer["starved"] == case["summary"]["starved"]
+    assert answer["starved_server"] == case["summary"]["starved"]

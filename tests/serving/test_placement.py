@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_server import SMALL, check_placement, judge, workload
 
-from deltaworks.errors import PlacementError
+from deltaworks.errors import ImpossibleError, PlacementError
 from deltaworks.serving.bound import Capacities, fewest
 from deltaworks.serving.judge import parse_goal
 from deltaworks.serving.parts import Part, part_of
@@ -122,11 +122,8 @@ def test_the_cheapest_types_are_taken() -> None:
 def test_what_cannot_be_served_is_named() -> None:
     tiny = Profile("p", "e", "m", "g", KvCache(6000, 10, 20, 1000), StepTime(5))
     large = judge(workload([{"name": "a", "rank": 512, "rate": 1}]), 0.1, (), tiny)
-    with pytest.raises(PlacementError, match="a: no GPU has memory for one slot of rank 512"):
+    with pytest.raises(ImpossibleError, match="a: no GPU has memory for one slot of rank 512"):
         place(large)
-    hurried = judge(workload([{"name": "a", "rank": 8, "rate": 1}]), 0.1, ("itl_mean=1ms",))
-    with pytest.raises(PlacementError, match="no placement was found"):
-        place(hurried)
 
 
 @pytest.mark.parametrize(("text", "said"), [

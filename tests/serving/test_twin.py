@@ -12,6 +12,7 @@ from reference_twin import Costs, Limits, Request, Twin
 
 from deltaworks.serving import server, twin
 from deltaworks.serving.simulate import check_conservation
+from deltaworks.serving.starvation import tokens_made
 
 PLACES = (
     twin.BASE, twin.PER_DECODE, twin.PER_PREFILL, twin.PER_CONTEXT, twin.EAGER, twin.GRAPH_TOKENS, twin.LORA,
@@ -94,6 +95,10 @@ def test_the_twin_is_the_reference(case: Twin) -> None:
     check_conservation(state, arrived)
     assert state.state.tolist() == [STATES[r.state] for r in case.requests]
     assert np.allclose(first, [r.first_token_s for r in case.requests], rtol=1e-9, atol=1e-9, equal_nan=True)
+    preempted = [r.preempted_s for r in case.requests]
+    assert np.allclose(state.preempted_s, preempted, rtol=1e-9, atol=1e-9, equal_nan=True)
+    made = tokens_made(state, case.duration_s)
+    assert [int(made[r.index]) for r in case.requests] == [r.generated for r in case.requests]
     assert np.allclose(finish, [r.finish_s for r in case.requests], rtol=1e-9, atol=1e-9, equal_nan=True)
     total = state.total
     assert total[server.PREEMPTIONS] == case.preemptions

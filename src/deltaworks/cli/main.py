@@ -10,7 +10,7 @@ from contextlib import suppress
 import typer
 
 from deltaworks.cli import demo, lineage, merges, models, placements, plans, serving, show, surrogates
-from deltaworks.errors import DeltaworksError, UserError
+from deltaworks.errors import DeltaworksError
 
 _M_MMAP_THRESHOLD = -3
 """Of mallopt(3)."""
@@ -43,7 +43,7 @@ def main() -> None:
         app()
     except DeltaworksError as error:
         sys.stderr.write(f"error: {error}\n")
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        sys.exit(error.exit_code)
     except sqlite3.Error as error:
         sys.stderr.write(f"error: the catalog cannot be written: {error}\n")
         sys.exit(1)

@@ -275,7 +275,8 @@ def _placement(document: dict[str, Any], output: Path | None) -> None:
     bound = "as few as can be" if document["gap"] <= 0 else f"at least {document['lower_bound']} are needed"
     price = f", price {document['price']:g}" if "price" in document else ""
     verified = "accepted by the twin" if document["verified"] else "NOT accepted by the twin"
-    typer.echo(f"{count} GPU{plural} for {document['adapter_count']:,} adapters ({bound}){price}; {verified}\n")
+    waits = f"; {document['waits']}" if document["waits"] else ""
+    typer.echo(f"{count} GPU{plural} for {document['adapter_count']:,} adapters ({bound}){price}; {verified}{waits}\n")
     head = f"{'gpu':<8}{'type':<26}{'adapters':>9}{'slots':>7}{'rank':>6}{'tokens/s':>10}{'TTFT p50':>11}{'p99':>10}"
     typer.echo(head + f"{'ITL':>10}")
     for gpu in document["gpus"]:
@@ -344,19 +345,25 @@ def advise(
     from deltaworks.cli.progress import make_counter
     from deltaworks.errors import PlacementError
     from deltaworks.serving.advice import alike, capacities, overheads
-    from deltaworks.serving.document import PATIENCE_MS
+    from deltaworks.serving.document import headline_waits
     from deltaworks.serving.judge import SLOTS, parse_goal
     from deltaworks.serving.profile import find_profile
 
     chosen = find_profile(profile)
     lengths = {"distribution": "sharegpt", "input_mean": input_mean, "output_mean": output_mean}
     one = alike(rank, rate, lengths)
+    goals = [parse_goal(text) for text in slo or ()]
     with make_counter("numbers of slots", len(SLOTS), "twin.run", quiet=quiet) as done:
-        rows = capacities(chosen, one, _share(headroom), [parse_goal(text) for text in slo or ()], done)
+        rows = capacities(chosen, one, _share(headroom), goals, done)
     if not rows:
-        raise PlacementError(f"{chosen.name} cannot serve even one adapter of rank {rank} at {rate:g} requests/s")
+        raise PlacementError(
+            f"{chosen.name} cannot serve even one adapter of rank {rank} at {rate:g} requests/s; a lower --rate, less"
+            " --headroom or a looser --slo may do"
+        )
     best = max(rows, key=lambda row: (row["adapters"], -(row["ttft_p99_ms"] or 0.0)))
     costs = overheads(chosen, rank, best["slots"])
+    waits = headline_waits([{"ttft_ms": {"p50": best["ttft_p50_ms"], "p99": best["ttft_p99_ms"]}}], goals)
+    waits = f"; {waits}" if waits else ""
     if as_json:
         print_json(
             {"profile": chosen.name, "rank": rank, "rate": rate, "best": best, "slots": rows, "overheads": costs}
@@ -364,7 +371,7 @@ def advise(
         return
     typer.echo(
         f"{chosen.name}: {best['adapters']:,} adapters of rank {rank} at {rate:g} requests/s fit on one GPU, with"
-        f" --max-loras {best['slots']}\n"
+        f" --max-loras {best['slots']}{waits}\n"
     )
     typer.echo(f"{'slots':>6}{'adapters':>10}{'tokens/s':>10}{'TTFT p99':>11}{'ITL':>9}{'KV tokens':>11}")
     for row in rows:
@@ -373,7 +380,7 @@ def advise(
             f"{row['slots']:>6}{row['adapters']:>10,}{row['throughput_tps']:>10,.0f}{format_time(row['ttft_p99_ms']):>11}"
             f"{format_time(row['itl_mean_ms']):>9}{row['kv_tokens']:>11,}  {bar}{' <- most' if row is best else ''}"
         )
-    if not slo and (best["ttft_p99_ms"] or 0.0) > PATIENCE_MS:
+    if waits:
         typer.echo("\nnobody starves, but requests wait for slots; ask for less with --slo ttft_p99=2s")
     typer.echo("\nwhat adapters cost there")
     for name, sentence in costs.items():

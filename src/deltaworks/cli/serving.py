@@ -153,8 +153,13 @@ def _answer(answer: dict[str, Any], profile: str, slots: int) -> None:
     if answer["memory_error"]:
         typer.echo(f"{profile} with {slots} slots: out of memory, the server does not start")
         return
-    verdict = "STARVED" if answer["starved"] else "not starved"
-    typer.echo(f"{profile} with {slots} slots, {answer['kv_tokens']:,} KV tokens: {verdict}\n")
+    server = f"{profile} with {slots} slots, {answer['kv_tokens']:,} KV tokens"
+    if answer["starved"]:
+        listed = _listed(answer["starved_adapters"])
+        asked = sum(a["arrived"] > 0 for a in answer["adapters"].values())
+        typer.echo(f"STARVED: {listed} ({len(answer['starved_adapters']):,} of {asked:,} that ask); {server}\n")
+    else:
+        typer.echo(f"{server}: not starved\n")
     spreads = {"TTFT": answer["ttft_ms"], "ITL": answer["itl_ms"], "TPOT": answer["tpot_ms"]}
     through = f"{answer['throughput_tps']:,.0f} of {answer['offered_tps']:,.0f} tokens/s offered"
     split = f"input {answer['input_throughput_tps']:,.0f}, output {answer['output_throughput_tps']:,.0f}"
@@ -165,11 +170,28 @@ def _answer(answer: dict[str, Any], profile: str, slots: int) -> None:
         ("running", f"{answer['running_mean']:.1f} on average; {answer['waiting_mean']:.1f} waiting"),
         ("events", f"{answer['preemptions']:,} preemptions, {answer['adapter_loads']:,} adapter loads"),
     ]
-    behind = sorted((a["completed_share"], name) for name, a in answer["adapters"].items() if a["arrived"])
-    if behind and behind[0][0] < 0.9:
-        rows.append(("behind", ", ".join(f"{name} {share:.0%}" for share, name in behind[:5])))
+    if answer["ttft_ms"] != answer["ttft_completed_ms"]:
+        rows.insert(2, ("  completed", _spread(answer["ttft_completed_ms"])))
+    behind = sorted((a["served_share"], name) for name, a in answer["adapters"].items() if a["arrived"])
+    rows += [("behind", _behind(name, answer["adapters"][name])) for share, name in behind[:5] if share < 0.9]
     for label, value in rows:
         typer.echo(f"{label:<12}{value}")
+    for note in answer["notes"]:
+        typer.echo(f"\nnote: {note}")
+
+
+def _listed(names: list[str], most: int = 5, longest: int = 40) -> str:
+    """Some names as a sentence lists them."""
+    shown = ", ".join(name if len(name) <= longest else f"{name[:longest]}..." for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
+
+
+def _behind(name: str, adapter: dict[str, Any]) -> str:
+    """What an adapter got, and what of it waits."""
+    said = f"{_listed([name])} got {adapter['served_share']:.0%} of its tokens"
+    if adapter["waiting"]:
+        said += f"; {adapter['waiting']:,} requests wait, the oldest for {format_time(1000 * adapter['oldest_wait_s'])}"
+    return said
 
 
 def _spread(values: dict[str, float | None]) -> str:

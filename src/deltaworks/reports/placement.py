@@ -63,9 +63,12 @@ _START = (
 
 def _subtitle(placement: Mapping[str, Any]) -> str:
     headroom = placement["headroom"]
-    parts = ["the digital twin sees no GPU starved or out of memory" if placement["verified"] else "NOT verified"]
+    parts = [
+        "the digital twin sees no adapter starved and no GPU out of memory" if placement["verified"] else "NOT verified"
+    ]
     parts.append(f"with {headroom:.0%} more traffic than asked" if headroom else "at the traffic asked")
     parts += [f"{name} at most {format_time(limit)}" for name, limit in placement["slo"].items()]
+    parts += [placement["waits"]] if placement.get("waits") else []
     return ", ".join(parts)
 
 

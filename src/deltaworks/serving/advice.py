@@ -9,11 +9,12 @@ from typing import Any
 
 from deltaworks.errors import WorkloadError
 from deltaworks.serving.estimate import estimate, traffic_of
-from deltaworks.serving.judge import SLOTS, Goal
+from deltaworks.serving.feasible import check_possible
+from deltaworks.serving.judge import SLOTS, Goal, keeps_up
 from deltaworks.serving.profile import Profile, allowed_rank
 from deltaworks.serving.simulate import Configuration, simulate
 from deltaworks.serving.twin import step_s
-from deltaworks.serving.workload import Adapter, Workload, parse_workload
+from deltaworks.serving.workload import Adapter, Workload, parse_workload, requests_of
 
 MOST_ADAPTERS = 4096
 _PRECISION = 0.02
@@ -57,9 +58,13 @@ def capacities(
         told: Told how many more numbers of slots are done.
 
     Returns:
-        A row each: ``slots``, ``adapters``, ``throughput_tps``, ``ttft_p99_ms``, ``itl_mean_ms`` (at the plain
-        traffic), ``kv_tokens``.
+        A row each: ``slots``, ``adapters``, ``throughput_tps``, ``ttft_p50_ms``, ``ttft_p99_ms``, ``itl_mean_ms`` (at
+        the plain traffic), ``kv_tokens``.
+
+    Raises:
+        ImpossibleError: a single request on an idle GPU does not fit, or does not keep the goals.
     """
+    check_possible(one, [profile], goals, [requests_of(one, profile.output_share)])
     rank = allowed_rank(one.adapters[0].rank)
     most = profile.most_slots(rank)
     listed = [slots for slots in SLOTS if slots <= most]
@@ -74,6 +79,7 @@ def capacities(
             "slots": slots,
             "adapters": count,
             "throughput_tps": answer["throughput_tps"],
+            "ttft_p50_ms": answer["ttft_ms"]["p50"],
             "ttft_p99_ms": answer["ttft_ms"]["p99"],
             "itl_mean_ms": answer["itl_ms"]["mean"],
             "kv_tokens": answer["kv_tokens"],
@@ -92,9 +98,15 @@ def _most_adapters(
 ) -> tuple[int, dict[str, Any]] | None:
     """The most adapters served with so many slots, and the twin's answer at the plain traffic; None if not even one."""
 
+    def accepted(count: int, factor: float) -> bool:
+        answer = _ask(profile, one, count, slots, rank, factor)
+        if answer["starved"] or not all(goal.met(answer) for goal in goals):
+            return False
+        traffic = traffic_of(of_adapters(one, count), profile.output_share).scaled(factor)
+        return not answer["short"] or keeps_up(traffic, profile, min(slots, count), rank)
+
     def served(count: int) -> bool:
-        answer = _ask(profile, one, count, slots, rank, 1 + headroom)
-        return not answer["starved"] and all(goal.met(answer) for goal in goals)
+        return all(accepted(count, factor) for factor in sorted({1 + headroom, 1.0}, reverse=True))
 
     guess = _guess(profile, one, slots, rank, 1 + headroom)
     low, high = 0, guess

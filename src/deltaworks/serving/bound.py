@@ -70,7 +70,7 @@ class Capacities:
             return True
         factor = 1.0 + judge.demand.headroom
         ranked = judge.slots(part, kind)[: _TRIES * (2 if judge.demand.goals else 1)]
-        return any(strain < 2 and judge.accepts(judge.ask(part, kind, slots, factor)) for strain, slots in ranked)
+        return any(strain < 2 and judge.serves(part, kind, slots, factor) for strain, slots in ranked)
 
     def _sample(self, mix: F64, share: float) -> Part:
         """Adapters that make up a share of the traffic of each group, hot and cold ones as in the group."""

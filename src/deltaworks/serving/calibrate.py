@@ -111,6 +111,8 @@ def _residuals(profile: Profile, run: Run, requests: Requests | None) -> list[fl
     answer = simulate(run.workload, profile, run.configuration, requests)
     found = []
     for quantity, measured in run.measured.items():
-        value = answer[quantity] if quantity == "throughput_tps" else answer[quantity]["mean"]
+        # What a client measured is of completed requests.
+        said = answer["ttft_completed_ms" if quantity == "ttft_ms" else quantity]
+        value = said if quantity == "throughput_tps" else said["mean"]
         found.append(float(np.log(max(value or 0.0, 1e-9) / measured)) / SPREAD[quantity])
     return found

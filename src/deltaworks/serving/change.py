@@ -9,7 +9,7 @@ from deltaworks.serving import partition
 from deltaworks.serving.document import Recorded
 from deltaworks.serving.judge import HOPELESS, Judge
 from deltaworks.serving.parts import Part, cut
-from deltaworks.serving.placement import Gpu, Placement, Told, check_servable, place
+from deltaworks.serving.placement import Gpu, Placement, Told, check_feasible, place
 from deltaworks.serving.server import F64
 
 _ROUNDS = 200
@@ -73,9 +73,10 @@ def change(judge: Judge, old: Recorded, prices: Sequence[float] | None = None, t
         told: Is told what is being done.
 
     Raises:
-        PlacementError: an adapter cannot be served, or the old GPUs are of a type that is not given.
+        ImpossibleError: a single request on an idle GPU cannot do what is asked.
+        PlacementError: the old GPUs are of a type that is not given.
     """
-    check_servable(judge)
+    check_feasible(judge, range(len(judge.profiles)))
     adapters = judge.demand.workload.adapters
     places = {adapter.name: i for i, adapter in enumerate(adapters)}
     names = [profile.name for profile in judge.profiles]

@@ -199,7 +199,7 @@ def _row(profile: Profile, experiment: Experiment) -> tuple[float, ...]:
     offered = float(answer["offered_tps"])
     share = float(answer["throughput_tps"]) / offered if offered else 1.0
     features = estimate(traffic, profile, experiment.slots, experiment.max_rank)
-    return (*features.tolist(), min(share, 1.0), float(answer["starved"]), offered)
+    return (*features.tolist(), min(share, 1.0), float(answer["starved_server"]), offered)
 
 
 def unlabelled(profile: Profile, seed: int, count: int, progress: Callable[[int], None] | None = None) -> F64:

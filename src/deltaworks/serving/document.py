@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from deltaworks.errors import PlacementError, UserError
-from deltaworks.serving.judge import Judge
-from deltaworks.serving.placement import Gpu, Placement
+from deltaworks.serving.judge import Goal, Judge
+from deltaworks.serving.placement import Gpu, Placement, check_totals
 from deltaworks.serving.profile import Profile, parse_profile
 from deltaworks.serving.workload import Workload, parse_workload
+from deltaworks.units import format_time
 
 SCHEMA = 1
 FILE = "placement.json"
 PATIENCE_MS = 10_000.0
-"""A 99th percentile of TTFT beyond which a placement is remarked upon: nobody starves, but somebody waits."""
+"""A 99th percentile of TTFT beyond which the headline tells it: nobody starves, but somebody waits."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def describe(
     """
     names = ids or [f"gpu-{i}" for i in range(len(placement.gpus))]
     gpus = [_gpu(judge, name, gpu) for name, gpu in zip(names, placement.gpus, strict=True)]
+    check_totals(judge, placement.gpus)
     count = len(gpus)
     found: dict[str, Any] = {
         "schema": SCHEMA,
@@ -74,6 +76,7 @@ def describe(
         "offered_tps": sum(gpu["predicted"]["offered_tps"] for gpu in gpus),
         "throughput_tps": sum(gpu["predicted"]["throughput_tps"] for gpu in gpus),
         "gpus": gpus,
+        "waits": headline_waits([gpu["predicted"] for gpu in gpus], judge.demand.goals),
         "notes": notes(gpus, judge),
         "workload": content,
         "profiles": {profile.name: profile.to_json() for profile in judge.profiles},
@@ -110,8 +113,9 @@ def _gpu(judge: Judge, name: str, gpu: Gpu) -> dict[str, Any]:
 def idle(profile: Profile, judge: Judge) -> dict[str, Any]:
     """What the twin would say of a GPU with nothing to do."""
     return {
-        "throughput_tps": 0.0, "offered_tps": 0.0, "starved": False, "memory_error": False,
-        "kv_tokens": profile.kv_tokens(1, judge.rank_of(())), "adapters": {},
+        "throughput_tps": 0.0, "offered_tps": 0.0, "starved": False, "starved_adapters": [], "starved_server": False,
+        "memory_error": False, "kv_tokens": profile.kv_tokens(1, judge.rank_of(())), "adapters": {}, "notes": [],
+        "requests": {"arrived": 0, "completed": 0, "running": 0, "waiting": 0, "rejected": 0},
         "ttft_ms": {"mean": None, "p50": None, "p99": None}, "itl_ms": {"mean": None, "p50": None, "p99": None},
     }  # fmt: skip
 
@@ -119,12 +123,15 @@ def idle(profile: Profile, judge: Judge) -> dict[str, Any]:
 def notes(gpus: list[dict[str, Any]], judge: Judge) -> list[str]:
     """What a user should know before using a placement."""
     found = []
-    waits = [(gpu["predicted"]["ttft_ms"]["p99"] or 0.0, gpu["id"]) for gpu in gpus]
-    if max(waits)[0] > PATIENCE_MS and not any(goal.quantity == "ttft" for goal in judge.demand.goals):
-        found.append(
-            f"nobody starves, but one request in a hundred waits {max(waits)[0] / 1000:.0f} s or more for its first"
-            f" token on {max(waits)[1]}; ask for less with --slo ttft_p99=2s"
-        )
+    said = [gpu["predicted"] for gpu in gpus]
+    if headline_waits(said, judge.demand.goals):
+        found.append("nobody starves, but requests wait for slots; ask for less with --slo ttft_p99=2s")
+    if not sum(answer["requests"]["arrived"] for answer in said):
+        found.append("no request arrives in the time simulated, so nothing was tried; give a longer duration")
+    if refused := sum(answer["requests"]["rejected"] for answer in said):
+        found.append(f"{refused:,} requests are longer than the KV cache of their GPU and are refused")
+    if short := [(gpu["id"], note) for gpu in gpus for note in gpu["predicted"]["notes"]]:
+        found.append(f"on {short[0][0]}, {short[0][1]}")
     if any(a["share"] < 1 for gpu in gpus for a in gpu["adapters"]):
         found.append("some adapters are served by several GPUs; routes.json says which share of requests each takes")
     trace = judge.demand.workload.trace
@@ -137,6 +144,19 @@ def notes(gpus: list[dict[str, Any]], judge: Judge) -> list[str]:
                 " with: deltaworks surrogate train"
             )
     return found
+
+
+def headline_waits(answers: Sequence[Mapping[str, Any]], goals: Sequence[Goal]) -> str:
+    """The worst median and 99th percentile of TTFT for the headline, where they are long and no goal limits them.
+
+    Args:
+        answers: Of `simulate`, one for each GPU.
+        goals: Latencies that were asked for.
+    """
+    p50, p99 = (max((answer["ttft_ms"][q] or 0.0 for answer in answers), default=0.0) for q in ("p50", "p99"))
+    if p99 <= PATIENCE_MS or any(goal.quantity == "ttft" for goal in goals):
+        return ""
+    return f"TTFT p50 {format_time(p50)}, p99 {format_time(p99)}"
 
 
 def with_traces(content: Any, origin: Path) -> tuple[Any, dict[str, Path]]:

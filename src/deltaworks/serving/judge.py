@@ -15,8 +15,9 @@ from deltaworks.serving.estimate import FEATURES, Traffic, estimate, traffic_of
 from deltaworks.serving.parts import Part, part_of
 from deltaworks.serving.profile import Profile, allowed_rank
 from deltaworks.serving.simulate import Configuration, simulate
+from deltaworks.serving.starvation import STARVED_DEFICIT
 from deltaworks.serving.surrogate import Surrogate
-from deltaworks.serving.workload import Workload
+from deltaworks.serving.workload import Requests, Workload, requests_of
 
 SLOTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320,
          384, 448, 512)  # fmt: skip
@@ -55,10 +56,20 @@ class Goal:
         """As it is written."""
         return f"{self.quantity}_{self.statistic}"
 
+    def value(self, answer: dict[str, Any]) -> float | None:
+        """What an answer of `simulate` says of it, milliseconds; None where nothing was observed."""
+        found: float | None = answer[f"{self.quantity}_ms"][self.statistic]
+        return found
+
     def met(self, answer: dict[str, Any]) -> bool:
         """Whether an answer of `simulate` keeps to it."""
-        value = answer[f"{self.quantity}_ms"][self.statistic]
-        return value is None or value <= self.limit_ms
+        value = self.value(answer)
+        if value is not None:
+            return bool(value <= self.limit_ms)
+        # Nothing was observed. That is no proof, unless nobody asked for anything that could be.
+        asked = answer["requests"]["arrived"]
+        single = answer["offered_output_tps"] * answer["duration_s"] <= asked + 0.5
+        return not asked or (self.quantity != "ttft" and single)
 
 
 def parse_goal(text: str) -> Goal:
@@ -123,6 +134,13 @@ class Judge:
         self._said: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._lock = Lock()
         self._workload = demand.workload
+        self._drawn: dict[int, Requests] = {}
+
+    def requests(self, kind: int) -> Requests:
+        """All requests of the workload, with answers as a type of GPU generates them."""
+        if kind not in self._drawn:
+            self._drawn[kind] = requests_of(self._workload, self.profiles[kind].output_share)
+        return self._drawn[kind]
 
     def rank_of(self, part: Part) -> int:
         """The least maximum rank that a part needs; that of the smallest adapter if it has none."""
@@ -169,10 +187,26 @@ class Judge:
         return answer
 
     def accepts(self, answer: dict[str, Any]) -> bool:
-        """Whether an answer of the twin is one to accept."""
+        """Whether an answer of the twin is one to accept: no adapter starves, and all goals are kept."""
         return (
             not answer["starved"] and not answer["memory_error"] and all(goal.met(answer) for goal in self.demand.goals)
         )
+
+    def serves(self, part: Part, kind: int, slots: int, factor: float) -> bool:
+        """Whether the twin accepts a GPU at ``factor`` times the traffic, and its answer proves something.
+
+        A run that is short against one answer ends before queues form; there the equilibrium must keep up as well. A
+        share of an adapter of which no request arrived in the run was not tried at all.
+        """
+        answer = self.ask(part, kind, slots, factor)
+        if not self.accepts(answer):
+            return False
+        traffic = self.traffic_of(part, kind, factor)
+        if not answer["requests"]["arrived"] and any(
+            piece.share < 1.0 and rate > 0 for piece, rate in zip(part, traffic.rate, strict=True)
+        ):
+            return False
+        return not answer["short"] or keeps_up(traffic, self.profiles[kind], slots, self.rank_of(part))
 
     def fits(self, part: Part, kind: int, tries: int = TRIES) -> int | None:
         """Slots with which the twin accepts a GPU, with all the headroom and without, or None if none were found.
@@ -193,7 +227,7 @@ class Judge:
         """Whether the twin accepts a GPU, with all the headroom and without."""
         # Without as well: a queue that drains under more traffic may by chance not drain under less.
         factors = (1.0 + self.demand.headroom, 1.0) if self.demand.headroom else (1.0,)
-        return all(self.accepts(self.ask(part, kind, slots, factor)) for factor in factors)
+        return all(self.serves(part, kind, slots, factor) for factor in factors)
 
     def polished(self, part: Part, kind: int, slots: int, reach: int = 1) -> int:
         """The slots, near some that the twin accepts, that it accepts too and whose 99th percentile of TTFT is least.
@@ -210,11 +244,20 @@ class Judge:
         return min(near, key=lambda s: (latency_ms(self.ask(part, kind, s)), s))
 
 
+def keeps_up(traffic: Traffic, profile: Profile, slots: int, max_rank: int) -> bool:
+    """Whether a server that was given time without end would deliver all but the share that starvation takes."""
+    needed = estimate(traffic, profile, slots, max_rank)[_UTILISATION]
+    return bool(needed * (1.0 - STARVED_DEFICIT) < 1.0)
+
+
 def latency_ms(answer: dict[str, Any]) -> float:
     """The 99th percentile of TTFT, milliseconds; infinite where nobody who asked is served."""
     if answer["starved"] or answer["memory_error"]:
         return float("inf")
-    return float(answer["ttft_ms"]["p99"] or 0.0)
+    p99 = answer["ttft_ms"]["p99"]
+    if p99 is None:
+        return float("inf") if answer["requests"]["arrived"] else 0.0
+    return float(p99)
 
 
 HOPELESS = 1.5

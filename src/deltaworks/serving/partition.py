@@ -42,7 +42,7 @@ def weights(traffic: Traffic, profile: Profile, gpus: int) -> F64:
     return np.asarray(traffic.rate * token + held * costs[twin.PER_ADAPTER] / step_s + 1e-9)
 
 
-def balanced(weight: F64, capacity: F64, rate: F64, piece: float = 1.0) -> list[Part]:
+def balanced(weight: F64, capacity: F64, requests: F64, piece: float = 1.0) -> list[Part]:
     """Each adapter to the GPU that is then the least loaded, heaviest adapters first (LPT).
 
     An adapter heavier than ``piece`` of the load that each GPU should have is split into equal shares of at most that
@@ -51,12 +51,12 @@ def balanced(weight: F64, capacity: F64, rate: F64, piece: float = 1.0) -> list[
     Args:
         weight: Of the adapters, (adapters,) float64.
         capacity: Of the GPUs, (gpus,) float64.
-        rate: Requests/s of the adapters, (adapters,) float64: what does not ask is not split.
+        requests: Expected of the adapters, (adapters,) float64: every piece gets at least one.
         piece: How large a piece may be.
     """
     gpus = capacity.size
     even = float(weight.sum() / gpus)
-    count = np.where(rate > 0, np.minimum(np.ceil(weight / (piece * even) - 1e-9), gpus), 1).astype(np.int64)
+    count = np.minimum(_pieces(weight, requests, piece * even), gpus)
     items = sorted(
         ((float(weight[a] / count[a]), int(a)) for a in range(weight.size) for _ in range(count[a])),
         key=lambda item: (-item[0], item[1]),
@@ -74,7 +74,13 @@ def balanced(weight: F64, capacity: F64, rate: F64, piece: float = 1.0) -> list[
     return cut(shares, gpus)
 
 
-def by_rank(rank: F64, weight: F64, rate: F64, capacity: F64, piece: float) -> list[Part]:
+def _pieces(weight: F64, requests: F64, largest: float) -> I64:
+    """Into how many pieces of at most ``largest`` weight each adapter is split, (adapters,) int64."""
+    wanted = np.ceil(weight / largest - 1e-9)
+    return np.maximum(np.minimum(wanted, np.floor(requests)), 1).astype(np.int64)
+
+
+def by_rank(rank: F64, weight: F64, requests: F64, capacity: F64, piece: float) -> list[Part]:
     """Adapters of like rank together, for a server pays for its largest one; hot and cold ones alternate.
 
     They are laid out in order of rank, and the row is cut into runs of the loads that the GPUs should have.
@@ -82,12 +88,12 @@ def by_rank(rank: F64, weight: F64, rate: F64, capacity: F64, piece: float) -> l
     Args:
         rank: Of the adapters, (adapters,) float64.
         weight: (adapters,) float64.
-        rate: (adapters,) float64: what does not ask is not split.
+        requests: Expected of the adapters, (adapters,) float64: every piece gets at least one.
         capacity: Of the GPUs, (gpus,) float64.
         piece: How large a share of a GPU's load a piece of an adapter may be.
     """
     even = float(weight.sum() / capacity.size)
-    count = np.where(rate > 0, np.maximum(np.ceil(weight / (piece * even) - 1e-9), 1), 1).astype(np.int64)
+    count = _pieces(weight, requests, piece * even)
     row: list[tuple[int, float]] = []
     for own in sorted({allowed_rank(int(r)) for r in rank}):
         members = [i for i in np.argsort(-weight, kind="stable") if allowed_rank(int(rank[i])) == own]

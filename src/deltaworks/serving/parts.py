@@ -1,7 +1,7 @@
 """Which adapters a GPU serves, and the part of a workload that then reaches it.
 
 A hot adapter may be served by several GPUs, each of which takes an interval of its requests: the intervals of all
-pieces of an adapter cover [0, 1) once.
+pieces of an adapter cover [0, 1) once, so every request reaches exactly one GPU.
 """
 
 from collections.abc import Iterable
@@ -76,10 +76,14 @@ def _interval(count: int, start: float, share: float) -> NDArray[np.bool_]:
 
 
 def _adapter(adapter: Adapter, piece: Piece, traffic: float) -> Adapter:
+    start = piece.start % 1.0
     if piece.start >= 1:
         adapter = replace(adapter, name=f"{adapter.name}~{int(piece.start)}")
-    factor = piece.share * traffic
-    return adapter if factor == 1.0 else replace(adapter, rate=tuple((s, rate * factor) for s, rate in adapter.rate))
+    if traffic != 1.0:
+        adapter = replace(adapter, rate=tuple((s, rate * traffic) for s, rate in adapter.rate))
+    # Rounding must not cost the last piece of an adapter a request.
+    end = start + piece.share
+    return replace(adapter, interval=(start, 1.0 if end > 1.0 - 1e-12 else end))
 
 
 def cut(shares: Iterable[tuple[int, int, float]], gpus: int) -> list[Part]:

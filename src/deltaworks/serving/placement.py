@@ -10,25 +10,36 @@ Source: greedy placement checked by a twin is the idea of arXiv 2508.08343 and 2
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import islice, product
 from math import ceil
 
 import numpy as np
 
-from deltaworks.errors import PlacementError
+from deltaworks.errors import ImpossibleError, PlacementError
 from deltaworks.serving import partition
-from deltaworks.serving.bound import Capacities, fewest
+from deltaworks.serving.bound import Capacities, fewest, spread
 from deltaworks.serving.estimate import Traffic
+from deltaworks.serving.feasible import check_possible
 from deltaworks.serving.judge import HOPELESS, SLOTS, Judge, latency_ms
 from deltaworks.serving.parts import Part, Piece
 from deltaworks.serving.profile import allowed_rank
 from deltaworks.serving.server import F64
+from deltaworks.units import format_time
 
 RANDOM_SEED = 0
 _REPAIRS = 3
 _LIGHTER = 0.96
 _FARTHEST = 1.5
 _HOT = 0.1
+_STRIDE = 0.04
+_MOST_MIXES = 200_000
+_MOST_REPAIRED = 8
+
+MOST_TIMES = 16
+"""A placement has at most so many times the GPUs that its tokens need at full load, or so many times 2."""
+
+MIXES = 200
+"""So many numbers of GPUs of each type are tried."""
 
 Deal = Callable[[F64], list[Part]]
 """From the capacities of GPUs, (gpus,) float64, to what each of them serves."""
@@ -81,9 +92,10 @@ def place(
         bounded: Find a lower bound too; without, in a fraction of the time, it says how many GPUs were tried first.
 
     Raises:
-        PlacementError: some adapter cannot be served at all, or no placement was found that the twin accepts.
+        ImpossibleError: a single request on an idle GPU cannot do what is asked, or no placement on a sensible number
+            of GPUs was found that the twin accepts.
     """
-    check_servable(judge)
+    check_feasible(judge, range(len(judge.profiles)))
     kinds = len(judge.profiles)
     price = np.ones(kinds) if prices is None else np.array(prices, np.float64)
     alone = None
@@ -99,6 +111,9 @@ def place(
         bound = None if prices is None else 2 * float(price[0])
         return Placement(_polished(judge, found[0]), 2, bound, found[1])
     told("what single GPUs can take")
+    most = _most_gpus(judge)
+    if alone is None:
+        _check_lightest(judge, most)
     capacities = [Capacities(judge, kind, evenly=not bounded) for kind in range(kinds)]
     columns = np.concatenate([c.columns for c in capacities])
     each = np.concatenate([np.full(c.columns.shape[0], price[k]) for k, c in enumerate(capacities)])
@@ -107,7 +122,7 @@ def place(
     even = np.array([c.columns[0].max() for c in capacities])
     cost = capacities[0].prices(columns)
     best = Placement((alone,), least, bound, "all on one") if alone else None
-    for counts in _mixes(even, price, least):
+    for counts in islice(_mixes(even, price, least, most), MIXES):
         chosen = [kind for kind, count in enumerate(counts) for _ in range(count)]
         if best is not None and price[chosen].sum() >= price[[g.kind for g in best.gpus]].sum():
             break
@@ -117,8 +132,45 @@ def place(
             break
     if best is not None:
         return replace(best, gpus=_polished(judge, best.gpus))
-    raise PlacementError(
-        "no placement was found that the twin accepts on every GPU; lower --headroom, loosen --slo, or give more types"
+    raise ImpossibleError(
+        f"no placement on up to {most:,} GPUs was found that the twin accepts on every one; lower --headroom, loosen"
+        " --slo, or give more types of GPU"
+    )
+
+
+def _most_gpus(judge: Judge) -> int:
+    """The largest number of GPUs that is tried.
+
+    It is `MOST_TIMES` the number that the tokens need at full load, rounded up and at least 2; but a GPU that gets no
+    request is of no use.
+    """
+    needed = min(
+        float(partition.weights(traffic, profile, 1).sum())
+        for traffic, profile in zip(judge.traffic, judge.profiles, strict=True)
+    )
+    requests = judge.traffic[0].rate.sum() * judge.traffic[0].duration_s
+    return max(min(MOST_TIMES * max(ceil(needed), 2), int(requests)), 1)
+
+
+def _check_lightest(judge: Judge, most: int) -> None:
+    """Raise unless some type of GPU can take its share of all the traffic, spread over the most GPUs that are tried.
+
+    Raises:
+        ImpossibleError: none can; the sentence says what its latencies are then.
+    """
+    rate = judge.traffic[0].rate
+    part = tuple(sorted(spread(np.argsort(-rate, kind="stable"), rate, 1.0 / most)))
+    if not part or any(judge.fits(part, kind, tries=len(SLOTS)) is not None for kind in range(len(judge.profiles))):
+        return
+    said = []
+    for kind, profile in enumerate(judge.profiles):
+        if ranked := judge.slots(part, kind):
+            answer = judge.ask(part, kind, ranked[0][1], 1.0 + judge.demand.headroom)
+            values = [f"{g.name} is {format_time(g.value(answer))}" for g in judge.demand.goals if not g.met(answer)]
+            said.append(f"on {profile.name} {' and '.join(values) or 'adapters starve'}")
+    raise ImpossibleError(
+        f"even on {most:,} GPUs the goals are not kept: with one of so many shares of the traffic, {'; '.join(said)};"
+        " lower --headroom, loosen --slo, or give other types of GPU"
     )
 
 
@@ -132,9 +184,10 @@ def place_on(judge: Judge, kinds: Sequence[int], told: Told = lambda _: None, wa
         ways: How many ways of dealing to try; None for all.
 
     Raises:
+        ImpossibleError: a single request on an idle GPU cannot do what is asked.
         PlacementError: the twin accepts no placement on those GPUs.
     """
-    check_servable(judge)
+    check_feasible(judge, sorted(set(kinds)))
     even = np.array([1.0 / partition.weights(judge.traffic[k], judge.profiles[k], len(kinds)).sum() for k in kinds])
     best: tuple[float, tuple[Gpu, ...], str] | None = None
     for name, deal in list(dealings(judge, kinds).items())[:ways]:
@@ -156,42 +209,81 @@ def place_on(judge: Judge, kinds: Sequence[int], told: Told = lambda _: None, wa
     return Placement(best[1], len(kinds), None, best[2])
 
 
+def check_feasible(judge: Judge, kinds: Sequence[int]) -> None:
+    """Raise where single requests on idle GPUs of these types do not fit or do not keep the goals.
+
+    Raises:
+        ImpossibleError: the sentence says what can be kept.
+    """
+    check_possible(
+        judge.demand.workload,
+        [judge.profiles[k] for k in kinds],
+        judge.demand.goals,
+        [judge.requests(k) for k in kinds],
+    )
+
+
 def _polished(judge: Judge, gpus: Sequence[Gpu], reach: int = 1) -> tuple[Gpu, ...]:
     """The same with slots of lower latency, where the twin accepts them."""
 
     def better(gpu: Gpu) -> Gpu:
         return replace(gpu, slots=judge.polished(gpu.part, gpu.kind, gpu.slots, reach)) if gpu.part else gpu
 
-    return tuple(judge.pool.map(better, gpus))
+    found = tuple(judge.pool.map(better, gpus))
+    check_totals(judge, found)
+    return found
 
 
-def check_servable(judge: Judge) -> None:
-    """Raise unless some type of GPU has memory for a slot of every adapter's rank.
+def check_totals(judge: Judge, gpus: Sequence[Gpu]) -> None:
+    """Raise unless every request of the adapters is offered to exactly one GPU.
 
     Raises:
-        PlacementError: none has; the adapter is named.
+        PlacementError: requests or tokens are missing, or are offered twice.
     """
-    for adapter in judge.demand.workload.adapters:
-        if not any(profile.starts(1, allowed_rank(adapter.rank)) for profile in judge.profiles):
-            raise PlacementError(f"{adapter.name}: no GPU has memory for one slot of rank {adapter.rank}")
+    requests = judge.requests(0)
+    own = requests.adapter < len(judge.demand.workload.adapters)
+    asked, offered = np.array([own.sum(), requests.prompt[own].sum()]), np.zeros(2, np.int64)
+    for gpu in gpus:
+        if gpu.part:
+            answer = judge.ask(gpu.part, gpu.kind, gpu.slots)
+            prompts = (answer["offered_tps"] - answer["offered_output_tps"]) * answer["duration_s"]
+            offered += answer["requests"]["arrived"], round(prompts)
+    if (asked != offered).any():
+        raise PlacementError(
+            f"the GPUs are offered {offered[0]:,} requests with {offered[1]:,} prompt tokens, not the workload's"
+            f" {asked[0]:,} with {asked[1]:,}: the shares of some adapter do not add up to one"
+        )
 
 
-def _mixes(even: F64, price: F64, least: int) -> Iterator[tuple[int, ...]]:
+def _mixes(even: F64, price: F64, least: int, most: int) -> Iterator[tuple[int, ...]]:
     """Numbers of GPUs of each type, cheapest first, that could be enough and are not far too many.
 
     Args:
         even: The share of all the traffic that a GPU of each type can take, (types,) float64.
         price: (types,) float64.
         least: GPUs at least.
+        most: GPUs at most.
     """
-    most = [max(ceil(_FARTHEST / share), least) + 2 for share in even]
+    enough = [min(max(ceil(_FARTHEST / share), least) + 2, max(most, least)) for share in even]
     if even.size == 1:
-        yield from ((count,) for count in range(least, most[0] + 1))
+        yield from ((count,) for count in _numbers(least, enough[0], 1.0 + _STRIDE))
         return
-    counts = np.array(list(product(*(range(m + 1) for m in most))))
+    # The more types, the coarser: all numbers together are bounded.
+    stride = _STRIDE
+    while np.prod([float(len(_numbers(0, m, 1.0 + stride))) for m in enough]) > _MOST_MIXES:
+        stride *= 1.5
+    counts = np.array(list(product(*(_numbers(0, m, 1.0 + stride) for m in enough))))
     counts = counts[(counts.sum(1) >= least) & (counts @ even >= 0.95)]
     for index in np.lexsort((counts.sum(1), counts @ price)):
         yield tuple(int(count) for count in counts[index])
+
+
+def _numbers(first: int, last: int, growth: float) -> list[int]:
+    """Numbers from ``first`` to ``last``: one by one while there are few, then in strides that grow with them."""
+    found = [first]
+    while found[-1] < last:
+        found.append(min(max(found[-1] + 1, int(found[-1] * growth)), last))
+    return found
 
 
 def attempt(
@@ -226,11 +318,12 @@ def dealings(judge: Judge, kinds: Sequence[int], cost: F64 | None = None) -> dic
 def _weighted(traffic: Traffic, weight: F64, gpus: int, mixed: bool) -> dict[str, Deal]:
     """Ways that go by what each adapter costs; those that keep ranks apart only where there are several."""
     hot = gpus > 1 and weight.max() * gpus > _HOT * weight.sum()
-    ways: dict[str, Deal] = {"balanced": lambda capacity: partition.balanced(weight, capacity, traffic.rate)}
+    requests = traffic.rate * traffic.duration_s
+    ways: dict[str, Deal] = {"balanced": lambda capacity: partition.balanced(weight, capacity, requests)}
     if mixed:
-        ways["by rank"] = lambda capacity: partition.by_rank(traffic.rank, weight, traffic.rate, capacity, _HOT)
+        ways["by rank"] = lambda capacity: partition.by_rank(traffic.rank, weight, requests, capacity, _HOT)
     if hot:
-        ways["split"] = lambda capacity: partition.balanced(weight, capacity, traffic.rate, _HOT)
+        ways["split"] = lambda capacity: partition.balanced(weight, capacity, requests, _HOT)
     return ways
 
 
@@ -274,7 +367,7 @@ def accepted(judge: Judge, deal: Deal, kinds: Sequence[int], capacity: F64) -> t
             slots |= dict(
                 zip(some, judge.pool.map(judge.fits, [parts[g] for g in some], [kinds[g] for g in some]), strict=True)
             )
-            if sum(s is None for s in slots.values()) > max(len(kinds) // 4, 1):
+            if sum(s is None for s in slots.values()) > min(max(len(kinds) // 4, 1), _MOST_REPAIRED):
                 return None
         if None not in slots.values():
             return tuple(Gpu(kinds[g], parts[g], slots[g] or 1) for g in range(len(kinds)))

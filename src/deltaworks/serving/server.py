@@ -56,6 +56,8 @@ class Server(NamedTuple):
         joined: Adapters that joined the batch in this step, (slots + 1,) int64.
         label: Hash of the sets of running and of waiting adapters, (1,) uint64.
         labels: Those that were seen, an open-addressed set, uint64; of size 1 if nobody counts them.
+        clock: When the current step began, seconds, (1,) float64; at last, when a step ended that time did not allow.
+        preempted_s: When each request was last preempted, seconds, (n,) float64; NaN where it never was.
     """
 
     adapter: I64
@@ -84,6 +86,8 @@ class Server(NamedTuple):
     joined: I64
     label: NDArray[np.uint64]
     labels: NDArray[np.uint64]
+    clock: F64
+    preempted_s: F64
 
 
 def _lists(requests: int, lists: int) -> I64:
@@ -135,6 +139,8 @@ def empty_server(adapter: I64, prompt: I64, output: I64, adapters: int, limit: I
         joined=np.empty(slots + 1, np.int64),
         label=np.zeros(1, np.uint64),
         labels=np.zeros(max(label_sets, 1), np.uint64),
+        clock=np.zeros(1),
+        preempted_s=np.full(requests, np.nan),
     )
 
 
@@ -291,6 +297,7 @@ def preempt_last(server: Server) -> int:
         server.generated[item] = held - server.prompt[item] + 1
     leave(server, item, step)
     enqueue(server, item, True)
+    server.preempted_s[item] = server.clock[0]
     server.total[PREEMPTIONS] += 1
     return int(item)
 

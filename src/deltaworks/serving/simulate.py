@@ -1,5 +1,6 @@
 """What a vLLM server would do with a workload: the twin run once, and what a client would have measured."""
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -7,12 +8,17 @@ from typing import Any
 import numpy as np
 
 from deltaworks.errors import WorkloadError
-from deltaworks.serving import server, twin
+from deltaworks.serving import censored, server, starvation, twin
+from deltaworks.serving.idle import alone
 from deltaworks.serving.profile import Profile, allowed_rank
+from deltaworks.serving.starvation import STARVED_DEFICIT
 from deltaworks.serving.workload import Requests, Workload, requests_of
 
-STARVED_DEFICIT = 0.1
-"""A server starves its adapters when this share of the offered tokens does not get through (arXiv 2508.08343)."""
+BASE_MODEL = "(base model)"
+"""What the requests of a trace that name no adapter are called in an answer."""
+
+SHORT = 0.1
+"""A run is short if a long answer alone takes more than this share of it."""
 
 LABEL_SETS = 1 << 19
 _UNLIMITED = 1 << 62
@@ -61,7 +67,8 @@ def simulate(
     if not profile.starts(slots, max_rank):
         return _no_start(workload, requests, kv_tokens)
     run = _run(workload, requests, profile, slots, max_rank, served, configuration.client_max_outstanding)
-    return {**_answer(workload, requests, run, kv_tokens), "wall_s": time.perf_counter() - started}
+    enough_s = _enough_s(run, profile, slots, max_rank)
+    return {**_answer(workload, requests, run, kv_tokens, enough_s), "wall_s": time.perf_counter() - started}
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,8 @@ class _Run:
     """What a run of the twin left."""
 
     state: server.Server
+    arrived: int
+    arrival_s: server.F64
     first_token_s: server.F64
     finish_s: server.F64
     gaps: server.F64
@@ -120,7 +129,7 @@ def _run(
         gaps, sums,
     )  # fmt: skip
     check_conservation(state, arrived)
-    return _Run(state, first_token_s, finish_s, gaps, sums, np.flatnonzero(~fits))
+    return _Run(state, arrived, arrival_s, first_token_s, finish_s, gaps, sums, np.flatnonzero(~fits))
 
 
 def check_conservation(state: server.Server, arrived: int) -> None:
@@ -149,61 +158,68 @@ def _no_start(workload: Workload, requests: Requests, kv_tokens: int) -> dict[st
     """The answer for a server that has too little memory to start: nobody is served."""
     arrived = requests.arrival_s.size
     nothing = {"mean": None, "p50": None, "p99": None}
+    groups = len(workload.adapters) + 1
+    arrived_of = np.bincount(requests.adapter, minlength=groups)
+    served = starvation.Service(
+        arrived=arrived_of,
+        completed=np.zeros(groups, np.int64),
+        waiting=np.zeros(groups, np.int64),
+        rejected=arrived_of,
+        oldest_wait_s=np.zeros(groups),
+        served_share=np.where(arrived_of > 0, 0.0, 1.0),
+        starved=arrived_of > 0,
+    )
     return {
         "throughput_tps": 0.0,
         "input_throughput_tps": 0.0,
         "output_throughput_tps": 0.0,
         "offered_tps": requests.offered_tps(workload.duration_s),
+        "offered_output_tps": float(requests.output.sum() / workload.duration_s),
         "ttft_ms": nothing,
+        "ttft_completed_ms": nothing,
         "ttft_penalised_ms": 1000 * workload.duration_s,
         "itl_ms": nothing,
         "tpot_ms": nothing,
         "requests": {"arrived": arrived, "completed": 0, "running": 0, "waiting": 0, "rejected": arrived},
-        "starved": arrived > 0,
+        **_verdict(workload, served),
+        "starved_server": arrived > 0,
         "memory_error": True,
         "kv_tokens": max(kv_tokens, 0),
         "preemptions": 0,
         "adapter_loads": 0,
         "running_mean": 0.0,
         "waiting_mean": 0.0,
-        "adapters": {a.name: {"arrived": int(n), "completed_share": 0.0} for a, n in zip(
-            workload.adapters, np.bincount(requests.adapter, minlength=len(workload.adapters)), strict=False)},
+        "adapters": _adapters(workload, served),
+        "short": False,
+        "notes": [],
         "duration_s": workload.duration_s,
         "wall_s": 0.0,
-    }  # fmt: skip
+    }
 
 
-def _answer(workload: Workload, requests: Requests, run: _Run, kv_tokens: int) -> dict[str, Any]:
+def _answer(workload: Workload, requests: Requests, run: _Run, kv_tokens: int, enough_s: float) -> dict[str, Any]:
     state, duration_s = run.state, workload.duration_s
     done = np.flatnonzero(state.state == server.COMPLETED)
     prompt, output = state.prompt[done], state.output[done]
-    first, finish = run.first_token_s[done], run.finish_s[done]
-    fitting = np.ones(requests.arrival_s.size, bool)
-    fitting[run.too_long] = False
-    ttft = first - requests.arrival_s[fitting][done]
-    decoded = output > 1
-    tpot = (finish - first)[decoded] / (output[decoded] - 1)
-    gaps = float((output - 1).sum())
-    # Tokens that reached the client in one piece with others have no gap of their own.
-    merged = float(run.sums[twin.MERGED]) / max(float(run.gaps.sum()), 1.0)
-    itl_mean = 1000 * float((finish - first).sum()) / (gaps * (1.0 - merged)) if gaps else None
+    completed_ttft = run.first_token_s[done] - run.arrival_s[done]
     throughput, offered = float((prompt.sum() + output.sum()) / duration_s), requests.offered_tps(duration_s)
     unfinished = min(_unfinished(run, duration_s), float(run.state.state.size))
     dropped = int((state.state == server.REJECTED).sum() + run.too_long.size)
     arrived = requests.arrival_s.size
-    adapters = len(workload.adapters)
-    arrived_of = np.bincount(requests.adapter, minlength=adapters + 1)
-    completed_of = np.bincount(state.adapter[done], minlength=adapters + 1)
-    share = completed_of / np.maximum(arrived_of, 1)
+    refused = starvation.Refused(
+        requests.adapter[run.too_long], requests.prompt[run.too_long] + requests.output[run.too_long]
+    )
+    served = starvation.service(state, run.arrival_s, run.first_token_s, run.arrived, refused, duration_s)
     return {
         "throughput_tps": throughput,
         "input_throughput_tps": float(prompt.sum() / duration_s),
         "output_throughput_tps": float(output.sum() / duration_s),
         "offered_tps": offered,
-        "ttft_ms": _milliseconds(ttft),
-        "ttft_penalised_ms": _penalised(ttft, unfinished + dropped, arrived, duration_s),
-        "itl_ms": {"mean": itl_mean, "p50": _gap(run.gaps, 0.5), "p99": _gap(run.gaps, 0.99)},
-        "tpot_ms": _milliseconds(tpot),
+        "offered_output_tps": float(requests.output.sum() / duration_s),
+        "ttft_ms": _ttft_ms(run, dropped, duration_s),
+        "ttft_completed_ms": censored.statistics(completed_ttft),
+        "ttft_penalised_ms": _penalised(completed_ttft, unfinished + dropped, arrived, duration_s),
+        **_decoding(run, done, duration_s),
         "requests": {
             "arrived": arrived,
             "completed": done.size,
@@ -211,18 +227,104 @@ def _answer(workload: Workload, requests: Requests, run: _Run, kv_tokens: int) -
             "waiting": int(state.total[server.WAIT] + (state.state == server.NEVER).sum()),
             "rejected": dropped,
         },
-        "starved": bool(offered > 0 and 1 - throughput / offered >= STARVED_DEFICIT),
+        **_verdict(workload, served),
+        "starved_server": bool(offered > 0 and 1 - throughput / offered >= STARVED_DEFICIT),
         "memory_error": False,
         "kv_tokens": kv_tokens,
         "preemptions": int(state.total[server.PREEMPTIONS]),
         "adapter_loads": int(state.total[server.LOADS]),
         "running_mean": float(run.sums[twin.RUNNING_S] / duration_s),
         "waiting_mean": float(run.sums[twin.WAITING_S] / duration_s),
-        "adapters": {
-            a.name: {"arrived": int(arrived_of[i]), "completed_share": round(float(share[i]), 4)}
-            for i, a in enumerate(workload.adapters)
-        },
+        "adapters": _adapters(workload, served),
+        "short": duration_s < enough_s,
+        "notes": _notes(enough_s, duration_s),
         "duration_s": duration_s,
+    }
+
+
+def _enough_s(run: _Run, profile: Profile, slots: int, max_rank: int) -> float:
+    """The duration of which a long answer, served alone, takes no more than a share of `SHORT`."""
+    if not run.state.state.size:
+        return 0.0
+    times = alone(profile, slots, max_rank, run.state.prompt, run.state.output)
+    return float(np.percentile(times.first_s + times.decode_s, 95)) / SHORT
+
+
+def _notes(enough_s: float, duration_s: float) -> list[str]:
+    """What a reader of the answer must know of the run."""
+    if duration_s >= enough_s:
+        return []
+    note = (
+        f"{duration_s:g} s are short against one answer: alone on this server, 1 request in 20 takes"
+        f" {enough_s * SHORT:.3g} s or longer, so the run shows little but its beginning; give a duration of"
+        f" {_round_up(enough_s):,.0f} s or more"
+    )
+    return [note]
+
+
+def _round_up(seconds: float) -> float:
+    """The next number of seconds with two digits that count."""
+    step = 10.0 ** max(math.floor(math.log10(seconds)) - 1, 0)
+    return step * math.ceil(seconds / step)
+
+
+def _verdict(workload: Workload, served: starvation.Service) -> dict[str, Any]:
+    """Who starves: ``starved``, and the names of the adapters."""
+    names = [adapter.name for adapter, starved in zip(workload.adapters, served.starved, strict=False) if starved]
+    if served.starved[-1]:
+        names.append(BASE_MODEL)
+    return {"starved": bool(names), "starved_adapters": names}
+
+
+def _adapters(workload: Workload, served: starvation.Service) -> dict[str, dict[str, Any]]:
+    """What became of the requests of each adapter, and of the base model's where it has any."""
+    names = [adapter.name for adapter in workload.adapters]
+    if served.arrived[-1]:
+        names.append(BASE_MODEL)
+    completed = np.round(served.completed / np.maximum(served.arrived, 1), 4)
+    columns = {
+        "arrived": served.arrived,
+        "completed_share": completed,
+        "served_share": np.round(served.served_share, 4),
+        "waiting": served.waiting,
+        "rejected": served.rejected,
+        "oldest_wait_s": np.round(served.oldest_wait_s, 3),
+        "starved": served.starved,
+    }
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return {name: dict(zip(columns, row, strict=True)) for name, row in zip(names, rows, strict=False)}
+
+
+def _ttft_ms(run: _Run, refused: int, duration_s: float) -> dict[str, float | None]:
+    """TTFT of all requests: of those without a first token the time that they have waited, at least.
+
+    A refused request never gets one; it counts with the whole duration, longer than any other.
+    """
+    ttft = run.first_token_s[: run.arrived] - run.arrival_s[: run.arrived]
+    pending = np.isnan(ttft) & (run.state.state[: run.arrived] != server.REJECTED)
+    so_far = duration_s - run.arrival_s[: run.arrived][pending]
+    return censored.statistics(ttft[~np.isnan(ttft)], np.concatenate([so_far, np.full(refused, duration_s)]))
+
+
+def _decoding(run: _Run, done: server.I64, duration_s: float) -> dict[str, Any]:
+    """ITL and TPOT of the completed requests; where there are none, of those under way so far."""
+    state, first, last, tokens = run.state, run.first_token_s, run.finish_s, run.state.output
+    if not done.size:
+        tokens = starvation.tokens_made(state, duration_s)
+        done = np.flatnonzero((state.state == server.RUNNING) & (tokens > 1))
+        last = np.full(first.size, duration_s)
+    output, lasted = tokens[done], (last - first)[done]
+    gaps = float((output - 1).sum())
+    # Tokens that reached the client in one piece with others have no gap of their own.
+    merged = float(run.sums[twin.MERGED]) / max(float(run.gaps.sum()), 1.0)
+    decoded = output > 1
+    return {
+        "itl_ms": {
+            "mean": 1000 * float(lasted.sum()) / (gaps * (1.0 - merged)) if gaps else None,
+            "p50": _gap(run.gaps, 0.5),
+            "p99": _gap(run.gaps, 0.99),
+        },
+        "tpot_ms": censored.statistics(lasted[decoded] / (output[decoded] - 1)),
     }
 
 
@@ -239,13 +341,6 @@ def _penalised(ttft: server.F64, unfinished: float, arrived: int, duration_s: fl
         return None
     mean = float(ttft.mean()) if ttft.size else duration_s
     return 1000 * (mean * max(arrived - unfinished, 0.0) + duration_s * min(unfinished, arrived)) / arrived
-
-
-def _milliseconds(seconds: server.F64) -> dict[str, float | None]:
-    if not seconds.size:
-        return {"mean": None, "p50": None, "p99": None}
-    middle, high = np.percentile(seconds, [50, 99])
-    return {"mean": 1000 * float(seconds.mean()), "p50": 1000 * float(middle), "p99": 1000 * float(high)}
 
 
 def _gap(gaps: server.F64, quantile: float) -> float | None:

@@ -234,6 +234,7 @@ def run(
             now = _upcoming(arrival_s, coming, taken, blocked + costs[REQUEST], duration_s)
             continue
 
+        server.clock[0] = now
         preempted = _make_room(server)
         decodes, ended, prefill, skipped = count[DECODES], 0, 0, 0
         budget = limit[MAX_TOKENS] - decodes
@@ -302,6 +303,7 @@ def run(
                 server.offset[prefilled[j]] = prefilled_tokens[j] - count[STEP]
                 if prefilled[j] == count[PARTIAL]:
                     count[PARTIAL], count[DONE] = -1, 0
+            server.clock[0] = now
             break
 
         count[CONTEXT] += decodes * steps

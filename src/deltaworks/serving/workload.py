@@ -25,6 +25,7 @@ ADAPTER_KEYS = ("name", "count", "rank", "rate", "burstiness", "lengths")
 TRACE_KEYS = ("path", "format", "zipf")
 DEFAULT_RANK = 16
 _SALTS = (np.uint64(1), np.uint64(2), np.uint64(3))
+_SPLIT = np.uint64(4)
 _DEAL = 4
 
 
@@ -39,6 +40,8 @@ class Adapter:
         burstiness: Shape of the gamma distribution of the gaps between requests, as in vLLM's benchmark: 1 is a
             Poisson process, less is burstier.
         lengths: Its own lengths, or None for the workload's.
+        interval: The part of its requests that is meant, from ``[0, 1)``; all of them are drawn first, so that disjoint
+            intervals share none and together hold all.
     """
 
     name: str
@@ -46,11 +49,13 @@ class Adapter:
     rate: tuple[tuple[float, float], ...] = ()
     burstiness: float = 1.0
     lengths: Lengths | None = None
+    interval: tuple[float, float] = (0.0, 1.0)
 
     def expected(self, duration_s: float) -> float:
         """Requests expected in a duration."""
         ends = [*[start for start, _ in self.rate[1:]], duration_s]
-        return sum(r * max(min(e, duration_s) - s, 0.0) for (s, r), e in zip(self.rate, ends, strict=True))
+        drawn = sum(r * max(min(e, duration_s) - s, 0.0) for (s, r), e in zip(self.rate, ends, strict=True))
+        return drawn * (self.interval[1] - self.interval[0])
 
 
 @dataclass(frozen=True)
@@ -200,7 +205,22 @@ def requests_of(workload: Workload, output_share: float = 1.0) -> Requests:
         times[starts[i] : starts[i + 1]] = own
     prompt, output = _drawn(workload, seeds, counts, starts, output_share)
     asked = np.repeat(np.arange(len(adapters)), counts)
+    if any(adapter.interval != (0.0, 1.0) for adapter in adapters):
+        kept = _kept(adapters, seeds, counts)
+        times, asked, prompt, output = times[kept], asked[kept], prompt[kept], output[kept]
     return Requests(*arrivals.in_order(times, asked, prompt, output, duration_s))
+
+
+def _kept(adapters: tuple[Adapter, ...], seeds: Any, counts: I64) -> NDArray[np.bool_]:
+    """Which of the requests drawn lie in their adapter's interval, (requests,) bool.
+
+    Every request has a number in [0, 1), evenly spread within every 64 requests of an adapter: a random split, as a
+    router with weights makes it, but for the chance of an uneven one.
+    """
+    place = np.empty(int(counts.sum()))
+    arrivals.quantiles(seeds, counts, _SPLIT, place)
+    start, end = (np.repeat([adapter.interval[i] for adapter in adapters], counts) for i in range(2))
+    return np.asarray((place >= start) & (place < end))
 
 
 def stream_seed(seed: int, name: str) -> int:
