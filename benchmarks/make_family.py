@@ -27,8 +27,8 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from deltaworks.checkpoints.checkpoint import INDEX
 from deltaworks.checkpoints.dtypes import BF16
+from deltaworks.checkpoints.weight_files import INDEX
 from deltaworks.checkpoints.writer import OutputTensor, ShardWriter, plan_shards
 
 Array = NDArray[np.float32]

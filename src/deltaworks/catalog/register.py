@@ -10,7 +10,10 @@ from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.checkpoint import Checkpoint, ShardFile, open_checkpoint, read_config
 from deltaworks.checkpoints.comparison import Named, explain_difference, is_recomputed, shapes_differ
 from deltaworks.checkpoints.hub import resolve_source
+from deltaworks.checkpoints.quantized import check_not_quantized, quantization
 from deltaworks.checkpoints.reader import ByteCounter
+from deltaworks.checkpoints.sidecars import sidecar_names
+from deltaworks.checkpoints.weight_files import SINGLE
 from deltaworks.errors import CatalogError, ChangedError, CheckpointError, did_you_mean
 from deltaworks.progress import Progress, Silent
 
@@ -56,6 +59,13 @@ def register(
     if known is not None and known.path != path and not replace_existing:
         raise CatalogError(f"the name {name!r} is taken by {known.path}; choose another, or add --replace")
     checkpoint = open_checkpoint(path, ByteCounter())
+    sidecar_names(path)  # refuses what no merge could copy
+    how = None if checkpoint.is_adapter else quantization(checkpoint)
+    if how is not None and base is None:
+        progress.note(
+            f"{name} is quantized ({how}); layers of it can be stacked by passthrough, and for any other merge take the"
+            " unquantized model"
+        )
     kind = Kind.ADAPTER if checkpoint.is_adapter else Kind.EXPERT if base is not None else Kind.BASE
     base_model = None if base is None else ensure_registered(catalog, base, relative_to=relative_to, progress=progress)
     if base_model is not None and kind is Kind.EXPERT:
@@ -181,6 +191,11 @@ def check_unchanged(catalog: Catalog, model: Model, progress: Progress | None = 
             progress.note(f"{model.path} is gone; {model.name} is read from its layers in the catalog")
             return replace(model, is_gone=True, checkpoint=replace(model.checkpoint, path=kept))
         raise ChangedError(f"a file of {model.name!r} is gone: {error}{again}") from error
+    if (model.path / SINGLE).is_file() and SINGLE not in {s.name for s in now}:
+        raise ChangedError(
+            f"{model.path / SINGLE} was put beside the weights that {model.name!r} was registered with, and loaders"
+            f" prefer it; remove it, or the shards{again}"
+        )
     known = (model.checkpoint.config, model.checkpoint.config_file)
     config, config_file = read_config(model.path, known, is_adapter=model.checkpoint.is_adapter)
     if now == model.checkpoint.shards and config_file == model.checkpoint.config_file:
@@ -233,6 +248,8 @@ def check_same_tensors(name: str, expert: Checkpoint, base: Model) -> None:
     Raises:
         CheckpointError: they do not match, so it is no fine-tune of that base.
     """
+    check_not_quantized(name, expert)
+    check_not_quantized(base.name, base.checkpoint)
     theirs = base.checkpoint.tensors
     if difference := explain_difference(Named(base.name, theirs), Named(name, expert.tensors)):
         raise CheckpointError(f"{name} is no fine-tune of {base.name}: {difference}")

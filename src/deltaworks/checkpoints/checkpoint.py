@@ -1,22 +1,22 @@
 """A model folder in the Hugging Face layout: its tensors, its files, its configuration."""
 
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deltaworks.checkpoints.header import TensorInfo, read_header
+from deltaworks.checkpoints.json_files import read_json
 from deltaworks.checkpoints.own_files import check_regular, own_file
 from deltaworks.checkpoints.reader import ByteCounter, RangeReader
-from deltaworks.errors import CheckpointError
+from deltaworks.checkpoints.weight_files import ADAPTER_CONFIG, INDEX, SINGLE, find_weight_files
+from deltaworks.errors import CheckpointError, quoted
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-ADAPTER = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 HEAD = "lm_head.weight"
+_DERIVED = (".rotary_emb.inv_freq", ".attn.masked_bias")
+"""Buffers that are computed from the configuration and that old checkpoints hold, listed or not."""
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 
 
@@ -99,22 +99,88 @@ def open_checkpoint(path: Path, counter: ByteCounter) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder; a model is a folder with config.json and *.safetensors files")
     is_adapter = (path / ADAPTER_CONFIG).is_file()
-    names, weight_map = _weight_files(path, is_adapter=is_adapter)
-    shards = tuple(ShardFile.of(path / name) for name in names)
-    tensors: dict[str, TensorInfo] = {}
-    for shard in shards:
-        with RangeReader(path / shard.name, counter) as reader:
-            found = read_header(reader)
-        tensors |= {n: t for n, t in found.items() if weight_map is None or weight_map.get(n) == shard.name}
-    if weight_map is not None and (lost := [n for n in weight_map if n not in tensors]):
-        raise CheckpointError(
-            f"{path / INDEX} places tensor {lost[0]!r} in {weight_map[lost[0]]}, which does not hold it"
-            f" ({len(lost)} such); the shards are of another model: fetch them again"
-        )
+    found = find_weight_files(path, is_adapter=is_adapter)
+    shards = tuple(ShardFile.of(path / name) for name in found.names)
+    tensors = _read_headers(path, shards, found.weight_map, counter)
+    if found.rivals:
+        others = _read_headers(path, tuple(ShardFile.of(path / name) for name in found.rivals), None, counter)
+        _check_same_weights(path, tensors, others, found.rivals, counter)
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors")
     config, config_file = read_config(path, is_adapter=is_adapter)
     return Checkpoint(path, shards, tensors, config, config_file, is_adapter)
+
+
+def _read_headers(
+    path: Path, shards: Sequence[ShardFile], weight_map: Mapping[str, str] | None, counter: ByteCounter
+) -> dict[str, TensorInfo]:
+    """The tensors of weight files by name; those of an index's `weight_map` must be all there are.
+
+    Raises:
+        CheckpointError: a tensor stands twice, or the index and the files do not agree.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        with RangeReader(path / shard.name, counter) as reader:
+            own = read_header(reader)
+        if twice := [n for n in own if n in tensors]:
+            raise CheckpointError(
+                f"{path}: tensor {quoted(twice[0])} stands both in {tensors[twice[0]].file} and in {shard.name}"
+                f" ({len(twice)} such), so it is not clear which is meant; fetch the shards again"
+            )
+        tensors |= own
+    if weight_map is None:
+        return tensors
+    if lost := [n for n, file in weight_map.items() if n not in tensors or tensors[n].file != file]:
+        raise CheckpointError(
+            f"{path / INDEX} places tensor {quoted(lost[0])} in {weight_map[lost[0]]}, which does not hold it"
+            f" ({len(lost)} such); the shards are of another model: fetch them again"
+        )
+    unlisted = [n for n in tensors if n not in weight_map]
+    if unknown := [n for n in unlisted if not n.endswith(_DERIVED)]:
+        raise CheckpointError(
+            f"{path}: {tensors[unknown[0]].file} holds tensor {quoted(unknown[0])}, which {INDEX} does not list"
+            f" ({len(unknown)} such), so loaders differ in whether they read it; fetch the index again, or write the"
+            " model anew with its current weights"
+        )
+    return {n: t for n, t in tensors.items() if n in weight_map}
+
+
+def _check_same_weights(
+    path: Path,
+    tensors: Mapping[str, TensorInfo],
+    others: Mapping[str, TensorInfo],
+    rivals: Sequence[str],
+    counter: ByteCounter,
+) -> None:
+    """Make sure that two sets of weights in one folder hold the same.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    differs = next((n for n in (*tensors, *others) if n not in tensors or n not in others), None)
+    if differs is None:
+        with ExitStack() as stack:
+            files = {t.file for t in (*tensors.values(), *others.values())}
+            readers = {f: stack.enter_context(RangeReader(path / f, counter)) for f in files}
+            differs = next((n for n, t in tensors.items() if not _is_same(readers, t, others[n])), None)
+    if differs is not None:
+        raise CheckpointError(
+            f"{path} holds two sets of weights that differ (first in tensor {quoted(differs)}): {SINGLE}, which"
+            f" transformers loads, and {rivals[0]}{f' and {len(rivals) - 1} more' if len(rivals) > 1 else ''}, which"
+            f" {INDEX} names; remove the set that is not meant"
+        )
+
+
+def _is_same(readers: Mapping[str, RangeReader], one: TensorInfo, other: TensorInfo) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    step = 8 << 20
+    return all(
+        readers[one.file].read(one.offset + start, min(step, one.nbytes - start))
+        == readers[other.file].read(other.offset + start, min(step, one.nbytes - start))
+        for start in range(0, one.nbytes, step)
+    )
 
 
 def read_config(
@@ -133,53 +199,3 @@ def read_config(
     file = path / (ADAPTER_CONFIG if is_adapter else "config.json")
     now = ShardFile.of(file) if own_file(file) is not None else None
     return known if now is not None and now == known[1] else (read_json(file, missing_ok=True), now)
-
-
-def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
-    """The JSON object in the file at `path`; empty where `missing_ok` and there is none.
-
-    Raises:
-        CheckpointError: the file is missing, or is not a JSON object.
-    """
-    if missing_ok and not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return content
-
-
-def _weight_files(path: Path, *, is_adapter: bool) -> tuple[list[str], dict[str, str] | None]:
-    """Names of the weight files, and the index's map of tensors to files where there is an index."""
-    if is_adapter:
-        return [ADAPTER], None
-    if (path / INDEX).is_file():
-        weight_map = read_json(path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{path / INDEX} has no weight_map")
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file or file in (".", ".."):
-                raise CheckpointError(f"{path / INDEX} places tensor {name!r} in {file!r}, which is no plain file name")
-        names = sorted(set(weight_map.values()))
-        if lost := [n for n in names if not (path / n).is_file()]:
-            raise CheckpointError(
-                f"{path} lacks {len(lost)} of the {len(names)} files its index names (first: {lost[0]});"
-                " finish the download"
-            )
-        return names, weight_map
-    if (path / SINGLE).is_file():
-        return [SINGLE], None
-    found = sorted(p.name for p in path.glob("*.safetensors"))
-    if len(found) == 1:
-        return found, None
-    if found:
-        raise CheckpointError(
-            f"{path} holds {len(found)} safetensors files and no {INDEX}; the index is needed to read them"
-        )
-    hint = "; convert its pytorch_model.bin to safetensors first" if any(path.glob("*.bin")) else ""
-    raise CheckpointError(f"{path} holds no safetensors files{hint}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaworks.checkpoints.cached import PAGE
+from deltaworks.checkpoints.downloads import HEAD_BYTES, explain_weights
 from deltaworks.checkpoints.dtypes import DTYPES, DType
 from deltaworks.checkpoints.reader import RangeReader
 from deltaworks.errors import CheckpointError
@@ -57,8 +58,15 @@ def read_header(reader: RangeReader) -> dict[str, TensorInfo]:
     """
     path, size = reader.path, reader.size
     if size < 8:
-        raise CheckpointError(f"{path} is {size} bytes long, too short for a safetensors file; fetch it again")
+        problem = explain_weights(reader.read(0, size), size)
+        raise CheckpointError(
+            f"{path} {problem or f'is {size} bytes long, too short for a safetensors file; fetch it again'}"
+        )
     (length,) = struct.unpack("<Q", reader.read(0, 8))
+    if length == 0 or 8 + length > size:
+        problem = explain_weights(reader.read(0, min(size, HEAD_BYTES)), size)
+        if problem is not None:
+            raise CheckpointError(f"{path} {problem}")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
             f"{path} claims a header of {length:,} bytes; the format allows {MAX_HEADER_BYTES:,},"

@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deltaworks.checkpoints.checkpoint import read_json
+from deltaworks.checkpoints.downloads import check_files
+from deltaworks.checkpoints.json_files import read_json
 from deltaworks.checkpoints.own_files import copy_own_file, own_file
+from deltaworks.documents import read_text
+from deltaworks.errors import CheckpointError, quoted
 
 PATTERNS = (
     "generation_config.json",
@@ -26,12 +29,11 @@ def sidecar_names(source: Path) -> list[str]:
     """Names of the files that a model folder needs beside its weights and `config.json`, sorted.
 
     Raises:
-        CheckpointError: one of them is no file of the model; see `own_file`.
+        CheckpointError: one of them is no file of the model, or a pointer to it; see `own_file` and `check_file`.
     """
     found = {p.name for pattern in PATTERNS for p in source.glob(pattern)}
     names = sorted(name for name in found if (source / name).is_symlink() or not (source / name).is_dir())
-    for name in names:
-        own_file(source / name)
+    check_files(source, names)
     return names
 
 
@@ -49,26 +51,66 @@ def copy_sidecars(source: Path, target: Path) -> dict[str, str]:
 
 
 def vocabulary(path: Path) -> dict[str, int] | None:
-    """Token to id of the fast tokenizer in a model folder; None where there is none to read."""
-    if own_file(path / "tokenizer.json") is None:
+    """Token to id of the fast tokenizer in a model folder; None where there is none to read.
+
+    Raises:
+        CheckpointError: its tokenizer.json is not what a tokenizer is; the message says where.
+    """
+    file = path / "tokenizer.json"
+    if own_file(file) is None:
         return None
-    content = read_json(path / "tokenizer.json")
-    vocab = content.get("model", {}).get("vocab", {})
-    tokens = (
-        {str(k): int(v) for k, v in vocab.items()}
-        if isinstance(vocab, dict)
-        else {str(e[0]): i for i, e in enumerate(vocab)}
-    )
-    tokens |= {str(t["content"]): int(t["id"]) for t in content.get("added_tokens", [])}
+    content = read_json(file)
+    model, added = content.get("model"), content.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, dict):
+        tokens = {name: _token_id(number, file, "model.vocab", name) for name, number in vocab.items()}
+    elif isinstance(vocab, list):
+        tokens = {_token(entry, file, i): i for i, entry in enumerate(vocab)}
+    else:
+        where, found = ("model", model) if not isinstance(model, dict) else ("model.vocab", vocab)
+        raise CheckpointError(f"{file}: {where}: expected the tokens, not {quoted(found)}; fetch the tokenizer again")
+    if not isinstance(added, list | None):
+        raise CheckpointError(f"{file}: added_tokens: expected a list, not {quoted(added)}; fetch the tokenizer again")
+    for i, entry in enumerate(added or ()):
+        name, number = (entry.get("content"), entry.get("id")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(name, str):
+            raise CheckpointError(
+                f"{file}: added_tokens[{i}]: expected a token with content and id, not {quoted(entry)};"
+                " fetch the tokenizer again"
+            )
+        tokens[name] = _token_id(number, file, "added_tokens", i)
     return tokens
 
 
+def _token_id(number: object, file: Path, where: str, key: str | int) -> int:
+    if type(number) is not int or number < 0:
+        raise CheckpointError(
+            f"{file}: {where}[{quoted(key, 60)}]: expected a token's number, not {quoted(number)};"
+            " fetch the tokenizer again"
+        )
+    return number
+
+
+def _token(entry: object, file: Path, i: int) -> str:
+    """The token of an entry of a Unigram vocabulary: a pair of token and score."""
+    if not isinstance(entry, list) or not entry or not isinstance(entry[0], str):
+        raise CheckpointError(
+            f"{file}: model.vocab[{i}]: expected a token and its score, not {quoted(entry)}; fetch the tokenizer again"
+        )
+    return entry[0]
+
+
 def chat_template(path: Path) -> str | None:
-    """The chat template of a model folder, from its own file or from the tokenizer's configuration."""
-    if (file := own_file(path / "chat_template.jinja")) is not None:
-        return file.read_text(encoding="utf-8")
-    own_file(path / "tokenizer_config.json")
-    template = read_json(path / "tokenizer_config.json", missing_ok=True).get("chat_template")
+    """The chat template of a model folder, from its own file or from the tokenizer's configuration.
+
+    Raises:
+        CheckpointError: the file is not text in UTF-8, or no file of the model.
+    """
+    file = path / "chat_template.jinja"
+    if own_file(file) is not None:
+        return read_text(file, "a chat template", CheckpointError)
+    file = path / "tokenizer_config.json"
+    template = None if own_file(file) is None else read_json(file).get("chat_template")
     return template if isinstance(template, str) else None
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from deltaworks.checkpoints.checkpoint import read_json
+from deltaworks.checkpoints.json_files import read_json
 from deltaworks.errors import OutputError
 
 MANIFEST = "deltaworks.json"

@@ -11,6 +11,7 @@ from deltaworks.catalog.models import Model
 from deltaworks.checkpoints.checkpoint import HEAD
 from deltaworks.checkpoints.dtypes import DTYPES, DType, promote
 from deltaworks.checkpoints.header import TensorInfo
+from deltaworks.checkpoints.quantized import quantization, without_quantization
 from deltaworks.checkpoints.sidecars import output_config
 from deltaworks.errors import RecipeError, UserError
 from deltaworks.merging.accounting import account_for
@@ -115,12 +116,13 @@ def make_plan(
     untie = bool(leader.config.get("tie_word_embeddings")) and any(
         t.name.endswith(HEAD) and t.name not in leader.tensors for t in tensors
     )
+    config = leader.config if quantization(leader) else without_quantization(leader.config)
     layers = layer_count(outputs) if recipe.is_sliced else None
     return Plan(
         method=recipe.method.name,
         models=tuple(m._replace(bytes_planned=n) for m, n in zip(planned, read, strict=True)),
         tensors=tensors,
-        config=output_config(leader.config, written, layers, untie=untie) if leader.config else {},
+        config=output_config(config, written, layers, untie=untie) if leader.config else {},
         tokenizer=place[donor],
         chat_template=chat_template,
         shard_bytes=shard_bytes,

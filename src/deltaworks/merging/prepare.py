@@ -13,6 +13,7 @@ from deltaworks.catalog.register import check_same_tensors, check_unchanged, ens
 from deltaworks.catalog.storage import is_far, read_cost
 from deltaworks.catalog.store import Catalog
 from deltaworks.catalog.tables import DeltaTable, read_table
+from deltaworks.checkpoints.quantized import check_not_quantized, has_quantization_config, quantization
 from deltaworks.checkpoints.sidecars import chat_template, vocabulary
 from deltaworks.errors import CatalogError, ChangedError, CheckpointError, NonFiniteError, RecipeError
 from deltaworks.layers.file import LayerIndex
@@ -275,7 +276,7 @@ def _models(
             raise RecipeError(
                 f"{reference!r} is a LoRA adapter; a merge takes full models: fold it into its base first"
             )
-        _check_quantized(recipe, model)
+        _check_quantized(recipe, model, progress)
         same = next((r for r, m in models.items() if m.name == model.name), None)
         if same is not None and reference == stand_in and reference not in recipe.models():
             return models, same
@@ -315,14 +316,20 @@ def _check_bases(catalog: Catalog, recipe: Recipe, models: Mapping[str, Model]) 
                 )
 
 
-def _check_quantized(recipe: Recipe, model: Model) -> None:
-    """Refuse to average 8-bit weights that mean something only together with their scales."""
-    tensors = model.checkpoint.tensors
-    scales = [n for n in tensors if n.endswith(("_scale", "_scale_inv"))]
-    if scales and recipe.method.name != "passthrough" and any(t.dtype.bits == 8 for t in tensors.values()):
-        raise RecipeError(
-            f"{model.name} holds quantized weights with scales (like {scales[0]!r}), which cannot be averaged;"
-            " merge the unquantized model"
+def _check_quantized(recipe: Recipe, model: Model, progress: Progress) -> None:
+    """Refuse to calculate with quantized weights; to pass them through as they are is no calculation."""
+    scales = [i.parameters for part in recipe.slices for i in part.inputs]
+    scales += [recipe.parameters, *(part.parameters for part in recipe.slices)]
+    wanted = recipe.out_dtype or recipe.dtype
+    converts = wanted is not None and any(
+        t.dtype.is_float and t.dtype != wanted for t in model.checkpoint.tensors.values()
+    )
+    if recipe.method.name != "passthrough" or converts or any("scale" in settings for settings in scales):
+        check_not_quantized(model.name, model.checkpoint)
+    if has_quantization_config(model.checkpoint.config) and quantization(model.checkpoint) is None:
+        progress.note(
+            f"the config.json of {model.name} tells of quantization and its weights are plain; they are merged as they"
+            " are, and the result's config.json does not tell of it"
         )
 
 

@@ -20,9 +20,9 @@ from deltaworks.catalog.models import Model
 from deltaworks.catalog.register import untouched
 from deltaworks.catalog.storage import is_far
 from deltaworks.catalog.store import Catalog
-from deltaworks.checkpoints.checkpoint import INDEX
 from deltaworks.checkpoints.reader import ByteCounter
 from deltaworks.checkpoints.sidecars import copy_sidecars, write_chat_template, write_json
+from deltaworks.checkpoints.weight_files import INDEX
 from deltaworks.checkpoints.writer import ShardLayout, fsync_folder, storage_error
 from deltaworks.errors import ChangedError, DeltaworksError, OutputError, PlanError, VerificationError
 from deltaworks.merging.card import model_card
