@@ -25,8 +25,8 @@ format: $(STAMP)
 parity: $(STAMP) .venv-peers/.installed
 	MERGEKIT_PYTHON=$(CURDIR)/.venv-peers/bin/python $(BIN)/python -m pytest -m parity -rs tests
 
-real: $(STAMP) .venv-peers/.installed
-	MERGEKIT_PYTHON=$(CURDIR)/.venv-peers/bin/python KUBERNETES_PYTHON=$(CURDIR)/.venv-peers/bin/python $(BIN)/python -m pytest -m real -rs tests
+real: $(STAMP) .venv-peers/.installed .venv-peers-4/.installed
+	TRANSFORMERS_4_PYTHON=$(CURDIR)/.venv-peers-4/bin/python MERGEKIT_PYTHON=$(CURDIR)/.venv-peers/bin/python KUBERNETES_PYTHON=$(CURDIR)/.venv-peers/bin/python $(BIN)/python -m pytest -m real -rs tests
 
 # Two hours, most of them for mergekit, and 40 GB of disk; goes on where it was stopped.
 bench: $(STAMP) .venv-peers/.installed
@@ -43,5 +43,11 @@ $(STAMP): pyproject.toml
 	.venv-peers/bin/python -m pip install --quiet --requirement benchmarks/peers.txt
 	touch $@
 
+# The same for transformers 4, which reads configurations in its own way.
+.venv-peers-4/.installed: benchmarks/peers-4.txt
+	$(PYTHON) -m venv .venv-peers-4
+	.venv-peers-4/bin/python -m pip install --quiet --requirement benchmarks/peers-4.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-peers .venv-peers-4 .pytest_cache .mypy_cache .ruff_cache .hypothesis

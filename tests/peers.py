@@ -45,3 +45,28 @@ def run_mergekit(merges: list[tuple[str, Path, int]]) -> None:
     work = json.dumps([[recipe, str(out), seed] for recipe, out, seed in merges])
     done = subprocess.run([python, "-c", DRIVER], input=work, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@cache
+def transformers_python(version: str) -> str:
+    """The interpreter that has transformers of a major version, or a skip with the reason.
+
+    That of version 5 is mergekit's; that of version 4 has an environment of its own.
+    """
+    root = Path(__file__).parents[1]
+    default, variable = {
+        "4": (root / ".venv-peers-4" / "bin" / "python", "TRANSFORMERS_4_PYTHON"),
+        "5": (root / ".venv-peers" / "bin" / "python", "MERGEKIT_PYTHON"),
+    }[version]
+    python = os.environ.get(variable) or (str(default) if default.exists() else None)
+    if python is None:
+        pytest.skip(f"transformers {version} is not installed; `make real` installs it in an environment of its own")
+    found = subprocess.run(
+        [python, "-c", "from importlib.metadata import version; print(version('transformers'))"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if not found.stdout.startswith(f"{version}."):
+        pytest.skip(f"{python} has transformers {found.stdout.strip() or 'not installed'}; version {version} is needed")
+    return python

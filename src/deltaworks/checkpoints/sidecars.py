@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from deltaworks.checkpoints.downloads import check_files
 from deltaworks.checkpoints.json_files import read_json
@@ -121,28 +120,6 @@ def write_chat_template(path: Path, template: str) -> None:
     config = read_json(path / "tokenizer_config.json", missing_ok=True)
     if config.pop("chat_template", None) is not None:
         write_json(path / "tokenizer_config.json", config)
-
-
-def output_config(config: dict[str, Any], torch_dtype: str, layers: int | None, *, untie: bool) -> dict[str, Any]:
-    """`config.json` of a merged model.
-
-    Args:
-        config: the base model's.
-        torch_dtype: the element type written.
-        layers: the number of layers, where it was changed.
-        untie: the output carries an `lm_head` of its own though the base ties it to the embeddings.
-    """
-    result = dict(config)
-    for key in ("dtype", "torch_dtype"):
-        if key in result:
-            result[key] = torch_dtype
-    if "dtype" not in result:
-        result["torch_dtype"] = torch_dtype
-    if layers is not None:
-        result["num_hidden_layers"] = layers
-    if untie:
-        result["tie_word_embeddings"] = False
-    return result
 
 
 def write_json(path: Path, content: object) -> None:

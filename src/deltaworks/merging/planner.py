@@ -4,17 +4,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from deltaworks.catalog.histogram import KEEP_ALL, Cut, Interval, kept_elements, ranks_between
 from deltaworks.catalog.models import Model
-from deltaworks.checkpoints.checkpoint import HEAD
 from deltaworks.checkpoints.dtypes import DTYPES, DType, promote
 from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.checkpoints.quantized import quantization, without_quantization
-from deltaworks.checkpoints.sidecars import output_config
 from deltaworks.errors import RecipeError, UserError
 from deltaworks.merging.accounting import account_for
+from deltaworks.merging.layer_entries import LayeredConfig, follow_layers
 from deltaworks.merging.methods.copying import Copy
 from deltaworks.merging.methods.delta import DeltaSum, Sparsify
 from deltaworks.merging.methods.operation import Operation
@@ -23,10 +22,11 @@ from deltaworks.merging.methods.ranked_mask import LARGEST_ROWS_BLOCK, LONGEST_R
 from deltaworks.merging.methods.sce import SelectedSum
 from deltaworks.merging.methods.spherical import Slerp
 from deltaworks.merging.methods.weighted import WeightedSum
+from deltaworks.merging.output_config import describe_output
 from deltaworks.merging.parameters import Setting, resolve
 from deltaworks.merging.plan import InputTensor, Plan, PlannedModel, PlannedTensor
 from deltaworks.merging.recipe import Recipe
-from deltaworks.merging.tensors import TensorRecipe, layer_count, output_tensors
+from deltaworks.merging.tensors import TensorRecipe, layer_count, layers_taken, output_tensors
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _SPARSIFY = {
@@ -111,18 +111,12 @@ def make_plan(
         for i, source in _infos(tensor, references, models):
             read[i] += source.nbytes if planned[i].role != "base" else 0
     donor = tokenizer or recipe.base_model or references[0]
-    written = _written_dtype(recipe, tensors)
-    leader = models[recipe.base_model or references[0]].checkpoint
-    untie = bool(leader.config.get("tie_word_embeddings")) and any(
-        t.name.endswith(HEAD) and t.name not in leader.tensors for t in tensors
-    )
-    config = leader.config if quantization(leader) else without_quantization(leader.config)
-    layers = layer_count(outputs) if recipe.is_sliced else None
+    config, notes = _config(recipe, models, tensors)
     return Plan(
         method=recipe.method.name,
         models=tuple(m._replace(bytes_planned=n) for m, n in zip(planned, read, strict=True)),
         tensors=tensors,
-        config=output_config(config, written, layers, untie=untie) if leader.config else {},
+        config=config,
         tokenizer=place[donor],
         chat_template=chat_template,
         shard_bytes=shard_bytes,
@@ -133,7 +127,26 @@ def make_plan(
         accounting=account_for(
             references, models, tensors, is_sliced=recipe.is_sliced, unmerged=set(references) - set(recipe.models())
         ),
+        notes=tuple(notes),
     )
+
+
+def _config(
+    recipe: Recipe, models: Mapping[str, Model], tensors: tuple[PlannedTensor, ...]
+) -> tuple[dict[str, Any], list[str]]:
+    """`config.json` of the output, which is that of the base or of the first model, and notes on it."""
+    leader = recipe.base_model or recipe.models()[0]
+    checkpoints = {reference: models[reference].checkpoint for reference in recipe.models()}
+    parents = [c.config for c in checkpoints.values()]
+    own = checkpoints[leader].config
+    if not own:
+        return {}, []
+    config = own if quantization(checkpoints[leader]) else without_quantization(own)
+    config = describe_output(config, tensors, _written_dtype(recipe, tensors), parents)
+    if not recipe.is_sliced:
+        return config, []
+    layered = {r: LayeredConfig(models[r].name, c.config, layer_count(c.tensors)) for r, c in checkpoints.items()}
+    return config, follow_layers(config, leader, layered, layers_taken(recipe, models))
 
 
 def _infos(

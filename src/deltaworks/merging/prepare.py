@@ -159,7 +159,7 @@ class Prepared:
             shard_bytes=options.shard_bytes,
             seed=options.seed,
         )
-        full = replace(full, notes=(*self.notes, *plan_notes(full)))
+        full = replace(full, notes=(*self.notes, *full.notes, *plan_notes(full)))
         return full if budget is None else self.within(full, budget)
 
     def within(self, full: Plan, budget: Budget) -> Plan:

@@ -1,6 +1,6 @@
 """Which tensors a recipe writes, and from which tensors of which models each is made."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -9,6 +9,7 @@ from deltaworks.checkpoints.checkpoint import EMBEDDINGS, HEAD
 from deltaworks.checkpoints.comparison import LAYER, Named, explain_difference, is_recomputed, shapes_differ
 from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.errors import CheckpointError, RecipeError
+from deltaworks.merging.layer_entries import Taken
 from deltaworks.merging.parameters import Settings
 from deltaworks.merging.recipe import Recipe, Slice
 
@@ -91,7 +92,7 @@ def _whole(part: Slice, recipe: Recipe, models: Mapping[str, Model]) -> list[Ten
     return result
 
 
-def _last_layers(names: list[str]) -> dict[str, int]:
+def _last_layers(names: Iterable[str]) -> dict[str, int]:
     last: dict[str, int] = {}
     for name in names:
         if match := LAYER.fullmatch(name):
@@ -102,7 +103,7 @@ def _last_layers(names: list[str]) -> dict[str, int]:
 def _sliced(recipe: Recipe, models: Mapping[str, Model]) -> list[TensorRecipe]:
     first, final = recipe.slices[0], recipe.slices[-1]
     leader = _leader(first, recipe, models)
-    last = _last_layers(list(leader.checkpoint.tensors))
+    last = _last_layers(leader.checkpoint.tensors)
     if len(last) != 1:
         raise RecipeError(
             f"slices need a model with one stack of layers; {leader.name} has {len(last)}: use models instead"
@@ -126,7 +127,7 @@ def _sliced(recipe: Recipe, models: Mapping[str, Model]) -> list[TensorRecipe]:
     for part in recipe.slices:
         ranges = [i.layers or (0, 0) for i in part.inputs]
         for i, (_, end) in zip(part.inputs, ranges, strict=True):
-            own = _last_layers(list(models[i.model].checkpoint.tensors)).get(stack, -1) + 1
+            own = _last_layers(models[i.model].checkpoint.tensors).get(stack, -1) + 1
             if not own and (difference := explain_difference(_named(leader), _named(models[i.model]))):
                 raise CheckpointError(difference)
             if end > own:
@@ -184,9 +185,20 @@ def _is_dispensable(tensor: TensorRecipe, models: Mapping[str, Model]) -> bool:
     return len(held) < len(found) or len({(t.shape, None if is_float else t.dtype) for t in held}) > 1
 
 
-def layer_count(tensors: list[TensorRecipe]) -> int:
-    """How many layers the largest stack of the output has."""
-    return max(_last_layers([t.name for t in tensors]).values(), default=-1) + 1
+def layers_taken(recipe: Recipe, models: Mapping[str, Model]) -> list[Taken]:
+    """What each layer of the output of a recipe with slices is made from."""
+    taken = []
+    for part in recipe.slices:
+        lead = _leader(part, recipe, models)
+        inputs = sorted(part.inputs, key=lambda i: models[i.model] is not lead)
+        first, end = inputs[0].layers or (0, 0)
+        taken += [tuple((i.model, (i.layers or (0, 0))[0] + n) for i in inputs) for n in range(end - first)]
+    return taken
+
+
+def layer_count(names: Iterable[str]) -> int:
+    """How many layers the largest stack among tensors has."""
+    return max(_last_layers(names).values(), default=-1) + 1
 
 
 def _check(tensor: TensorRecipe, models: Mapping[str, Model]) -> None:
