@@ -225,8 +225,148 @@ def test_a_mistake_is_named(changed: dict[str, Any], said: str) -> None:
         parsed(**changed)
 
 
+FIXED = {"distribution": "fixed", "input_mean": 200, "output_mean": 100}
+
+
+def one(**changed: Any) -> dict[str, Any]:
+    """A workload of one adapter, with some of its keys changed."""
+    return {"adapters": [{"name": "a", "rank": 8, "rate": 0.5} | changed]}
+
+
+def deep(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (one(rate=1e9), "its rates make 6e\\+11 requests in 600 s; at most 20,000,000 are simulated"),
+        (one(rate=10**400), "rate: expected a number of at most 1e\\+15, not 0x"),
+        (one(rate=float("inf")), "rate: expected a number of at most"),
+        (one(count=10**9), "count: expected a number of at most 100,000"),
+        ({"adapters": 2 * [{"count": 100_000, "rank": 8, "rate": 0}]}, "there are more than 100,000"),
+        (one(rank=10**9), "rank: expected a number of at most 512"),
+        (one(name="x" * 10**7), "a text of 10,000,000 characters is too long"),
+        (one(burstiness=1e-300), "burstiness: expected a number of at least 0.001"),
+        (one(burstiness=float("nan")), "burstiness: expected a number of at least"),
+        (one(rate=[[0, 1], deep(5000)]), r"rate\[1\]: expected \[seconds, requests per second\], not \[\[\[\[\.\.\."),
+        ({"adapters": deep(5000)}, r"adapters\[0\]: expected keys and values, not \[\[\[\["),
+        ({"lengths": FIXED | {"input_mean": 1e12}}, "input_mean: expected a number of at most 10,000,000"),
+        ({"lengths": FIXED | {"distribution": deep(5000)}}, "distribution: .* is none of sharegpt, fixed"),
+        ({"lengths": FIXED | {"output_mean": 1e7}, "duration": 1e7, **one(rate=1)}, "its requests have 1e\\+14 tokens"),
+        ({"duration": 1e12}, "duration: expected a number of at most 31,622,400"),
+        ({"seed": 10**50}, "seed: expected a number of at most"),
+        ({"seed": float("nan")}, "seed: expected a number of at least 0, not nan"),
+        ({"lengths": None, "requests": {"path": "t.csv", "zipf": 1e9}}, "zipf: expected a number of at most 100"),
+        ({"lengths": None, "requests": [1, 2]}, "request 1 is malformed: expected columns and values, not 1"),
+        ({"lengths": None, "requests": "x" * 500}, "File name too long"),
+        (
+            {"adapters": [{"name": "a", "rank": 8, "rate": [[t, 0] for t in range(101)]},
+                          {"count": 99_999, "rank": 8, "rate": 0}]},
+            "a rate with 101 pieces is too much for 100,000 adapters",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_absurd_is_refused(changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(WorkloadError, match=said) as caught:
+        parsed(**changed)
+    assert len(str(caught.value)) < 800
+
+
+def test_lengths_that_are_written_alike_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = [{"name": f"a{i}", "rank": 8, "rate": 0.01, "lengths": FIXED | {"input_mean": i % 2 + 1}} for i in range(9)]
+    workload = parsed(adapters=group)
+    assert len({id(a.lengths) for a in workload.adapters}) == 2
+    monkeypatch.setattr("deltaworks.serving.lengths.MAX_LENGTHS", 1)
+    with pytest.raises(WorkloadError, match=r"adapters\[1\].lengths: the adapters have more than 1 different lengths"):
+        parsed(adapters=group)
+
+
+def test_crowded_requests_are_in_order() -> None:
+    """All within a second of a day: the order is that of a stable sort, whichever way it is made."""
+    group = [{"name": n, "rank": 8, "rate": [[0, 3000], [1, 0]]} for n in "abc"]
+    crowded = requests_of(parsed(duration=86_400, adapters=group))
+    spread = requests_of(parsed(duration=1, adapters=group))
+    assert crowded.arrival_s.size == 9000
+    assert (np.diff(crowded.arrival_s) >= 0).all()
+    for mine, theirs in zip(vars(crowded).values(), vars(spread).values(), strict=True):
+        assert np.array_equal(mine, theirs)
+
+
+def row(time: float) -> dict[str, Any]:
+    return {"time": time, "prompt_tokens": 5, "output_tokens": 3, "adapter": "a"}
+
+
+def test_requests_after_the_duration_are_said() -> None:
+    late = {"requests": [row(1), row(2), row(30), row(40)], "duration": 10}
+    workload = parse_workload(late, Path())
+    assert workload.notes == ("2 of 4 requests of the trace come after the duration of 10 s and are left out",)
+    assert requests_of(workload).arrival_s.tolist() == [1, 2]
+    assert parse_workload(late | {"duration": 41}, Path()).notes == ()
+    with pytest.raises(WorkloadError, match=r"no request of the trace comes within .* 0.5 s; .* after 1 s"):
+        parse_workload(late | {"duration": 0.5}, Path())
+    with pytest.raises(WorkloadError, match="duration is missing; all requests of the trace come at its start"):
+        parse_workload({"requests": [row(0), row(0)]}, Path())
+    with pytest.raises(WorkloadError, match="they span 40,000,000 s; at most 31,622,400 s"):
+        parse_workload({"requests": [row(0), row(4e7)]}, Path())
+
+
+def test_times_from_1970_make_a_trace_of_their_span() -> None:
+    workload = parse_workload({"requests": [row(1764547200.5), row(1764547260.5)]}, Path())
+    assert workload.duration_s == pytest.approx(60)
+    assert requests_of(workload).arrival_s.tolist() == [0, 60]
+
+
+def test_the_unit_of_a_trace_is_a_key(tmp_path: Path) -> None:
+    rows = [{"timestamp": t, "input_length": 5, "output_length": 3} for t in (0, 10, 25)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    asked = {"requests": {"path": "t.jsonl", "unit": "s"}, "adapters": [{"name": "a", "rank": 8}]}
+    assert requests_of(parse_workload(asked, tmp_path)).arrival_s.tolist() == [0, 10, 25]
+    with pytest.raises(WorkloadError, match=r"may be in seconds or in milliseconds; say which, as in requests: \{path"):
+        parse_workload({**asked, "requests": "t.jsonl"}, tmp_path)
+    lengths = {"distribution": "trace", "path": "t.jsonl"}  # whose times do not matter
+    assert parse_workload(content(lengths=lengths), tmp_path).lengths is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "rare.json",
+            (
+                '{"duration": 600, "lengths": {"distribution": "fixed", "input_mean": 2e2, "output_mean": 100},'
+                ' "adapters": [{"name": "fox \\ud83e\\udd8a", "rank": 8, "rate": 5e-05}]}'
+            ),
+        ),
+        (
+            "rare.yaml",
+            (
+                "duration: 6e2\nlengths: {distribution: fixed, input_mean: 200, output_mean: 100}\n"
+                "adapters:\n- {name: fox \N{FOX FACE}, rank: 8, rate: 5e-05}\n"
+            ),
+        ),
+    ],
+)
+def test_numbers_and_escapes_mean_what_they_say(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    workload = read_workload(tmp_path / name)
+    assert workload.duration_s == 600
+    assert workload.adapters[0].name == "fox \N{FOX FACE}"
+    assert workload.adapters[0].rate == ((0.0, 5e-5),)
+
+
 def test_a_file_that_is_no_workload(tmp_path: Path) -> None:
-    for text, said in (("{", "cannot be read as a workload"), ("5", "expected keys and values"), ("", "expected keys")):
+    for text, said in (
+        ("{", "cannot be read as a workload"),
+        ("5", "expected keys and values"),
+        ("", "expected keys"),
+        ("duration: 5\nduration: 6\n", "line 2: the key 'duration' is given twice"),
+        ("adapters:\n\t- 5", "line 2 begins with a tab; YAML indents with spaces"),
+        ("adapters: " + 5000 * "[", "nested more than 100 deep"),
+    ):
         (tmp_path / "w.yaml").write_text(text)
         with pytest.raises(WorkloadError, match=said):
             read_workload(tmp_path / "w.yaml")

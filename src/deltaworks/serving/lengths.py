@@ -1,15 +1,17 @@
 """How long prompts and outputs are: distributions of tokens, by their quantiles."""
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaworks.errors import WorkloadError
+from deltaworks.errors import WorkloadError, quoted
 from deltaworks.serving.schema import check_keys, number, text
 
 F64 = NDArray[np.float64]
@@ -33,6 +35,11 @@ lengths would need 435."""
 
 DISTRIBUTIONS = ("sharegpt", "fixed", "lognormal", "trace")
 _FINEST = 4096
+
+MAX_TOKENS = 10_000_000
+"""Tokens of a prompt, or of an output, at most: no model has so large a context."""
+MAX_LENGTHS = 10_000
+"""Different lengths of a workload's adapters, at most; each takes 64 kB."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,14 @@ def scaled(values: F64, mean: float) -> F64:
 def _lognormal(mean: float, deviation: float) -> F64:
     """Quantiles of a lognormal distribution with a mean and a standard deviation."""
     sigma = math.sqrt(math.log1p((deviation / mean) ** 2))
-    normal = NormalDist(0.0, sigma)
-    return scaled(np.exp([normal.inv_cdf((i + 0.5) / _FINEST) for i in range(_FINEST)]), mean)
+    return scaled(np.exp(_normal_quantiles() * sigma), mean)
+
+
+@cache
+def _normal_quantiles() -> F64:
+    """Quantiles of the standard normal distribution, (`_FINEST`,) float64."""
+    normal = NormalDist()
+    return np.array([normal.inv_cdf((i + 0.5) / _FINEST) for i in range(_FINEST)])
 
 
 def parse_lengths(raw: Any, where: str, from_trace: Any) -> Lengths:
@@ -91,8 +104,8 @@ def parse_lengths(raw: Any, where: str, from_trace: Any) -> Lengths:
     known = ("distribution", "input_mean", "output_mean", "input_sd", "output_sd", "path", "format")
     given = check_keys(raw, known, where)
     kind = given.get("distribution", "sharegpt")
-    if kind not in DISTRIBUTIONS:
-        raise WorkloadError(f"{where}.distribution: {kind!r} is none of {', '.join(DISTRIBUTIONS)}")
+    if not isinstance(kind, str) or kind not in DISTRIBUTIONS:
+        raise WorkloadError(f"{where}.distribution: {quoted(kind)} is none of {', '.join(DISTRIBUTIONS)}")
     if kind == "trace":
         _only(given, ("distribution", "path", "format"), where, kind)
         prompt, output = from_trace(text(given.get("path"), f"{where}.path"), given.get("format"))
@@ -113,10 +126,37 @@ def parse_lengths(raw: Any, where: str, from_trace: Any) -> Lengths:
     )
 
 
+class KeptLengths:
+    """The lengths of a workload's adapters, made once where they are written alike.
+
+    Args:
+        from_trace: As in `parse_lengths`.
+    """
+
+    def __init__(self, from_trace: Callable[[str, str | None], Any]) -> None:
+        self._from_trace = from_trace
+        self._made: dict[str, Lengths] = {}
+
+    def parse(self, raw: Any, where: str) -> Lengths:
+        """Lengths as `parse_lengths` reads them.
+
+        Raises:
+            WorkloadError: it is no such thing, or there are too many different ones.
+        """
+        plain = isinstance(raw, Mapping) and all(isinstance(value, str | int | float) for value in raw.values())
+        key = json.dumps(list(raw.items())) if plain else ""
+        if key not in self._made:
+            if len(self._made) == MAX_LENGTHS:
+                raise WorkloadError(f"{where}: the adapters have more than {MAX_LENGTHS:,} different lengths")
+            self._made[key] = parse_lengths(raw, where, self._from_trace)
+        return self._made[key]
+
+
 def _length(given: Mapping[str, Any], key: str, where: str) -> float:
     if key not in given:
         raise WorkloadError(f"{where}: {key} is missing; give a number of tokens")
-    return number(given[key], f"{where}.{key}", 1.0 if key.endswith("mean") else 0.0, above=key.endswith("sd"))
+    least = 1.0 if key.endswith("mean") else 0.0
+    return number(given[key], f"{where}.{key}", least, above=key.endswith("sd"), most=MAX_TOKENS)
 
 
 def _only(given: Mapping[str, Any], known: tuple[str, ...], where: str, kind: str) -> None:

@@ -3,7 +3,12 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from deltaworks.errors import WorkloadError, did_you_mean
+from deltaworks.errors import WorkloadError, did_you_mean, quoted
+
+MAX_NUMBER = 1e15
+"""The largest number that means anything here, unless a key has a limit of its own; float64 counts to 9e15."""
+MAX_TEXT = 1000
+"""Characters of a name, at most."""
 
 
 def check_keys(raw: Any, known: Collection[str], where: str) -> Mapping[str, Any]:
@@ -13,43 +18,60 @@ def check_keys(raw: Any, known: Collection[str], where: str) -> Mapping[str, Any
         WorkloadError: it is no mapping, or it has a key that is not known; a close one is suggested.
     """
     if not isinstance(raw, Mapping):
-        raise WorkloadError(f"{where}: expected keys and values, not {raw!r}")
+        raise WorkloadError(f"{where}: expected keys and values, not {quoted(raw)}")
     for key in raw:
         if key not in known:
-            hint = did_you_mean(key, known) or f"; known are {', '.join(known)}"
-            raise WorkloadError(f"{where}: unknown key {str(key)!r}{hint}")
+            hint = did_you_mean(str(key), known) or f"; known are {', '.join(known)}"
+            raise WorkloadError(f"{where}: unknown key {quoted(str(key))}{hint}")
     return raw
 
 
-def number(raw: Any, where: str, least: float = 0.0, above: bool = False) -> float:
-    """A finite number, at least (or above) a least one.
+def number(raw: Any, where: str, least: float = 0.0, above: bool = False, most: float = MAX_NUMBER) -> float:
+    """A number within bounds.
+
+    Args:
+        raw: What should be one.
+        where: What to call it in errors.
+        least: The least that it may be.
+        above: Whether it must be more than that.
+        most: The most that it may be.
 
     Raises:
         WorkloadError: it is no such number.
     """
-    fine = isinstance(raw, (int, float)) and not isinstance(raw, bool) and abs(raw) < float("inf")
-    if not fine or raw < least or (above and raw == least):
-        raise WorkloadError(f"{where}: expected a number {'above' if above else 'of at least'} {least:g}, not {raw!r}")
+    fine = isinstance(raw, (int, float)) and not isinstance(raw, bool)
+    if not fine or not raw >= least or (above and raw == least):
+        raise WorkloadError(
+            f"{where}: expected a number {'above' if above else 'of at least'} {least:g}, not {quoted(raw)}"
+        )
+    if raw > most:
+        raise WorkloadError(f"{where}: expected a number of at most {_plain(most)}, not {quoted(raw)}")
     return float(raw)
 
 
-def whole(raw: Any, where: str, least: int = 0) -> int:
-    """A whole number, at least a least one.
+def whole(raw: Any, where: str, least: int = 0, most: float = MAX_NUMBER) -> int:
+    """A whole number within bounds.
 
     Raises:
         WorkloadError: it is no such number.
     """
-    if number(raw, where, least) != int(raw):
-        raise WorkloadError(f"{where}: expected a whole number, not {raw!r}")
+    if number(raw, where, least, most=most) != int(raw):
+        raise WorkloadError(f"{where}: expected a whole number, not {quoted(raw)}")
     return int(raw)
 
 
 def text(raw: Any, where: str) -> str:
-    """A text that is not empty.
+    """A text that is not empty, of at most `MAX_TEXT` characters.
 
     Raises:
         WorkloadError: it is none.
     """
     if not isinstance(raw, str) or not raw:
-        raise WorkloadError(f"{where}: expected a text, not {raw!r}")
+        raise WorkloadError(f"{where}: expected a text, not {quoted(raw)}")
+    if len(raw) > MAX_TEXT:
+        raise WorkloadError(f"{where}: a text of {len(raw):,} characters is too long; at most {MAX_TEXT:,} are taken")
     return raw
+
+
+def _plain(value: float) -> str:
+    return f"{int(value):,}" if value == int(value) and value < 1e12 else f"{value:g}"

@@ -1,28 +1,38 @@
 """What a server is asked to do: adapters with their rates, and requests with their lengths, from a seed."""
 
 import hashlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
-from deltaworks.errors import WorkloadError
+from deltaworks.documents import load_document
+from deltaworks.errors import WorkloadError, quoted
 from deltaworks.serving import arrivals
-from deltaworks.serving.lengths import Lengths, parse_lengths, scaled
+from deltaworks.serving.lengths import KeptLengths, Lengths, scaled
+from deltaworks.serving.profile import RANKS
 from deltaworks.serving.schema import check_keys, number, text, whole
 from deltaworks.serving.traces import Trace, read_trace, trace_of, zipf_shares
+from deltaworks.serving.workload_limits import (
+    MAX_ADAPTERS,
+    MAX_BURSTINESS,
+    MAX_DURATION_S,
+    MIN_BURSTINESS,
+    check_size,
+)
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
 KEYS = ("duration", "seed", "lengths", "arrivals", "adapters", "requests")
 ADAPTER_KEYS = ("name", "count", "rank", "rate", "burstiness", "lengths")
-TRACE_KEYS = ("path", "format", "zipf")
+TRACE_KEYS = ("path", "format", "unit", "zipf")
 DEFAULT_RANK = 16
 _SALTS = (np.uint64(1), np.uint64(2), np.uint64(3))
 _SPLIT = np.uint64(4)
@@ -68,6 +78,7 @@ class Workload:
         adapters: By name.
         lengths: Lengths of requests; None where a trace has them.
         trace: The requests themselves, or None where they come from rates.
+        notes: What a user should know of how it was read.
     """
 
     duration_s: float
@@ -75,6 +86,7 @@ class Workload:
     adapters: tuple[Adapter, ...]
     lengths: Lengths | None = None
     trace: Trace | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def max_rank(self) -> int:
@@ -113,15 +125,12 @@ def read_workload(path: Path) -> Workload:
 
 
 def read_content(path: Path) -> Any:
-    """What a workload's file holds, as keys and values.
+    """What a workload's file holds, as keys and values; JSON is read by a JSON parser.
 
     Raises:
         WorkloadError: it cannot be read.
     """
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise WorkloadError(f"{path}: cannot be read as a workload: {error}") from None
+    return load_document(path, "a workload", WorkloadError)
 
 
 def parse_workload(content: Any, folder: Path, where: str = "workload") -> Workload:
@@ -133,50 +142,93 @@ def parse_workload(content: Any, folder: Path, where: str = "workload") -> Workl
         where: What to call it in errors.
 
     Raises:
-        WorkloadError: a key is unknown or missing, or a value is impossible.
+        WorkloadError: a key is unknown or missing, a value is impossible, or the workload is too large to simulate.
     """
     given = check_keys(content, KEYS, where)
-    duration_s = number(given.get("duration"), f"{where}: duration", above=True) if "duration" in given else None
-    seed = whole(given.get("seed", 0), f"{where}: seed")
+    duration_s = None
+    if "duration" in given:
+        duration_s = number(given["duration"], f"{where}: duration", above=True, most=MAX_DURATION_S)
+    seed = whole(given.get("seed", 0), f"{where}: seed", most=1 << 64)
     shape = check_keys(given.get("arrivals", {}), ("burstiness",), f"{where}: arrivals").get("burstiness", 1.0)
-
-    def from_trace(path: str, form: str | None) -> tuple[I64, I64]:
-        trace = read_trace(folder / path, form)
-        return trace.prompt, trace.output
-
-    listed = given.get("adapters", [])
-    if not isinstance(listed, list):
-        raise WorkloadError(f"{where}: adapters: expected a list, not {listed!r}")
-    traced = "requests" in given
-    adapters = [
-        adapter
-        for index, raw in enumerate(listed)
-        for adapter in _adapters(raw, f"{where}: adapters[{index}]", shape, traced, from_trace)
-    ]
-    names = [a.name for a in adapters]
-    if len(set(names)) != len(names):
-        twice = next(n for n in names if names.count(n) > 1)
-        raise WorkloadError(f"{where}: two adapters are called {twice!r}")
-    adapters.sort(key=lambda a: a.name)
+    traced, kept = "requests" in given, KeptLengths(_lengths_reader(folder))
+    adapters = _listed(given.get("adapters", []), where, shape, traced, kept)
     if traced:
         if "lengths" in given:
             raise WorkloadError(f"{where}: give lengths or requests, not both: a trace has lengths of its own")
-        trace, adapters = _trace(given["requests"], folder, f"{where}: requests", adapters, seed)
-        last = float(trace.arrival_s[-1])
-        return Workload(duration_s or float(np.nextafter(last, np.inf)), seed, tuple(adapters), None, trace)
+        return _of_trace(given["requests"], folder, where, adapters, seed, duration_s)
     if duration_s is None:
         raise WorkloadError(f"{where}: duration is missing; give a number of seconds")
     if not adapters:
         raise WorkloadError(f"{where}: no adapters; list them with their ranks and rates, or name a trace as requests")
     lengths = None
     if "lengths" in given:
-        lengths = parse_lengths(given["lengths"], f"{where}: lengths", from_trace)
+        lengths = kept.parse(given["lengths"], f"{where}: lengths")
     elif any(a.lengths is None for a in adapters):
         raise WorkloadError(
             f"{where}: lengths is missing; for example"
             " {distribution: sharegpt, input_mean: 222.7, output_mean: 196.1}"
         )
-    return Workload(duration_s, seed, tuple(adapters), lengths)
+    workload = Workload(duration_s, seed, tuple(adapters), lengths)
+    check_size(workload, where)
+    return workload
+
+
+def _lengths_reader(folder: Path) -> Callable[[str, str | None], tuple[I64, I64]]:
+    """A function from the path and the format of a trace to the prompt and output tokens of its requests."""
+
+    @cache
+    def read(path: str, form: str | None) -> tuple[I64, I64]:
+        trace = read_trace(folder / path, form, "s")  # only tokens count here, whatever the unit of its times
+        return trace.prompt, trace.output
+
+    return read
+
+
+def _listed(listed: Any, where: str, shape: Any, traced: bool, kept: KeptLengths) -> list[Adapter]:
+    """The adapters of a workload's list, by name."""
+    if not isinstance(listed, list):
+        raise WorkloadError(f"{where}: adapters: expected a list, not {quoted(listed)}")
+    adapters: list[Adapter] = []
+    for index, raw in enumerate(listed):
+        adapters += _adapters(raw, f"{where}: adapters[{index}]", shape, traced, kept)
+        if len(adapters) > MAX_ADAPTERS:
+            raise WorkloadError(f"{where}: adapters: there are more than {MAX_ADAPTERS:,}, which is the most")
+    counts = Counter(a.name for a in adapters)
+    if len(counts) < len(adapters):
+        twice = next(name for name, count in counts.items() if count > 1)
+        raise WorkloadError(f"{where}: two adapters are called {quoted(twice)}")
+    return sorted(adapters, key=lambda a: a.name)
+
+
+def _of_trace(
+    raw: Any, folder: Path, where: str, adapters: list[Adapter], seed: int, duration_s: float | None
+) -> Workload:
+    """A workload whose requests are a trace's."""
+    trace, adapters = _trace(raw, folder, f"{where}: requests", adapters, seed)
+    if len(adapters) > MAX_ADAPTERS:
+        raise WorkloadError(f"{where}: requests: they name more than {MAX_ADAPTERS:,} adapters, which is the most")
+    first, last = float(trace.arrival_s[0]), float(trace.arrival_s[-1])
+    notes = list(trace.notes)
+    if duration_s is None:
+        duration_s = float(np.nextafter(last, np.inf))
+        if last == 0:
+            raise WorkloadError(f"{where}: duration is missing; all requests of the trace come at its start")
+        if duration_s > MAX_DURATION_S:
+            raise WorkloadError(
+                f"{where}: requests: they span {last:,.0f} s; at most {MAX_DURATION_S:,.0f} s are simulated, so give a"
+                " duration"
+            )
+    elif first >= duration_s:
+        raise WorkloadError(
+            f"{where}: no request of the trace comes within the duration of {duration_s:g} s; the first comes after"
+            f" {first:g} s"
+        )
+    elif late := int((trace.arrival_s >= duration_s).sum()):
+        notes.append(
+            f"{late:,} of {trace.arrival_s.size:,} requests of the trace come after the duration of {duration_s:g} s"
+            " and are left out"
+        )
+    return Workload(duration_s, seed, tuple(adapters), None, trace, tuple(notes))
 
 
 def requests_of(workload: Workload, output_share: float = 1.0) -> Requests:
@@ -197,7 +249,7 @@ def requests_of(workload: Workload, output_share: float = 1.0) -> Requests:
         if adapter.burstiness != 1.0:
             room = np.empty(int(counts[i] + 12 * np.sqrt((counts[i] + 1) / min(adapter.burstiness, 1.0)) + 64))
             counts[i] = arrivals.renewal(seeds[i], adapter.burstiness, bounds[i], mass[i], room)
-            bursty[i] = room[: counts[i]]
+            bursty[i] = room[: counts[i]].copy()
     times = np.empty(int(counts.sum()))
     arrivals.poisson(seeds, counts, bounds, mass, times)
     starts = np.concatenate([[0], np.cumsum(counts)])
@@ -267,20 +319,20 @@ def _by_lengths(workload: Workload, starts: I64) -> list[tuple[Lengths, Any]]:
     ]
 
 
-def _adapters(raw: Any, where: str, shape: Any, traced: bool, from_trace: Any) -> list[Adapter]:
+def _adapters(raw: Any, where: str, shape: Any, traced: bool, kept: KeptLengths) -> list[Adapter]:
     """The adapters of one entry of the list: one with a name, or a group with a count."""
     given = check_keys(raw, ADAPTER_KEYS, where)
-    rank = whole(given.get("rank", DEFAULT_RANK if traced else None), f"{where}.rank", 1)
+    rank = whole(given.get("rank", DEFAULT_RANK if traced else None), f"{where}.rank", 1, RANKS[-1])
     rate: tuple[tuple[float, float], ...] = ()
     if "rate" in given:
         rate = _rate(given["rate"], f"{where}.rate")
     elif not traced:
         raise WorkloadError(f"{where}: rate is missing; give requests per second")
-    lengths = parse_lengths(given["lengths"], f"{where}.lengths", from_trace) if "lengths" in given else None
-    burstiness = number(given.get("burstiness", shape), f"{where}.burstiness", above=True)
+    lengths = kept.parse(given["lengths"], f"{where}.lengths") if "lengths" in given else None
+    burstiness = number(given.get("burstiness", shape), f"{where}.burstiness", MIN_BURSTINESS, most=MAX_BURSTINESS)
     if "count" not in given:
         return [Adapter(text(given.get("name"), f"{where}.name"), rank, rate, burstiness, lengths)]
-    count = whole(given["count"], f"{where}.count", 1)
+    count = whole(given["count"], f"{where}.count", 1, MAX_ADAPTERS)
     prefix = text(given.get("name", f"adapter-{where.rpartition('[')[2].rstrip(']')}"), f"{where}.name")
     digits = len(str(count - 1))
     return [Adapter(f"{prefix}-{i:0{digits}}", rank, rate, burstiness, lengths) for i in range(count)]
@@ -293,7 +345,7 @@ def _rate(raw: Any, where: str) -> tuple[tuple[float, float], ...]:
     pairs = []
     for index, pair in enumerate(raw):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise WorkloadError(f"{where}[{index}]: expected [seconds, requests per second], not {pair!r}")
+            raise WorkloadError(f"{where}[{index}]: expected [seconds, requests per second], not {quoted(pair)}")
         pairs.append((number(pair[0], f"{where}[{index}]"), number(pair[1], f"{where}[{index}]")))
     if not pairs or pairs[0][0] != 0.0 or any(b[0] <= a[0] for a, b in pairwise(pairs)):
         raise WorkloadError(f"{where}: times must start at 0 and rise")
@@ -309,8 +361,8 @@ def _trace(raw: Any, folder: Path, where: str, adapters: list[Adapter], seed: in
         trace = read_trace(folder / raw)
     else:
         given = check_keys(raw, TRACE_KEYS, where)
-        exponent = number(given.get("zipf", 1.0), f"{where}.zipf")
-        trace = read_trace(folder / text(given.get("path"), f"{where}.path"), given.get("format"))
+        exponent = number(given.get("zipf", 1.0), f"{where}.zipf", most=100)
+        trace = read_trace(folder / text(given.get("path"), f"{where}.path"), given.get("format"), given.get("unit"))
     if trace.adapter is None:
         if not adapters:
             raise WorkloadError(f"{where}: the trace names no adapters; list those that share its requests")
@@ -348,4 +400,8 @@ def workload_from(raw: Any, folder: Path, where: str) -> Workload:
     """
     if not isinstance(raw, str):
         return parse_workload(raw, folder, where)
-    return read_workload(folder / raw if (folder / raw).is_file() else Path(raw))
+    beside = folder / text(raw, where)
+    try:
+        return read_workload(beside if beside.is_file() else Path(raw))
+    except OSError as error:  # a name that is too long, which is_file does not take for a missing file
+        raise WorkloadError(f"{where}: {quoted(raw)}: cannot be read as a workload: {error.strerror}") from None
