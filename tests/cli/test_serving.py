@@ -84,6 +84,18 @@ def test_a_bad_line_costs_no_other(shell: Shell) -> None:
         assert text in answer["error"]
 
 
+def test_a_batch_of_any_bytes_is_answered(shell: Shell) -> None:
+    question = json.dumps({"id": "a\u2028b", "slots": 4, "workload": WORKLOAD}, ensure_ascii=False).encode()
+    content = b"\xef\xbb\xbf" + b"\r\n".join([question, b"", b'{"id": "\xff"}', b'{"id": "\\ud800"', question])
+    (shell.root / "bytes.jsonl").write_bytes(content)
+    done = shell.run("simulate", *P, "--batch", "bytes.jsonl", code=2)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [a["id"] for a in answers] == ["a\u2028b", "\ufffd", "\ud800", "a\u2028b"]
+    assert ["error" in a for a in answers] == [False, True, True, False]
+    assert "2 of 4 lines could not be answered" in done.stderr
+    assert "it is a pipe, device or socket" in shell.error("simulate", *P, "--batch", "/dev/zero")
+
+
 def test_other_flags_of_the_server(shell: Shell) -> None:
     few = shell.json("simulate", "w.json", *P, "--slots", 16, "--kv-tokens", 8000)
     assert few["kv_tokens"] == 8000

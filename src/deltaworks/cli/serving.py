@@ -128,21 +128,25 @@ def simulate(
 
 def _batch(path: Path, profile: "Profile", threads: int | None, *, quiet: bool) -> None:
     """Answer a batch line by line as answers come."""
-    import json
-
     from deltaworks.cli.progress import make_counter
+    from deltaworks.documents import read_bytes
     from deltaworks.errors import WorkloadError
-    from deltaworks.serving.batch import answer_lines
+    from deltaworks.serving.batch import BATCH_BYTES, answer_lines, answer_text
 
-    try:
-        lines = (sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise WorkloadError(f"{path}: cannot be read: {error}") from None
+    # A pipe is what a shell gives for <(...).
+    piped = sys.stdin.buffer if str(path) == "-" else path.open("rb") if path.is_fifo() else None
+    if piped is not None:
+        content = piped.read(BATCH_BYTES + 1)
+        if len(content) > BATCH_BYTES:
+            raise WorkloadError(f"{path}: has more than {BATCH_BYTES:,} bytes, which is the most; give it in parts")
+    else:
+        content = read_bytes(path, "a batch", WorkloadError, BATCH_BYTES)
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     folder = Path() if str(path) == "-" else path.parent
     failed, total = 0, sum(bool(line.strip()) for line in lines)
     with make_counter("simulated", total, "twin.run", quiet=quiet) as done:
         for answer in answer_lines(lines, folder, profile, threads):
-            sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            sys.stdout.write(answer_text(answer) + "\n")
             failed += "error" in answer
             done(1)
     if failed:

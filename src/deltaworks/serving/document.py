@@ -122,7 +122,7 @@ def idle(profile: Profile, judge: Judge) -> dict[str, Any]:
 
 def notes(gpus: list[dict[str, Any]], judge: Judge) -> list[str]:
     """What a user should know before using a placement."""
-    found = []
+    found = list(judge.demand.workload.notes)
     said = [gpu["predicted"] for gpu in gpus]
     if headline_waits(said, judge.demand.goals):
         found.append("nobody starves, but requests wait for slots; ask for less with --slo ttft_p99=2s")

@@ -41,11 +41,11 @@ def part_of(workload: Workload, part: Part, traffic: float = 1.0) -> Workload:
         workload: The whole.
         part: The GPU's adapters. A piece that starts at 1 or later stands for another adapter just like it.
         traffic: How many times the traffic; a trace then comes in less time. Its requests for the base model itself are
-            left out.
+            left out. Notes on how the whole was read are left out as well.
     """
     adapters = tuple(_adapter(workload.adapters[piece.adapter], piece, traffic) for piece in part)
     if workload.trace is None:
-        return replace(workload, adapters=adapters)
+        return replace(workload, adapters=adapters, notes=())
     trace, duration_s = workload.trace, workload.duration_s
     assert trace.adapter is not None
     asked, inside = np.array(trace.adapter), trace.arrival_s < duration_s
@@ -63,7 +63,7 @@ def part_of(workload: Workload, part: Part, traffic: float = 1.0) -> Workload:
         trace, arrival_s=arrival_s[order] / traffic, prompt=trace.prompt[places[order]],
         output=trace.output[places[order]], adapter=tuple(named[i] for i in order),
     )  # fmt: skip
-    return replace(workload, adapters=adapters, trace=thinned, duration_s=duration_s / traffic)
+    return replace(workload, adapters=adapters, trace=thinned, duration_s=duration_s / traffic, notes=())
 
 
 def _interval(count: int, start: float, share: float) -> NDArray[np.bool_]:

@@ -191,7 +191,7 @@ def _no_start(workload: Workload, requests: Requests, kv_tokens: int) -> dict[st
         "waiting_mean": 0.0,
         "adapters": _adapters(workload, served),
         "short": False,
-        "notes": [],
+        "notes": list(workload.notes),
         "duration_s": workload.duration_s,
         "wall_s": 0.0,
     }
@@ -237,7 +237,7 @@ def _answer(workload: Workload, requests: Requests, run: _Run, kv_tokens: int, e
         "waiting_mean": float(run.sums[twin.WAITING_S] / duration_s),
         "adapters": _adapters(workload, served),
         "short": duration_s < enough_s,
-        "notes": _notes(enough_s, duration_s),
+        "notes": [*workload.notes, *_notes(enough_s, duration_s)],
         "duration_s": duration_s,
     }
 

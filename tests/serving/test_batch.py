@@ -1,0 +1,97 @@
+"""Batches: one answer a line, in order, whatever the lines hold."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deltaworks.serving import batch
+from deltaworks.serving.batch import answer_lines, answer_text
+from deltaworks.serving.profile import Profile, find_profile
+from deltaworks.serving.simulate import simulate
+
+WORKLOAD = {"duration": 60, "lengths": {"distribution": "fixed", "input_mean": 200, "output_mean": 100},
+            "adapters": [{"name": "a", "rank": 8, "rate": 0.5}]}  # fmt: skip
+GOOD = json.dumps({"id": "good", "slots": 4, "workload": WORKLOAD})
+
+
+@pytest.fixture(scope="module")
+def profile() -> Profile:
+    return find_profile("tiny-llama-cpu")
+
+
+def question(**keys: Any) -> str:
+    return json.dumps({"id": 7, "slots": 4, "workload": WORKLOAD} | keys)
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "said"),
+    [
+        ('{"id": 7, "slots": 4, "workl', 7, "line 3: is not valid JSON: "),
+        ('{"slots": 4, "id": "x\\u0041", oops}', "xA", "line 3: is not valid JSON: "),
+        ("nul", None, "line 3: is not valid JSON: "),
+        ('{"id": 7, "slots": ' + 5000 * "9" + "}", 7, "a whole number has 5,000 digits"),
+        ("[1, 2]", None, "expected keys and values, not [1, 2]"),
+        ('"id"', None, "expected keys and values"),
+        ('{"id": 7, "slots": 4}', 7, "workload is missing"),
+        ('{"id": 7, "id": 8}', 8, "the key 'id' is given twice"),
+        ('{"id": 7, "slotz": 4}', 7, "unknown key 'slotz'; did you mean 'slots'?"),
+        ('{"id": NaN, "slots": 4}', None, "NaN is not a number"),
+        ('{"id": {"a": [1]}, "slots": NaN}', {"a": [1]}, "NaN is not a number"),
+        ('{"id": "\\ud800", "slots": 4}', "\ud800", "half of a surrogate pair"),
+        ('{"id": 7, "workload": ' + 5000 * "[", 7, "nested more than 100 deep"),
+        (b'{"id": "\xff", "slots": 4}', "\ufffd", "not text in UTF-8"),
+        (question(slots=0), 7, "slots: expected at least 1, not 0"),
+        (question(slots=1e30), 7, "slots: expected a number of at most 1,000,000"),
+        (question(max_rank="x"), 7, "max_rank: expected a number"),
+        (question(workload="missing.json"), 7, "missing.json: cannot be read as a workload: No such file"),
+        (question(workload="x" * 5000), 7, "too long"),
+        (question(workload="/dev/zero"), 7, "it is a pipe, device or socket"),
+        (question(workload=WORKLOAD | {"adapters": [{"name": "a", "rank": 8, "rate": 1e9}]}), 7, "6e+10 requests"),
+        (question(workload={"duration": 60, "requests": [1, 2]}), 7, "request 1 is malformed"),
+        (question(workload=None), 7, "expected keys and values, not None"),
+    ],
+)
+def test_a_line_that_cannot_be_answered_costs_no_other(
+    profile: Profile, tmp_path: Path, line: str | bytes, name: Any, said: str
+) -> None:
+    first, bad, last = answer_lines([GOOD, "", line, "  \r", GOOD], tmp_path, profile)
+    assert list(bad) == ["id", "error"]
+    assert bad["id"] == name
+    assert said in bad["error"]
+    assert len(bad["error"]) < 1500
+    for answer in (first, last):
+        assert answer["id"] == "good"
+        assert answer["requests"]["arrived"] == 30
+    assert json.loads(answer_text(bad)) == bad
+    assert len(answer_text(bad).encode().splitlines()) == len(answer_text(bad).splitlines()) == 1
+
+
+def test_a_failure_of_our_own_costs_no_other(profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = simulate
+
+    def failing(workload: Any, *rest: Any) -> dict[str, Any]:
+        if workload.duration_s == 61:
+            raise MemoryError("Unable to allocate 9 TiB")
+        return real(workload, *rest)
+
+    monkeypatch.setattr(batch, "simulate", failing)
+    lines = [GOOD, question(workload=WORKLOAD | {"duration": 61}), GOOD]
+    answers = list(answer_lines(lines, tmp_path, profile, threads=2))
+    assert [a["id"] for a in answers] == ["good", 7, "good"]
+    assert answers[1]["error"] == "line 2: failed with MemoryError: Unable to allocate 9 TiB"
+    assert answers[0]["throughput_tps"] == answers[2]["throughput_tps"] > 0
+
+
+def test_a_line_of_any_length_is_bounded(profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "DOCUMENT_BYTES", 1000)
+    bad, good = answer_lines([question(id="x" * 1000), GOOD], tmp_path, profile)
+    assert bad == {"id": None, "error": "line 1: has more than 1,000 bytes, which is the most"}
+    assert good["id"] == "good"
+
+
+def test_requests_after_the_duration_are_noted(profile: Profile, tmp_path: Path) -> None:
+    rows = [{"time": t, "adapter": "a", "prompt_tokens": 5, "output_tokens": 3} for t in (1, 2, 99)]
+    (answer,) = answer_lines([question(workload={"requests": rows, "duration": 60})], tmp_path, profile)
+    assert "1 of 3 requests of the trace come after the duration of 60 s and are left out" in answer["notes"]
