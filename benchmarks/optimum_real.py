@@ -3,8 +3,8 @@
     python benchmarks/optimum_real.py [DATA [HEADROOM]]
 
 For every workload whose configurations (adapters served, slots) were measured on a real server, the twin is asked about
-each of them; recommended is the one of most throughput that it sees the server keep up with. Writes
-benchmarks/results/optimum_real.json.
+each of them; recommended is, of those that it sees the server keep up with, the one that `place` and `advise` would
+choose (`judge.best_configuration`). Writes benchmarks/results/optimum_real.json.
 """
 
 import csv
@@ -19,12 +19,12 @@ from typing import Any
 import serving_runs
 
 from deltaworks.serving.batch import answer_lines
+from deltaworks.serving.judge import MARGIN, best_configuration
 from deltaworks.serving.profile import find_profile
 
 RESULTS = Path(__file__).parent / "results" / "optimum_real.json"
 PROFILES = {"llama-3.1-8b-instruct": "llama-3.1-8b-h100-64gb", "qwen-2.5-7b-instruct": "qwen-2.5-7b-h100-64gb"}
 HEADROOM = float(sys.argv[2]) if len(sys.argv) > 2 else 0.02
-ALIKE = 0.005
 
 
 def question(row: dict[str, str], factor: float) -> dict[str, Any]:
@@ -48,15 +48,18 @@ def answers(rows: list[dict[str, str]], factor: float) -> Iterator[dict[str, Any
 
 
 def recommended(rows: list[dict[str, str]]) -> dict[str, str]:
-    """The configuration that the twin recommends: of the most throughput that it sees kept up with, with headroom."""
-    plain, more = list(answers(rows, 1.0)), list(answers(rows, 1.0 + HEADROOM))
+    """The configuration to recommend of those that the twin sees kept up with, with headroom."""
+    plain, more, margin = (list(answers(rows, factor)) for factor in (1.0, 1.0 + HEADROOM, 1.0 + MARGIN))
     good = [
-        (a["throughput_tps"], a["ttft_completed_ms"]["p99"] or 0.0, i)
+        i
         for i, (a, b) in enumerate(zip(plain, more, strict=True))
         if not (a["starved_server"] or b["starved_server"] or a["memory_error"])
     ]
-    most = max(g[0] for g in good)
-    return rows[min((g for g in good if g[0] >= (1 - ALIKE) * most), key=lambda g: g[1])[2]]
+    outlook = [
+        (plain[i]["throughput_tps"], margin[i]["throughput_tps"], plain[i]["ttft_completed_ms"]["p99"] or 0.0)
+        for i in good
+    ]
+    return rows[good[best_configuration(outlook)]]
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ import marked
 from make_profiles import CPU, CPU_DATA, H100, make_tables, rows_of
 from serving_runs import DATA, configuration, family, published_runs, workload
 
+from deltaworks.serving.calibrate import Known
 from deltaworks.serving.fit import fit_profile
 from deltaworks.serving.profile import Profile, find_profile, with_flags
 from deltaworks.serving.simulate import Configuration, simulate
@@ -267,10 +268,11 @@ def main() -> None:
     fitted: dict[tuple[str, int], Profile] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in H100:
+            known: Known = {}
             for fold, left_out in enumerate(FOLDS):
                 sys.stderr.write(f"fitting {name} without {', '.join(left_out)}\n")
                 make_tables(Path(folder) / str(fold) / name, name, set(left_out))
-                fitted[name, fold] = fit_profile(Path(folder) / str(fold) / name)
+                fitted[name, fold] = fit_profile(Path(folder) / str(fold) / name, known=known)
 
     def unseen(row: dict[str, str]) -> Profile:
         return fitted[names[row["model"]], next(i for i, fold in enumerate(FOLDS) if family(row) in fold)]

@@ -37,6 +37,7 @@ class Costs:
     decode: float = 0.0
     prefill: float = 0.0
     context: float = 0.0
+    decode_prefill: float = 0.0
     eager: float = 0.0
     graph_tokens: float = 1e9
     lora: float = 0.0
@@ -301,6 +302,7 @@ class Twin:
     def seconds(self, decodes: int, prefill: int, context: int, adapters: int, skipped: int) -> float:
         c = self.costs
         seconds = c.base + c.decode * decodes + c.prefill * prefill + c.context * context
+        seconds += c.decode_prefill * decodes * prefill
         if decodes + prefill > c.graph_tokens:
             seconds += c.eager
         if adapters:

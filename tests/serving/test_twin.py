@@ -15,9 +15,9 @@ from deltaworks.serving.simulate import check_conservation
 from deltaworks.serving.starvation import tokens_made
 
 PLACES = (
-    twin.BASE, twin.PER_DECODE, twin.PER_PREFILL, twin.PER_CONTEXT, twin.EAGER, twin.GRAPH_TOKENS, twin.LORA,
-    twin.PER_ADAPTER, twin.LORA_DECODE, twin.LORA_PREFILL, twin.ADAPTER_TOKEN, twin.SMALL, twin.SMALL_ADAPTER,
-    twin.SMALL_TOKENS, twin.QUEUE, twin.PER_RUNNING, twin.PER_SKIPPED, twin.REQUEST, twin.FIRST_REQUEST,
+    twin.BASE, twin.PER_DECODE, twin.PER_PREFILL, twin.PER_CONTEXT, twin.DECODE_PREFILL, twin.EAGER, twin.GRAPH_TOKENS,
+    twin.LORA, twin.PER_ADAPTER, twin.LORA_DECODE, twin.LORA_PREFILL, twin.ADAPTER_TOKEN, twin.SMALL,
+    twin.SMALL_ADAPTER, twin.SMALL_TOKENS, twin.QUEUE, twin.PER_RUNNING, twin.PER_SKIPPED, twin.REQUEST, twin.FIRST_REQUEST,
     twin.PER_LABEL_SET, twin.SCRAPE_PERIOD, twin.MERGE_BATCH,
 )  # fmt: skip
 
@@ -48,8 +48,9 @@ def cases(draw: st.DrawFn) -> Twin:
         return float(draw(some) * rng.random() * scale)
 
     costs = Costs(
-        base=0.005 + 0.01 * rng.random(), decode=cost(1e-3), prefill=cost(1e-3), context=cost(1e-4), eager=cost(5e-3),
-        graph_tokens=float(draw(st.sampled_from([4, 16, 10**6]))), lora=cost(5e-3), adapter=cost(3e-3),
+        base=0.005 + 0.01 * rng.random(), decode=cost(1e-3), prefill=cost(1e-3), context=cost(1e-4),
+        decode_prefill=cost(1e-4), eager=cost(5e-3), graph_tokens=float(draw(st.sampled_from([4, 16, 10**6]))),
+        lora=cost(5e-3), adapter=cost(3e-3),
         lora_decode=cost(1e-3), lora_prefill=cost(1e-3), adapter_token=cost(1e-4), small=cost(1e-3),
         small_adapter=cost(1e-3),
         small_tokens=float(draw(st.sampled_from([0, 5, 20]))), queue=cost(1e-3),

@@ -344,7 +344,7 @@ def advise(
     """Say how many adapters of a rank and a rate fit on one GPU, with how many slots, and what they cost there."""
     from deltaworks.cli.progress import make_counter
     from deltaworks.errors import PlacementError
-    from deltaworks.serving.advice import alike, capacities, overheads
+    from deltaworks.serving.advice import alike, best_row, capacities, overheads
     from deltaworks.serving.document import headline_waits
     from deltaworks.serving.judge import SLOTS, parse_goal
     from deltaworks.serving.profile import find_profile
@@ -360,7 +360,7 @@ def advise(
             f"{chosen.name} cannot serve even one adapter of rank {rank} at {rate:g} requests/s; a lower --rate, less"
             " --headroom or a looser --slo may do"
         )
-    best = max(rows, key=lambda row: (row["adapters"], -(row["ttft_p99_ms"] or 0.0)))
+    best = best_row(rows)
     costs = overheads(chosen, rank, best["slots"])
     waits = headline_waits([{"ttft_ms": {"p50": best["ttft_p50_ms"], "p99": best["ttft_p99_ms"]}}], goals)
     waits = f"; {waits}" if waits else ""

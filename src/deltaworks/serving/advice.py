@@ -10,7 +10,7 @@ from typing import Any
 from deltaworks.errors import WorkloadError
 from deltaworks.serving.estimate import estimate, traffic_of
 from deltaworks.serving.feasible import check_possible
-from deltaworks.serving.judge import SLOTS, Goal, keeps_up
+from deltaworks.serving.judge import MARGIN, SLOTS, Goal, best_configuration, keeps_up
 from deltaworks.serving.profile import Profile, allowed_rank
 from deltaworks.serving.simulate import Configuration, simulate
 from deltaworks.serving.twin import step_s
@@ -59,7 +59,7 @@ def capacities(
 
     Returns:
         A row each: ``slots``, ``adapters``, ``throughput_tps``, ``ttft_p50_ms``, ``ttft_p99_ms``, ``itl_mean_ms`` (at
-        the plain traffic), ``kv_tokens``.
+        the plain traffic), ``throughput_with_margin_tps`` (with `MARGIN` more traffic, or the headroom), ``kv_tokens``.
 
     Raises:
         ImpossibleError: a single request on an idle GPU does not fit, or does not keep the goals.
@@ -75,10 +75,12 @@ def capacities(
         if found is None:
             return None
         count, answer = found
+        more = _ask(profile, one, count, slots, rank, 1 + max(headroom, MARGIN))
         return {
             "slots": slots,
             "adapters": count,
             "throughput_tps": answer["throughput_tps"],
+            "throughput_with_margin_tps": more["throughput_tps"],
             "ttft_p50_ms": answer["ttft_ms"]["p50"],
             "ttft_p99_ms": answer["ttft_ms"]["p99"],
             "itl_mean_ms": answer["itl_ms"]["mean"],
@@ -91,6 +93,14 @@ def capacities(
     most_adapters = max((found["adapters"] for found in rows), default=0)
     enough = [i for i, found in enumerate(rows) if found["slots"] >= most_adapters]
     return rows[: enough[0] + 1] if enough else rows
+
+
+def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of the rows of `capacities` the one to recommend: of those with the most adapters, by `best_configuration`."""
+    most = max(row["adapters"] for row in rows)
+    kept = [row for row in rows if row["adapters"] == most]
+    outlook = [(r["throughput_tps"], r["throughput_with_margin_tps"], r["ttft_p99_ms"] or 0.0) for r in kept]
+    return kept[best_configuration(outlook)]
 
 
 def _most_adapters(

@@ -19,7 +19,15 @@ from deltaworks.serving.workload import Requests, Workload, requests_of
 SPREAD = {"throughput_tps": 0.02, "itl_ms": 0.03, "ttft_ms": 0.2}
 """Relative deviations that are alike: a run's throughput is known better than its TTFT."""
 
-_OUTLYING, _DAMPING, _STEP, _FARTHEST, _WORTHWHILE, _KEPT = 3.0, 0.3, 0.15, 4.0, 0.02, 300_000
+Known = dict[tuple[str, str], list[float]]
+"""Residuals that were computed before, by the digest of the profile and the key of the run."""
+
+_OUTLYING, _DAMPING, _STEP, _FARTHEST, _KEPT = 3.0, 0.3, 0.15, 4.0, 300_000
+_SLOPE_S = 900.0
+"""Seconds of a run that the slopes are measured on; what is wrong with them, Broyden's updates correct."""
+
+_SHORTER, _SHORTEST = 0.5, 0.1
+"""A step that does not help is halved, and below a tenth of its first length the search ends."""
 
 
 @dataclass(frozen=True)
@@ -30,55 +38,88 @@ class Run:
         workload: What it was asked.
         configuration: How it was started.
         measured: Any of `SPREAD`'s quantities, means; only what should count.
+        key: A text that no other run has; empty if what is computed of this run need not be remembered.
     """
 
     workload: Workload
     configuration: Configuration
     measured: dict[str, float]
+    key: str = ""
 
 
 def calibrate(
     profile: Profile,
     runs: Sequence[Run],
     scales: dict[str, float],
-    rounds: int = 4,
+    rounds: int = 12,
     progress: Callable[[int], None] | None = None,
+    known: Known | None = None,
 ) -> Profile:
     """A profile whose twin agrees better with recorded runs; costs stay at least 0.
+
+    The slope of every residual is measured once, at the start, by moving one cost at a time in the first minutes of
+    every run. Broyden's rank-one update ("A class of methods for solving nonlinear simultaneous equations", 1965) then
+    keeps it in line with what each step really did, so that a further round takes one run of the twin for each recorded
+    run.
 
     Args:
         profile: Where to start.
         runs: What to agree with.
         scales: The costs to move, like ``step.adapter``, and by how much one would naturally move them, in their unit.
-        rounds: Gauss-Newton steps at most, each damped so that a cost which nothing determines stays; fewer where
-            a step gains little.
-        progress: Told how many more runs of the twin are done.
+        rounds: Steps at most. Each is damped, so that a cost which nothing determines stays.
+        progress: Called with the number of further runs of the twin that are done.
+        known: Residuals from earlier calibrations, by profile and run; filled with those of this one.
     """
+    known = {} if known is None else known
     kept = [_requests(run, profile) for run in runs]
-    names = list(scales)
+    names, start = list(scales), profile
+    farthest = np.full(len(names), _FARTHEST)
+    nearest = np.array([-cost_of(start, n) / scales[n] for n in names])
     with ThreadPoolExecutor() as pool:
 
-        def residuals(at: Profile) -> F64:
-            found = list(pool.map(lambda i: _residuals(at, runs[i], kept[i]), range(len(runs))))
+        def residuals(at: Profile, longest_s: float = np.inf) -> F64:
+            digest = f"{at.digest} {longest_s}"
+
+            def one(i: int) -> list[float]:
+                where = (digest, runs[i].key)
+                found = known.get(where) if runs[i].key else None
+                if found is None:
+                    found = _residuals(at, _shortened(runs[i], longest_s), None if longest_s < np.inf else kept[i])
+                    if runs[i].key:
+                        known[where] = found
+                return found
+
+            found = list(pool.map(one, range(len(runs))))
             if progress:
                 progress(len(runs))
-            return _tamed(np.concatenate(found))
+            return np.concatenate(found)
 
-        best, least_cost = profile, np.inf
-        for turn in range(rounds + 1):
-            now = residuals(profile)
-            cost = float(now @ now)
-            gained = cost < least_cost * (1 - _WORTHWHILE)
-            if cost < least_cost:
-                best, least_cost = profile, cost
-            if not gained or turn == rounds:
-                break
-            slope = np.stack([(residuals(moved(profile, {n: _STEP * scales[n]})) - now) / _STEP for n in names], axis=1)
-            bounds = np.array([-cost_of(profile, n) / scales[n] for n in names]) - 1e-12, np.full(len(names), _FARTHEST)
-            system = np.vstack([slope, _DAMPING * np.eye(len(names))])
-            step = lsq_linear(system, np.concatenate([-now, np.zeros(len(names))]), bounds).x
-            profile = moved(profile, {n: s * scales[n] for n, s in zip(names, step, strict=True)})
-    return best
+        def at(point: F64) -> Profile:
+            return moved(start, {n: float(p) * scales[n] for n, p in zip(names, point, strict=True)})
+
+        point = np.zeros(len(names))
+        brief = residuals(start, _SLOPE_S)
+        slope = np.stack(
+            [(residuals(moved(start, {n: _STEP * scales[n]}), _SLOPE_S) - brief) / _STEP for n in names], axis=1
+        )
+        now = residuals(start)
+        length = 1.0
+        for _ in range(rounds):
+            # Gauss-Newton on the tamed residuals; damping pulls towards the start, of the whole way and not of a step.
+            tamed, gentle = _tamed(now), _taming(now)
+            system = np.vstack([slope * gentle[:, None], _DAMPING * np.eye(len(names))])
+            wanted = np.concatenate([-tamed, -_DAMPING * point])
+            bounds = np.maximum(nearest - point, -_FARTHEST) - 1e-12, farthest
+            step = length * lsq_linear(system, wanted, bounds).x
+            there = residuals(at(point + step))
+            slope += np.outer(there - now - slope @ step, step) / max(float(step @ step), 1e-12)
+            if _cost(there, point + step) < _cost(now, point):
+                point, now, length = point + step, there, 1.0
+            else:
+                length *= _SHORTER
+                if length < _SHORTEST:
+                    break
+    return at(point)
 
 
 def cost_of(profile: Profile, name: str) -> float:
@@ -96,9 +137,29 @@ def moved(profile: Profile, by: dict[str, float]) -> Profile:
     return profile
 
 
+def _cost(residuals: F64, point: F64) -> float:
+    """What calibration makes small: tamed squares, and the distance from the start."""
+    tamed = _tamed(residuals)
+    return float(tamed @ tamed + _DAMPING**2 * (point @ point))
+
+
 def _tamed(residuals: F64) -> F64:
     """Residuals whose squares grow only linearly where they are large: a run that is not understood must not rule."""
     return np.asarray(np.sign(residuals) * _OUTLYING * np.sqrt(2 * (np.sqrt(1 + (residuals / _OUTLYING) ** 2) - 1)))
+
+
+def _taming(residuals: F64) -> F64:
+    """The derivative of `_tamed`: 1 at 0, less where residuals are large."""
+    root = np.sqrt(1 + (residuals / _OUTLYING) ** 2)
+    tamed = _OUTLYING * np.sqrt(2 * (root - 1))
+    return np.where(tamed > 1e-9, np.abs(residuals) / np.maximum(root * tamed, 1e-300), 1.0)
+
+
+def _shortened(run: Run, longest_s: float) -> Run:
+    """A run of at most so many seconds."""
+    if run.workload.duration_s <= longest_s or run.workload.trace is not None:
+        return run
+    return replace(run, workload=replace(run.workload, duration_s=longest_s))
 
 
 def _requests(run: Run, profile: Profile) -> Requests | None:

@@ -160,6 +160,7 @@ def _step_s(costs: F64, decodes: float, prefill: float, context: float, adapters
     seconds = costs[twin.BASE] + costs[twin.QUEUE]
     seconds += (costs[twin.PER_DECODE] + costs[twin.PER_RUNNING] + costs[twin.LORA_DECODE]) * decodes
     seconds += (costs[twin.PER_PREFILL] + costs[twin.LORA_PREFILL]) * prefill + costs[twin.PER_CONTEXT] * context
+    seconds += costs[twin.DECODE_PREFILL] * decodes * prefill
     seconds += costs[twin.EAGER] * min(max(tokens / costs[twin.GRAPH_TOKENS] - 0.5, 0.0), 1.0)
     seconds += costs[twin.LORA] * min(adapters, 1.0)
     seconds += costs[twin.PER_ADAPTER] * adapters + costs[twin.ADAPTER_TOKEN] * adapters * tokens

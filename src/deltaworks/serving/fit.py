@@ -12,7 +12,7 @@ import yaml
 from scipy.optimize import nnls
 
 from deltaworks.errors import ProfileError, WorkloadError
-from deltaworks.serving.calibrate import SPREAD, Run, calibrate
+from deltaworks.serving.calibrate import SPREAD, Known, Run, calibrate
 from deltaworks.serving.profile import (
     FrontEnd,
     KvCache,
@@ -47,6 +47,7 @@ STEP_TERMS: dict[str, Callable[[Mapping[str, float]], float]] = {
     "decode": lambda r: r["decode"],
     "prefill": lambda r: r["prefill"],
     "context": lambda r: r["context"],
+    "decode_prefill": lambda r: r["decode"] * r["prefill"],
     "eager": lambda r: float(r["decode"] + r["prefill"] > r["graph_tokens"]),
     "adapter": lambda r: r["adapters"],
     "slot_token": lambda r: (r["adapters"] > 0) * r["slots"] * (r["decode"] + r["prefill"]),
@@ -69,7 +70,7 @@ tokens.
 """
 
 
-def fit_profile(folder: Path, progress: Callable[[int], None] | None = None) -> Profile:
+def fit_profile(folder: Path, progress: Callable[[int], None] | None = None, known: Known | None = None) -> Profile:
     """Fit a profile from a folder of tables.
 
     Every cost is a nonnegative least-squares fit of relative errors (Lawson and Hanson, "Solving Least Squares
@@ -78,6 +79,7 @@ def fit_profile(folder: Path, progress: Callable[[int], None] | None = None) -> 
     Args:
         folder: With `about.yaml`, `steps.csv`, `kv_cache.csv` and more, see `docs/profiles.md`.
         progress: Told how many more runs of the twin are done.
+        known: What earlier calibrations computed, see `calibrate`.
 
     Raises:
         ProfileError: a table is missing or malformed (the row is named), or determines nothing.
@@ -114,7 +116,7 @@ def fit_profile(folder: Path, progress: Callable[[int], None] | None = None) -> 
     scales = {n: number(v, f"{folder}: calibrate.{n}", above=True) for n, v in about.get("calibrate", {}).items()}
     if runs and scales:
         try:
-            profile = calibrate(profile, runs, scales, progress=progress)
+            profile = calibrate(profile, runs, scales, progress=progress, known=known)
         except AttributeError as error:
             raise ProfileError(f"{folder}: about.yaml: calibrate: there is no such cost: {error}") from None
         residuals["calibrated"] = {"runs": len(runs), "costs": list(scales)}
@@ -271,7 +273,7 @@ def _runs(folder: Path) -> list[Run]:
             asked = Configuration(
                 raw["slots"], raw.get("max_rank"), raw.get("served"), raw.get("client_max_outstanding")
             )  # fmt: skip
-            runs.append(Run(workload_from(raw["workload"], folder, where), asked, dict(measured)))
+            runs.append(Run(workload_from(raw["workload"], folder, where), asked, dict(measured), line))
         except (json.JSONDecodeError, KeyError, TypeError, WorkloadError) as error:
             raise ProfileError(f"{where}: {error}") from None
     return runs

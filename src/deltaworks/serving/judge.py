@@ -33,6 +33,12 @@ FULL = 0.95
 COMFORTABLE = 0.7
 """Slots that adapters hold on average, of those there are, at which hardly any waits for one."""
 
+MARGIN = 0.1
+"""How much more traffic tells configurations apart whose throughput is alike."""
+
+ALIKE = 0.005
+"""Throughputs that differ by less than this share are alike: repeated runs of a real server differ as much."""
+
 GOALS = ("ttft", "itl", "tpot")
 _UTILISATION, _WAIT, _PRESSURE = (list(FEATURES).index(n) for n in ("utilisation", "slot_wait", "slot_pressure"))
 
@@ -229,19 +235,42 @@ class Judge:
         factors = (1.0 + self.demand.headroom, 1.0) if self.demand.headroom else (1.0,)
         return all(self.serves(part, kind, slots, factor) for factor in factors)
 
-    def polished(self, part: Part, kind: int, slots: int, reach: int = 1) -> int:
-        """The slots, near some that the twin accepts, that it accepts too and whose 99th percentile of TTFT is least.
+    def polished(self, part: Part, kind: int, slots: int, reach: int = 1, *, fastest: bool = False) -> int:
+        """The best number of slots, by `best_configuration`, near one that the twin accepts, that it accepts too.
 
         Args:
             part: What the GPU serves.
             kind: Its type.
             slots: That the twin accepts.
             reach: How many numbers of slots above and below are tried.
+            fastest: Whether only the 99th percentile of TTFT counts.
         """
         ranked = sorted(s for _, s in self.slots(part, kind))
         at = ranked.index(slots)
         near = [s for s in ranked[max(at - reach, 0) : at + reach + 1] if s == slots or self.passes(part, kind, s)]
-        return min(near, key=lambda s: (latency_ms(self.ask(part, kind, s)), s))
+        if fastest or len(near) == 1:
+            return min(near, key=lambda s: (latency_ms(self.ask(part, kind, s)), s))
+        more = 1.0 + max(self.demand.headroom, MARGIN)
+        answers = [(self.ask(part, kind, s), self.ask(part, kind, s, more)) for s in near]
+        return near[best_configuration([(a["throughput_tps"], b["throughput_tps"], latency_ms(a)) for a, b in answers])]
+
+
+def best_configuration(answers: Sequence[tuple[float, float, float]]) -> int:
+    """Which of several configurations to recommend, by place.
+
+    The one of most throughput; of those alike (`ALIKE`), the one that gets most through when traffic grows; of those
+    alike in that too, the one with the lowest 99th percentile of TTFT. The twin predicts throughput within a few
+    percent, but near the edge of starvation its tail of TTFT says little about a real server.
+
+    Args:
+        answers: Of each configuration, which the twin accepts: throughput in tokens/s, throughput with `MARGIN` more
+            traffic, and the 99th percentile of TTFT in milliseconds.
+    """
+    kept = list(range(len(answers)))
+    for column in (0, 1):
+        most = max(answers[i][column] for i in kept)
+        kept = [i for i in kept if answers[i][column] >= (1 - ALIKE) * most]
+    return min(kept, key=lambda i: (answers[i][2], i))
 
 
 def keeps_up(traffic: Traffic, profile: Profile, slots: int, max_rank: int) -> bool:

@@ -197,7 +197,7 @@ def place_on(judge: Judge, kinds: Sequence[int], told: Told = lambda _: None, wa
             found = accepted(judge, deal, kinds, capacity)
             if found is None:
                 break
-            found = _polished(judge, found, reach=2)
+            found = _polished(judge, found, reach=2, fastest=True)
             latency = [latency_ms(judge.ask(gpu.part, gpu.kind, gpu.slots)) if gpu.part else 0.0 for gpu in found]
             if best is not None and max(latency) >= best[0]:
                 break
@@ -223,11 +223,13 @@ def check_feasible(judge: Judge, kinds: Sequence[int]) -> None:
     )
 
 
-def _polished(judge: Judge, gpus: Sequence[Gpu], reach: int = 1) -> tuple[Gpu, ...]:
-    """The same with slots of lower latency, where the twin accepts them."""
+def _polished(judge: Judge, gpus: Sequence[Gpu], reach: int = 1, *, fastest: bool = False) -> tuple[Gpu, ...]:
+    """The same with better numbers of slots (`Judge.polished`), where the twin accepts them."""
 
     def better(gpu: Gpu) -> Gpu:
-        return replace(gpu, slots=judge.polished(gpu.part, gpu.kind, gpu.slots, reach)) if gpu.part else gpu
+        if not gpu.part:
+            return gpu
+        return replace(gpu, slots=judge.polished(gpu.part, gpu.kind, gpu.slots, reach, fastest=fastest))
 
     found = tuple(judge.pool.map(better, gpus))
     check_totals(judge, found)

@@ -43,10 +43,10 @@ class KvCache:
 class StepTime:
     """Milliseconds of the model in one step.
 
-    ``base + decode * D + prefill * P + context * C``, and ``eager`` above ``graph_tokens`` tokens; with any adapter in
-    the batch also ``lora + (slot + slot_rank * R) * S + (adapter + adapter_rank * R) * A + (lora_decode +
-    lora_decode_rank * R) * D + (lora_prefill + lora_prefill_rank * R) * P + (adapter_token * A + slot_token * S) *
-    (D + P)``, and ``small_slot * S + small_adapter * A`` below ``small_tokens`` tokens. D is decoding requests, P
+    ``base + decode * D + prefill * P + context * C + decode_prefill * D * P``, and ``eager`` above ``graph_tokens``
+    tokens; with any adapter in the batch also ``lora + (slot + slot_rank * R) * S + (adapter + adapter_rank * R) * A +
+    (lora_decode + lora_decode_rank * R) * D + (lora_prefill + lora_prefill_rank * R) * P + (adapter_token * A +
+    slot_token * S) * (D + P)``, and ``small_slot * S + small_adapter * A`` below ``small_tokens`` tokens. D is decoding requests, P
     prompt tokens, C tokens in the KV cache of the decoding requests, A distinct adapters in the batch, S slots, R the
     server's maximum rank. (vLLM 0.8.5 configures its LoRA kernels otherwise below 128 tokens.)
     """
@@ -55,6 +55,7 @@ class StepTime:
     decode: float = 0.0
     prefill: float = 0.0
     context: float = 0.0
+    decode_prefill: float = 0.0
     eager: float = 0.0
     graph_tokens: int = 1 << 30
     lora: float = 0.0
@@ -171,6 +172,7 @@ class Profile:
         costs = np.zeros(twin.COSTS)
         costs[twin.BASE], costs[twin.PER_DECODE], costs[twin.PER_PREFILL] = step.base, step.decode, step.prefill
         costs[twin.PER_CONTEXT], costs[twin.EAGER] = step.context, step.eager
+        costs[twin.DECODE_PREFILL] = step.decode_prefill
         costs[twin.LORA] = step.lora + slots * (step.slot + step.slot_rank * max_rank)
         costs[twin.PER_ADAPTER] = step.adapter + step.adapter_rank * max_rank
         each = step.slot_token * slots
@@ -196,6 +198,9 @@ class Profile:
     def digest(self) -> str:
         """A hash of everything that the twin's answers hang on."""
         told = {name: value for name, value in asdict(self).items() if name in _PARTS or name == "output_share"}
+        # A cost that profiles have only lately is left out where it is 0: what was trained before stays valid.
+        if not self.step.decode_prefill:
+            del told["step"]["decode_prefill"]
         return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def to_json(self) -> dict[str, Any]:

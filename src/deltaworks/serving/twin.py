@@ -51,7 +51,8 @@ from deltaworks.serving.server import (
 BASE, PER_DECODE, PER_PREFILL, PER_CONTEXT, EAGER, GRAPH_TOKENS = range(6)
 LORA, PER_ADAPTER, LORA_DECODE, LORA_PREFILL, ADAPTER_TOKEN, SMALL, SMALL_ADAPTER, SMALL_TOKENS = range(6, 14)
 QUEUE, PER_RUNNING, PER_SKIPPED, REQUEST, FIRST_REQUEST, PER_LABEL_SET, SCRAPE_PERIOD, MERGE_BATCH = range(14, 22)
-COSTS = 22
+DECODE_PREFILL = 22
+COSTS = 23
 """Places in the vector of costs: seconds a step, a token, an adapter, ..., but for three that are counts."""
 
 BUSY_S, RUNNING_S, WAITING_S, MERGED, LATE, LATE_SLOPE = range(6)
@@ -77,6 +78,7 @@ def step_s(costs: F64, decodes: int, prefill: int, context: float, adapters: int
         skipped: Waiting requests passed over.
     """
     seconds = costs[BASE] + costs[PER_DECODE] * decodes + costs[PER_PREFILL] * prefill + costs[PER_CONTEXT] * context
+    seconds += costs[DECODE_PREFILL] * decodes * prefill
     if decodes + prefill > costs[GRAPH_TOKENS]:
         seconds += costs[EAGER]
     if adapters > 0:
