@@ -31,7 +31,8 @@ from deltaworks.serving.workload import parse_workload
 
 PROFILE = Profile(
     "p", "vLLM", "m", "g", KvCache(100_000, 50, 10, 2000),
-    StepTime(12, 0.02, 0.03, 5e-5, 3, 128, lora=1, adapter=0.4, lora_decode=0.01, lora_prefill=0.02),
+    StepTime(12, 0.02, 0.03, 5e-5, 3, 128, lora=1, adapter=0.4, lora_decode=0.01, lora_prefill=0.02,
+             decode_prefill=2e-5),
     ServerFlags(64, 512, 16), SchedulerTime(0.1, 0.002, 0.0003), LoadTime(5, 0.1, 40, 2), FrontEnd(4, 200, 0.02, 2, 32),
 )  # fmt: skip
 
@@ -136,7 +137,7 @@ def test_tables_give_the_costs_back(tmp_path: Path) -> None:
     assert fitted.kv_cache.per_slot_rank == pytest.approx(10)
     assert vars(fitted.loading) == pytest.approx(vars(PROFILE.loading))
     assert vars(fitted.scheduler) == pytest.approx(vars(PROFILE.scheduler))
-    for name in ("base", "decode", "prefill", "context", "eager", "adapter"):
+    for name in ("base", "decode", "prefill", "context", "decode_prefill", "eager", "adapter"):
         assert getattr(fitted.step, name) == pytest.approx(getattr(PROFILE.step, name), rel=1e-5), name
     assert fitted.residuals["step"]["mean_relative_error"] < 1e-9
     assert fitted.kv_tokens(8, 16) == (100_000 - 8 * (50 + 160)) // 16 * 16

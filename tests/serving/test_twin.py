@@ -17,8 +17,8 @@ from deltaworks.serving.starvation import tokens_made
 PLACES = (
     twin.BASE, twin.PER_DECODE, twin.PER_PREFILL, twin.PER_CONTEXT, twin.DECODE_PREFILL, twin.EAGER, twin.GRAPH_TOKENS,
     twin.LORA, twin.PER_ADAPTER, twin.LORA_DECODE, twin.LORA_PREFILL, twin.ADAPTER_TOKEN, twin.SMALL,
-    twin.SMALL_ADAPTER, twin.SMALL_TOKENS, twin.QUEUE, twin.PER_RUNNING, twin.PER_SKIPPED, twin.REQUEST, twin.FIRST_REQUEST,
-    twin.PER_LABEL_SET, twin.SCRAPE_PERIOD, twin.MERGE_BATCH,
+    twin.SMALL_ADAPTER, twin.SMALL_TOKENS, twin.QUEUE, twin.PER_RUNNING, twin.PER_SKIPPED, twin.REQUEST,
+    twin.FIRST_REQUEST, twin.PER_LABEL_SET, twin.SCRAPE_PERIOD, twin.MERGE_BATCH,
 )  # fmt: skip
 
 

@@ -46,16 +46,18 @@ class StepTime:
     ``base + decode * D + prefill * P + context * C + decode_prefill * D * P``, and ``eager`` above ``graph_tokens``
     tokens; with any adapter in the batch also ``lora + (slot + slot_rank * R) * S + (adapter + adapter_rank * R) * A +
     (lora_decode + lora_decode_rank * R) * D + (lora_prefill + lora_prefill_rank * R) * P + (adapter_token * A +
-    slot_token * S) * (D + P)``, and ``small_slot * S + small_adapter * A`` below ``small_tokens`` tokens. D is decoding requests, P
-    prompt tokens, C tokens in the KV cache of the decoding requests, A distinct adapters in the batch, S slots, R the
-    server's maximum rank. (vLLM 0.8.5 configures its LoRA kernels otherwise below 128 tokens.)
+    slot_token * S) * (D + P)``, and ``small_slot * S + small_adapter * A`` below ``small_tokens`` tokens. D is decoding
+    requests, P prompt tokens, C tokens in the KV cache of the decoding requests, A distinct adapters in the batch, S
+    slots, R the server's maximum rank. (vLLM 0.8.5 configures its LoRA kernels otherwise below 128 tokens.)
+
+    ``decode_prefill`` is what decoding costs more beside prompts: one attention kernel serves the whole batch, and its
+    grid, sized by the longest stretch of new tokens, has room for as many of every request that decodes one.
     """
 
     base: float
     decode: float = 0.0
     prefill: float = 0.0
     context: float = 0.0
-    decode_prefill: float = 0.0
     eager: float = 0.0
     graph_tokens: int = 1 << 30
     lora: float = 0.0
@@ -72,6 +74,7 @@ class StepTime:
     small_slot: float = 0.0
     small_adapter: float = 0.0
     small_tokens: int = 0
+    decode_prefill: float = 0.0
 
 
 @dataclass(frozen=True)
