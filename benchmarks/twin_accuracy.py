@@ -1,6 +1,6 @@
 """The twin beside real vLLM runs, the published twin and the trivial predictor, on workloads that no fit has seen.
 
-    python benchmarks/twin_accuracy.py [--json benchmarks/results/twin_accuracy.json] [--docs docs/twin.md]
+    python benchmarks/twin_accuracy.py [--json benchmarks/results/twin_accuracy.json] [--docs docs/twin.md] [--fits DIR]
 
 Every family of workloads (its rates and ranks, whatever the number of adapters and slots) is left out of one of four
 fits, and predicted by that one. The shipped profiles, fitted to all of them, are listed beside.
@@ -24,7 +24,7 @@ from serving_runs import DATA, configuration, family, published_runs, workload
 
 from deltaworks.serving.calibrate import Known
 from deltaworks.serving.fit import fit_profile
-from deltaworks.serving.profile import Profile, find_profile, with_flags
+from deltaworks.serving.profile import Profile, find_profile, parse_profile, with_flags
 from deltaworks.serving.simulate import Configuration, simulate
 from deltaworks.serving.workload import parse_workload
 
@@ -255,10 +255,25 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def fit_without(fold: int, name: str, scratch: Path, kept: Path | None, known: Known) -> Profile:
+    """The profile fitted to all families but those of a fold, from the folder of kept fits if it is there."""
+    path = None if kept is None else kept / f"{name}.{fold}.json"
+    if path is not None and path.is_file():
+        return parse_profile(json.loads(path.read_text()), str(path))
+    sys.stderr.write(f"fitting {name} without {', '.join(FOLDS[fold])}\n")
+    make_tables(scratch / str(fold) / name, name, set(FOLDS[fold]))
+    profile = fit_profile(scratch / str(fold) / name, known=known)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(profile.to_json(), indent=2) + "\n")
+    return profile
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/twin_accuracy.json"))
     parser.add_argument("--docs", type=Path, default=Path("docs/twin.md"))
+    parser.add_argument("--fits", type=Path, help="a folder in which fits are kept, and looked for first")
     options = parser.parse_args()
     if not DATA.is_dir():
         sys.exit(f"skipped: the measurements are not at {DATA}")
@@ -269,10 +284,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in H100:
             known: Known = {}
-            for fold, left_out in enumerate(FOLDS):
-                sys.stderr.write(f"fitting {name} without {', '.join(left_out)}\n")
-                make_tables(Path(folder) / str(fold) / name, name, set(left_out))
-                fitted[name, fold] = fit_profile(Path(folder) / str(fold) / name, known=known)
+            for fold in range(len(FOLDS)):
+                fitted[name, fold] = fit_without(fold, name, Path(folder), options.fits, known)
 
     def unseen(row: dict[str, str]) -> Profile:
         return fitted[names[row["model"]], next(i for i, fold in enumerate(FOLDS) if family(row) in fold)]
