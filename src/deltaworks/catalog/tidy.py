@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,9 +60,9 @@ def remove(waste: Collection[Waste]) -> int:
     """Delete; returns the bytes that were freed."""
     for item in waste:
         item.path.unlink(missing_ok=True)
-    for folder in {f for item in waste for f in (item.path.parent, item.path.with_suffix(KEPT))}:
-        if folder.suffix == KEPT and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+    for folder in {f for item in waste for f in (*item.path.parents, item.path.with_suffix(KEPT))}:
+        if folder.suffix == KEPT and folder.is_dir() and not any(p for p in folder.rglob("*") if not p.is_dir()):
+            shutil.rmtree(folder)  # of empty folders
     return sum(item.nbytes for item in waste)
 
 
@@ -70,12 +71,12 @@ def _files(catalog: Catalog, folders: Sequence[str] = ("statistics", "layers")) 
         if (catalog.path / folder).is_dir():
             for path in sorted((catalog.path / folder).iterdir()):
                 # Beside layers, a folder of the expert's small files.
-                yield from sorted(path.iterdir()) if path.is_dir() else (path,)
+                yield from sorted(p for p in path.rglob("*") if not p.is_dir()) if path.is_dir() else (path,)
 
 
 def _owners(path: Path) -> list[str]:
     """The starts of the fingerprints of the expert and the base that a file is of."""
-    return (path.parent if path.parent.suffix == KEPT else path).stem.split("-")
+    return next((p for p in path.parents if p.suffix == KEPT), path).stem.split("-")
 
 
 def _waste(path: Path, why: str) -> Waste:

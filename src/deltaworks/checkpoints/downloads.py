@@ -56,7 +56,7 @@ def check_file(path: Path, head: bytes, size: int) -> None:
 def check_files(folder: Path, names: list[str]) -> None:
     """Refuse small files of a model folder that are pointers, error pages or empty; see `check_file`."""
     for name in names:
-        found = own_file(folder / name)
+        found = own_file(folder / name, folder)
         if found is None:
             continue
         try:

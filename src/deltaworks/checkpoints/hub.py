@@ -6,7 +6,12 @@ from pathlib import Path
 from deltaworks.errors import CheckpointError
 
 HUB_ID = re.compile(r"(?:hf://)?(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+FILES = [
+    "*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*", "*.spm", "*.tiktoken", "*.txt", "*.codes", "*.py",
+    *(f"{name}*" for word in ("license", "licence", "notice", "copying", "use_policy")
+      for name in (word, word.upper(), word.capitalize())),
+]  # fmt: skip
+"""What is fetched of a model: weights, settings, tokenizers, templates, licences, and custom code, which is not run."""
 
 
 def resolve_source(source: str, relative_to: Path | None = None) -> Path:

@@ -29,11 +29,15 @@ def check_regular(path: Path, mode: int) -> None:
         raise CheckpointError(f"{path} is {kind} and not a file; remove it from the model, or put the file there")
 
 
-def own_file(path: Path) -> Path | None:
+def own_file(path: Path, model: Path | None = None) -> Path | None:
     """The file that stands under a name in a model folder, links resolved; None where nothing does.
 
     A link may lead anywhere inside the model's repository. In a cache of the Hugging Face hub that is the folder that
     holds ``snapshots`` and ``blobs``; elsewhere it is the model folder itself.
+
+    Args:
+        path: the file.
+        model: the model folder; the file's own folder where None.
 
     Raises:
         CheckpointError: the name is a link out of the repository or to nothing, or no regular file.
@@ -41,13 +45,13 @@ def own_file(path: Path) -> Path | None:
     if not os.path.lexists(path):
         return None
     try:
-        folder, target = path.parent.resolve(), path.resolve(strict=True)
+        folder, target = (model or path.parent).resolve(), path.resolve(strict=True)
         mode = target.stat().st_mode
     except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError
         reason = getattr(error, "strerror", None) or "a loop of links"
         raise CheckpointError(f"{path} cannot be followed: {reason}; is the download complete?") from error
     repository = folder.parent.parent if folder.parent.name == "snapshots" else folder
-    if path.is_symlink() and repository not in target.parents:
+    if (path.is_symlink() or model is not None) and repository not in target.parents:
         raise CheckpointError(
             f"{path} is a link to {target}, outside of the model; put the file itself there, or remove the link"
         )
@@ -55,8 +59,13 @@ def own_file(path: Path) -> Path | None:
     return target
 
 
-def copy_own_file(source: Path, target: Path) -> str:
+def copy_own_file(source: Path, target: Path, model: Path | None = None) -> str:
     """Copy a file that belongs to a model, and flush it to the device; a file under the target's name is replaced.
+
+    Args:
+        source: the file.
+        target: where the copy goes.
+        model: the model folder; the file's own folder where None.
 
     Returns:
         The BLAKE3 of its contents, in hex.
@@ -65,7 +74,7 @@ def copy_own_file(source: Path, target: Path) -> str:
         CheckpointError: see `own_file`; or it cannot be read.
         OSError: the copy cannot be written.
     """
-    found = own_file(source)
+    found = own_file(source, model)
     if found is None:
         raise CheckpointError(f"{source} is gone; was it removed meanwhile?")
     hasher = blake3()

@@ -1,6 +1,8 @@
 """The small files beside the weights: tokenizer, chat template, generation settings."""
 
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from deltaworks.checkpoints.downloads import check_files
@@ -17,21 +19,34 @@ PATTERNS = (
     "vocab*",
     "merges.txt",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
     "*preprocessor_config.json",
     "processor_config.json",
-    "spiece.model",
+    "*.model",
+    "*.spm",
+    "bpe.codes",
+    "tekken.json",
     "*.tiktoken",
 )
+"""What a model needs beside its weights and `config.json`; custom code, which is another matter, may look like it."""
+
+_LICENCE = re.compile(r"(licen[cs]e|notice|copying|use_policy)([._-].*)?", re.IGNORECASE)
+_CODE = (".py", ".pyc")
 
 
 def sidecar_names(source: Path) -> list[str]:
-    """Names of the files that a model folder needs beside its weights and `config.json`, sorted.
+    """Names of the files that a model folder needs beside its weights and `config.json`, relative to it and sorted.
 
     Raises:
         CheckpointError: one of them is no file of the model, or a pointer to it; see `own_file` and `check_file`.
     """
-    found = {p.name for pattern in PATTERNS for p in source.glob(pattern)}
-    names = sorted(name for name in found if (source / name).is_symlink() or not (source / name).is_dir())
+    found = {p.relative_to(source).as_posix() for pattern in PATTERNS for p in source.glob(pattern)}
+    found |= {p.name for p in source.iterdir() if _LICENCE.fullmatch(p.name)} if source.is_dir() else set()
+    names = sorted(
+        name
+        for name in found
+        if not name.endswith(_CODE) and ((source / name).is_symlink() or not (source / name).is_dir())
+    )
     check_files(source, names)
     return names
 
@@ -46,7 +61,16 @@ def copy_sidecars(source: Path, target: Path) -> dict[str, str]:
         CheckpointError: one of them is no file of the model, or cannot be read; see `own_file`.
         OSError: a copy cannot be written.
     """
-    return {name: copy_own_file(source / name, target / name) for name in sidecar_names(source)}
+    return copy_files(source, target, sidecar_names(source))
+
+
+def copy_files(source: Path, target: Path, names: Iterable[str]) -> dict[str, str]:
+    """Copy some files of a model folder, given by their names in it, as `copy_sidecars` does."""
+    digests = {}
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        digests[name] = copy_own_file(source / name, target / name, source)
+    return digests
 
 
 def vocabulary(path: Path) -> dict[str, int] | None:

@@ -76,6 +76,21 @@ Layers = Annotated[
         show_default=False,
     ),
 ]
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Copy custom code (*.py) that the models' configurations name; it is never run here. Otherwise the output"
+        " does not name it.",
+    ),
+]
+AllowMismatch = Annotated[
+    bool,
+    typer.Option(
+        "--allow-mismatch",
+        help="Merge models of different architectures, or whose attention heads are arranged otherwise.",
+    ),
+]
 _MODEL = re.compile(r"""^[\s-]*(?:base_)?model:[ \t]*["']?([^\s"'#]+)""", re.MULTILINE)
 _BUDGET = re.compile(r"^\s*budget:", re.MULTILINE)
 _FETCHED = 512 << 20
@@ -104,6 +119,8 @@ def merge(
     seed: Seed = 0,
     force: Force = False,
     allow_nonfinite: AllowNonfinite = False,
+    trust_remote_code: TrustCode = False,
+    allow_mismatch: AllowMismatch = False,
     block_size: BlockSize = None,
     threads: Threads = None,
     layers: Layers = None,
@@ -139,6 +156,8 @@ def merge(
         fair=fair,
         balanced=balanced,
         layers=layers,
+        trust_remote_code=trust_remote_code,
+        allow_mismatch=allow_mismatch,
     )
     loaded = load_recipe(recipe)
     check_output(out, force=force)
@@ -164,6 +183,8 @@ def plan(
     layers: Layers = None,
     shard_size: ShardSize = "5GB",
     seed: Seed = 0,
+    trust_remote_code: TrustCode = False,
+    allow_mismatch: AllowMismatch = False,
     block_size: BlockSize = None,
     threads: Threads = None,
     force: Annotated[
@@ -195,6 +216,8 @@ def plan(
         fair=fair,
         balanced=balanced,
         layers=layers,
+        trust_remote_code=trust_remote_code,
+        allow_mismatch=allow_mismatch,
     )
     started = time.monotonic()
     loaded = load_recipe(recipe)

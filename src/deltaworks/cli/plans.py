@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deltaworks.cli.merges import Balanced, Fair, RecipeFile, Seed, ShardSize, StandIn
+from deltaworks.cli.merges import AllowMismatch, Balanced, Fair, RecipeFile, Seed, ShardSize, StandIn, TrustCode
 from deltaworks.cli.options import AsJson, BlockSize, CatalogPath, Quiet, Threads, print_json
 from deltaworks.units import format_bytes, format_error
 
@@ -94,6 +94,8 @@ def sweep(
     balanced: Balanced = None,
     shard_size: ShardSize = "5GB",
     seed: Seed = 0,
+    trust_remote_code: TrustCode = False,
+    allow_mismatch: AllowMismatch = False,
     block_size: BlockSize = None,
     threads: Threads = None,
     catalog: CatalogPath = None,
@@ -117,7 +119,17 @@ def sweep(
     budgets = [b.strip() for b in (budget or "").split(",") if b.strip()]
     for one in budgets:
         parse_budget(one, "--budget")
-    options = MergeOptions(parse_bytes(shard_size), seed, block_size, threads, base=base, fair=fair, balanced=balanced)
+    options = MergeOptions(
+        parse_bytes(shard_size),
+        seed,
+        block_size,
+        threads,
+        base=base,
+        fair=fair,
+        balanced=balanced,
+        trust_remote_code=trust_remote_code,
+        allow_mismatch=allow_mismatch,
+    )
     rows: list[dict[str, Any]] = []
     progress = make_progress(quiet=quiet)
     with Catalog(catalog) as opened:

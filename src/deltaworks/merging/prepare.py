@@ -21,6 +21,7 @@ from deltaworks.merging.accounting import plan_notes
 from deltaworks.merging.budget import Budget, parse_budget
 from deltaworks.merging.candidate import Knowledge, no_stand_in
 from deltaworks.merging.contributions import Overlaps
+from deltaworks.merging.custom_code import settle_code
 from deltaworks.merging.plan import Plan, keep_plan
 from deltaworks.merging.planner import DEFAULT_SHARD_BYTES, Trim, make_plan
 from deltaworks.merging.recipe import Recipe
@@ -45,6 +46,9 @@ class MergeOptions:
         balanced: weigh all tensors alike, however small their deltas; None for what the recipe says.
         layers: read experts from the catalog's layers where it has them; None for only where there is a budget, which
             reaches further with them, or where their storage is slow: else they save bytes and cost processor time.
+        trust_remote_code: copy custom code that the models' configurations name; it is never run. Otherwise the output
+            does not name it.
+        allow_mismatch: merge models of different architectures, or whose heads are arranged otherwise.
     """
 
     shard_bytes: int = DEFAULT_SHARD_BYTES
@@ -57,6 +61,8 @@ class MergeOptions:
     fair: bool | None = None
     balanced: bool | None = None
     layers: bool | None = None
+    trust_remote_code: bool = False
+    allow_mismatch: bool = False
 
 
 def prepare_plan(
@@ -160,6 +166,9 @@ class Prepared:
             seed=options.seed,
         )
         full = replace(full, notes=(*self.notes, *full.notes, *plan_notes(full)))
+        references = [m.reference for m in full.models]
+        leader = references.index(recipe.base_model or recipe.models()[0])
+        full = settle_code(full, [self.models[r] for r in references], leader, trust=options.trust_remote_code)
         return full if budget is None else self.within(full, budget)
 
     def within(self, full: Plan, budget: Budget) -> Plan:

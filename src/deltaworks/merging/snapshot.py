@@ -26,6 +26,7 @@ from deltaworks.checkpoints.weight_files import INDEX
 from deltaworks.checkpoints.writer import ShardLayout, fsync_folder, storage_error
 from deltaworks.errors import ChangedError, DeltaworksError, OutputError, PlanError, VerificationError
 from deltaworks.merging.card import model_card
+from deltaworks.merging.custom_code import write_code
 from deltaworks.merging.execute import Reads, StageTimes, execute, output_shards
 from deltaworks.merging.manifest import MANIFEST, MANIFEST_VERSION, read_manifest
 from deltaworks.merging.measured_error import measure_error
@@ -340,6 +341,7 @@ def _write_companions(
     """Write and flush everything beside the weights but the manifest; returns the names of the files."""
     folder = staging.folder
     copy_sidecars(models[plan.tokenizer].path, folder)
+    write_code(plan, models, folder)
     if plan.chat_template is not None:
         write_chat_template(folder, plan.chat_template)
     if plan.config:
@@ -353,7 +355,8 @@ def _write_companions(
     save_plan(plan, folder / PLAN)
     # A run that was killed at its very end may have left a manifest.
     apart = {MANIFEST, *(s.name for s in shards)}
-    others = sorted(p.name for p in folder.iterdir() if p.name not in apart and not p.name.startswith(_JOURNAL))
+    files = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    others = sorted(name for name in files if name not in apart and not name.startswith(_JOURNAL))
     for name in others:
         _flush(folder / name)
     return others
@@ -415,7 +418,8 @@ def verify(out: Path, progress: Progress | None = None) -> dict[str, Any]:
     progress.finish()
     if wrong:
         raise VerificationError(f"{out} does not match its manifest: {', '.join(wrong)}")
-    unknown = sorted(p.name for p in out.iterdir() if p.name not in expected and p.name != MANIFEST)
+    files = (p.relative_to(out).as_posix() for p in out.rglob("*") if not p.is_dir())
+    unknown = sorted(name for name in files if name not in expected and name != MANIFEST)
     return {
         "output": str(out),
         "plan_digest": manifest["plan_digest"],

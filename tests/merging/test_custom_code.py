@@ -1,0 +1,137 @@
+"""Files beside the weights: custom code only where it is trusted, templates, tokenizers and licences always."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import CONFIG, recipe, write_family
+from merges import merge
+
+from deltaworks.catalog.store import Catalog
+from deltaworks.checkpoints.sidecars import sidecar_names
+from deltaworks.errors import CheckpointError
+from deltaworks.merging.manifest import read_manifest
+from deltaworks.merging.prepare import MergeOptions
+from deltaworks.merging.snapshot import verify
+
+AUTO_MAP = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XForCausalLM"}
+CODE = {
+    "configuration_x.py": "",
+    "modeling_x.py": "from .configuration_x import XConfig\nfrom .layers_x import Layer\nimport torch\n",
+    "layers_x.py": "from . import kernels_x\n",
+    "kernels_x.py": "raise SystemExit('run')",
+    "tokenization_x.py": "",
+    "train.py": "",
+}
+TRUST = MergeOptions(trust_remote_code=True)
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Path:
+    write_family(tmp_path / "family")
+    base = tmp_path / "family" / "base"
+    (base / "config.json").write_text(json.dumps(CONFIG | {"auto_map": AUTO_MAP, "part": {"auto_map": AUTO_MAP}}))
+    (base / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": ["tokenization_x.XTokenizer", None]}, "kept": 1})
+    )
+    for name, text in CODE.items():
+        (base / name).write_text(text)
+    return tmp_path / "family"
+
+
+def text(family: Path) -> str:
+    return recipe("task_arithmetic", family, parameters="weight: 0.5")
+
+
+def test_code_that_is_not_trusted_is_neither_copied_nor_named(catalog: Catalog, tmp_path: Path, family: Path) -> None:
+    result = merge(catalog, text(family), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert "auto_map" not in (tmp_path / "out" / "config.json").read_text()
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {"kept": 1}
+    (note,) = result.notes
+    assert "base names custom code ('configuration_x', 'modeling_x', 'tokenization_x'), which is not copied" in note
+
+
+def test_trusted_code_is_copied_with_what_it_imports(catalog: Catalog, tmp_path: Path, family: Path) -> None:
+    result = merge(catalog, text(family), tmp_path / "out", TRUST)
+    found = {p.name: p.read_text() for p in (tmp_path / "out").glob("*.py")}
+    assert found == {name: code for name, code in CODE.items() if name != "train.py"}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == AUTO_MAP
+    assert "auto_map" in (tmp_path / "out" / "tokenizer_config.json").read_text()
+    assert result.notes == ()
+    assert found.keys() < read_manifest(tmp_path / "out")["files"].keys()
+    assert verify(tmp_path / "out")["unknown"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"auto_map": {"AutoModel": "gone_x.XModel"}}, r"base names custom code in gone_x.py, and .* has no such file"),
+        ({"auto_map": {"AutoModel": "../../etc.X"}}, "which is no module"),
+    ],
+)
+def test_code_that_cannot_be_copied(
+    catalog: Catalog, tmp_path: Path, family: Path, change: dict[str, Any], message: str
+) -> None:
+    (family / "base" / "config.json").write_text(json.dumps(CONFIG | change))
+    with pytest.raises(CheckpointError, match=message):
+        merge(catalog, text(family), tmp_path / "out", TRUST)
+    merge(catalog, text(family), tmp_path / "out")
+
+
+def test_code_in_another_repository_is_only_named(catalog: Catalog, tmp_path: Path, family: Path) -> None:
+    there = {"auto_map": {"AutoModel": "org/name--modeling_x.XModel"}}
+    (family / "base" / "config.json").write_text(json.dumps(CONFIG | there))
+    (family / "base" / "tokenizer_config.json").write_text("{}")
+    merge(catalog, text(family), tmp_path / "out", TRUST)
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == there["auto_map"]
+
+
+def test_code_that_links_out_of_the_model_is_refused(catalog: Catalog, tmp_path: Path, family: Path) -> None:
+    (tmp_path / "secret.py").write_text("")
+    (family / "base" / "modeling_x.py").unlink()
+    (family / "base" / "modeling_x.py").symlink_to(tmp_path / "secret.py")
+    with pytest.raises(CheckpointError, match="outside of the model"):
+        merge(catalog, text(family), tmp_path / "out", TRUST)
+
+
+SIDECARS = [
+    "additional_chat_templates/tool_use.jinja", "tekken.json", "sentencepiece.bpe.model", "tokenizer.model.v3",
+    "source.spm", "target.spm", "qwen.tiktoken", "LICENSE", "LICENSE.txt", "licence.md", "NOTICE", "USE_POLICY.md",
+]  # fmt: skip
+
+
+def test_templates_tokenizers_and_licences_are_copied(catalog: Catalog, tmp_path: Path, family: Path) -> None:
+    for name in (*SIDECARS, "notes.txt", "licensed_data.bin", "tokenizer_x.py"):
+        (family / "base" / name).parent.mkdir(exist_ok=True)
+        (family / "base" / name).write_text("{}")
+    merge(catalog, text(family), tmp_path / "out")
+    files = read_manifest(tmp_path / "out")["files"]
+    assert set(SIDECARS) < files.keys()
+    assert not {"notes.txt", "licensed_data.bin", "tokenizer_x.py"} & files.keys()
+    assert all((tmp_path / "out" / name).read_text() == "{}" for name in SIDECARS)
+    assert verify(tmp_path / "out")["unknown"] == []
+
+
+def test_templates_in_a_cache_of_the_hub_are_links_to_blobs(tmp_path: Path) -> None:
+    folder = tmp_path / "models--org--name" / "snapshots" / "abc" / "additional_chat_templates"
+    folder.mkdir(parents=True)
+    blob = tmp_path / "models--org--name" / "blobs" / "0123"
+    blob.parent.mkdir()
+    blob.write_text("{{ tools }}")
+    (folder / "tool_use.jinja").symlink_to(blob)
+    assert sidecar_names(folder.parent) == ["additional_chat_templates/tool_use.jinja"]
+    (folder / "other.jinja").symlink_to("/etc/hostname")
+    with pytest.raises(CheckpointError, match="outside of the model"):
+        sidecar_names(folder.parent)
+
+
+@pytest.mark.parametrize("name", [*SIDECARS, "modeling_x.py", "model.safetensors", "config.json", "merges.txt"])
+def test_the_hub_is_asked_for_what_is_copied(name: str) -> None:
+    from fnmatch import fnmatchcase
+
+    from deltaworks.checkpoints.hub import FILES
+
+    assert any(fnmatchcase(name, pattern) for pattern in FILES)
