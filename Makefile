@@ -4,13 +4,17 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint format parity real bench clean
+.PHONY: demo test fuzz lint format parity real bench clean
 
 demo: $(STAMP)
 	$(BIN)/deltaworks demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+# A hundred thousand mutated documents for everything that reads a file; inputs that fail stay in .fuzz.
+fuzz: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python -m fuzz
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -50,4 +54,4 @@ $(STAMP): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-peers .venv-peers-4 .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-peers .venv-peers-4 .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz

@@ -54,7 +54,7 @@ def test_agrees_with_the_library(tmp_path: Path) -> None:
         (lambda p: raw_file(p, [1, 2]), "not a JSON object"),
         (
             lambda p: raw_file(p, b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{}}', b"1234"),
-            "stands twice",
+            "given twice",
         ),
         (lambda p: raw_file(p, {"a": 5}), "lacks dtype"),
         (lambda p: raw_file(p, {"a": entry(dtype="F33")}, bytes(8)), "unknown dtype 'F33'"),

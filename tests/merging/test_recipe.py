@@ -77,7 +77,7 @@ def test_the_base_is_added_where_it_is_not_listed() -> None:
         (("- model: a", "- model: [a]"), r"models\[1\].model: expected a path"),
         (("dtype: float32", "dtype: float23"), "dtype: unknown dtype 'float23'"),
         (("dtype: float32", "dtype: 32"), "dtype: expected text"),
-        (("dtype: float32", "dtype: float32\ndtype: float16"), "the key 'dtype' stands twice"),
+        (("dtype: float32", "dtype: float32\ndtype: float16"), "the key 'dtype' is given twice"),
         (("models:", "models: 5\nmodules:"), "modules: not supported"),
         (("models:", "slices: []\nmodels:"), "either models or slices"),
         (("x-mine", "tokenizer: {tokens: {a: {}}}\nx-mine"), "changing the vocabulary in a merge is not done here"),

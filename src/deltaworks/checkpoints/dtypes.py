@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from deltaworks.errors import UserError
+from deltaworks.errors import UserError, quoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def float_dtype(name: str) -> DType:
     for dtype in FLOATS:
         if wanted in (dtype.torch_name, dtype.name):
             return dtype
-    raise UserError(f"unknown dtype {name!r}; choose one of {', '.join(d.torch_name for d in FLOATS)}")
+    raise UserError(f"unknown dtype {quoted(name)}; choose one of {', '.join(d.torch_name for d in FLOATS)}")
 
 
 def promote(first: DType, second: DType) -> DType:

@@ -15,7 +15,8 @@ from deltaworks.checkpoints.cached import PAGE
 from deltaworks.checkpoints.downloads import HEAD_BYTES, explain_weights
 from deltaworks.checkpoints.dtypes import DTYPES, DType
 from deltaworks.checkpoints.reader import RangeReader
-from deltaworks.errors import CheckpointError
+from deltaworks.documents import parse_json
+from deltaworks.errors import CheckpointError, quoted
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 64
@@ -74,10 +75,8 @@ def read_header(reader: RangeReader) -> dict[str, TensorInfo]:
         )
     if 8 + length > size:
         raise CheckpointError(f"{path} is cut short inside its header ({size:,} bytes); fetch it again")
-    try:
-        header = json.loads(reader.read(8, length), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} has a header that is not valid JSON: {error}") from error
+    where = f"{path} has a header that is not valid JSON"
+    header = parse_json(reader.read(8, length), where, "a table of tensors", CheckpointError)
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a header that is not a JSON object")
     header.pop("__metadata__", None)
@@ -89,7 +88,7 @@ def read_header(reader: RangeReader) -> dict[str, TensorInfo]:
     for tensor in tensors:
         if tensor.offset != end:
             what = "overlaps another" if tensor.offset < end else "leaves a hole before it"
-            raise CheckpointError(f"{path}: the data of tensor {tensor.name!r} {what}; the file is damaged")
+            raise CheckpointError(f"{path}: the data of tensor {quoted(tensor.name)} {what}; the file is damaged")
         end += tensor.nbytes
     if end != size:
         what = "is cut short" if end > size else "has bytes after its last tensor"
@@ -100,31 +99,25 @@ def read_header(reader: RangeReader) -> dict[str, TensorInfo]:
     return {t.name: t for t in tensors}
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key stands twice")
-    return result
-
-
 def _tensor(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     def bad(what: str) -> CheckpointError:
-        return CheckpointError(f"{path}: tensor {name!r} {what}")
+        return CheckpointError(f"{path}: tensor {quoted(name)} {what}")
 
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise bad("lacks dtype, shape or data_offsets")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise bad(f"has the unknown dtype {entry['dtype']!r}")
+        raise bad(f"has the unknown dtype {quoted(entry['dtype'])}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or any(type(n) is not int or n < 0 for n in shape):
-        raise bad(f"has the impossible shape {str(shape)[:100]}")
+        raise bad(f"has the impossible shape {quoted(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or any(type(n) is not int or n < 0 for n in offsets):
-        raise bad(f"has impossible data_offsets {offsets!r}")
+        raise bad(f"has impossible data_offsets {quoted(offsets)}")
     bits = math.prod(shape) * dtype.bits
     nbytes = offsets[1] - offsets[0]
     if bits % 8 or nbytes * 8 != bits:
-        raise bad(f"has {nbytes:,} bytes of data where its shape {shape} in {dtype.name} needs {bits / 8:,g}")
+        wanted = f"{bits / 8:,g}" if bits < 1 << 64 else "more than any file holds"
+        raise bad(f"has {quoted(nbytes)} bytes of data where its shape {quoted(shape)} in {dtype.name} needs {wanted}")
     return TensorInfo(name, dtype, tuple(shape), path.name, start + offsets[0], nbytes)
 
 

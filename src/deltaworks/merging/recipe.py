@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from deltaworks.checkpoints.dtypes import DType, float_dtype
+from deltaworks.documents import YAML_BYTES, parse_yaml, read_text
 from deltaworks.errors import RecipeError, UserError, did_you_mean, quoted
 from deltaworks.merging.budget import parse_budget
 from deltaworks.merging.methods import METHODS, Method, Parameter, Scope
@@ -107,13 +106,7 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         RecipeError: it cannot be read; the message names the key and, where there is one, the right spelling.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"the recipe {path} is not text in UTF-8") from error
-    return parse_recipe(text)
+    return _parse(read_text(path, "a recipe", RecipeError, YAML_BYTES), str(path))
 
 
 def parse_recipe(text: str) -> Recipe:
@@ -122,32 +115,15 @@ def parse_recipe(text: str) -> Recipe:
     Raises:
         RecipeError: as `load_recipe`.
     """
-    try:
-        content = yaml.load(text, _Loader)  # noqa: S506  # a safe loader, stricter than safe_load
-    except yaml.YAMLError as error:
-        raise RecipeError(f"the recipe is not valid YAML: {' '.join(str(error).split())}") from error
+    return _parse(text, "the recipe")
+
+
+def _parse(text: str, where: str) -> Recipe:
+    # Infinity and NaN are refused where they stand, by the name of their key.
+    content = parse_yaml(text, where, "a recipe", RecipeError, finite=False)
     if not isinstance(content, dict):
         raise RecipeError("a recipe is a YAML mapping with merge_method and models")
     return _Reader(content, text).recipe()
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would silently keep the last."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen = set()
-    for key, _ in node.value:
-        name = (key.tag, str(key.value))
-        if name in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
-        seen.add(name)
-    # Only now: a key merged in by << may be set again, which is its use.
-    loader.flatten_mapping(node)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
 class _Reader:

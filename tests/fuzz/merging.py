@@ -1,0 +1,156 @@
+"""Targets that merges read: recipes, model folders, plans."""
+
+import random
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from families import CONFIG, random_tensors, write_model
+
+from deltaworks.checkpoints.checkpoint import open_checkpoint
+from deltaworks.checkpoints.quantized import quantization
+from deltaworks.checkpoints.reader import ByteCounter
+from deltaworks.checkpoints.sidecars import chat_template, vocabulary, write_chat_template
+from deltaworks.merging.recipe import load_recipe
+from fuzz.harness import Target
+from fuzz.mutate import as_json, as_yaml
+
+TENSORS = {"model.embed_tokens.weight": (4, 2), "model.layers.0.mlp.up_proj.weight": (2, 2), "lm_head.weight": (4, 2)}
+
+
+def _model(folder: Path, shards: int = 1) -> Path:
+    """A valid model under `folder`, written once."""
+    path = folder / f"model{shards}"
+    if not path.exists():
+        write_model(path, random_tensors(0, TENSORS, np.dtype(np.float32)), shards)
+    return path
+
+
+# Recipes
+
+RECIPES: list[Any] = [
+    {
+        "merge_method": "ties",
+        "base_model": "base",
+        "models": [
+            {"model": "a", "parameters": {"weight": [0.1, 1], "density": 0.4}},
+            {"model": {"model": {"path": "b", "revision": "v1"}}, "parameters": {"weight": "1e-1"}},
+        ],
+        "parameters": {"normalize": True, "density": [{"filter": "mlp", "value": 0.5}, {"value": 1}]},
+        "dtype": "float32",
+        "out_dtype": "bfloat16",
+        "tokenizer": {"source": "base"},
+        "chat_template": "auto",
+        "x-deltaworks": {"budget": "25%", "base": "base", "fair": True},
+        "x-mine": {"any": ["thing"]},
+    },
+    {
+        "merge_method": "slerp",
+        "base_model": "a",
+        "slices": [
+            {
+                "sources": [{"model": "a", "layer_range": [0, 4]}, {"model": "b", "layer_range": [2, 6]}],
+                "base_model": "a",
+                "parameters": {"t": [0, 0.5, 1]},
+            }
+        ],
+        "tokenizer_source": "union",
+    },
+]
+RECIPE_TEXTS = [
+    b"""# a recipe
+merge_method: linear
+dtype: float16
+models: &all
+  - &one
+    model: ./a
+    parameters: {weight: 0.5}
+  - <<: *one
+    model: "org/b@main"
+x-others: *all
+x-date: 2024-02-03
+"""
+]
+
+
+def _read_recipe(content: bytes, folder: Path) -> None:
+    file = folder / "recipe.yml"
+    file.write_bytes(content)
+    recipe = load_recipe(file)
+    recipe.models()
+    recipe.text.encode()
+
+
+# Model folders
+
+
+def _in_model(name: str, read: Callable[[Path], object], shards: int = 1) -> Callable[[bytes, Path], object]:
+    """A reader of a model folder of which one file is replaced."""
+
+    def replaced(content: bytes, folder: Path) -> object:
+        path = _model(folder, shards)
+        (path / name).write_bytes(content)
+        return read(path)
+
+    return replaced
+
+
+def _open(path: Path) -> None:
+    checkpoint = open_checkpoint(path, ByteCounter())
+    quantization(checkpoint)
+    for tensor in checkpoint.tensors.values():
+        checkpoint.find(tensor.name)
+
+
+def _template(path: Path) -> None:
+    found = chat_template(path)
+    if found is not None:
+        write_chat_template(path, found)
+
+
+def _index() -> Sequence[Any]:
+    names = list(TENSORS)
+    files = {n: f"model-{i % 2 + 1:05}-of-00002.safetensors" for i, n in enumerate(names)}
+    return [{"metadata": {"total_size": 80}, "weight_map": files}]
+
+
+def _header() -> Sequence[Any]:
+    end, content = 0, {}
+    for name, shape in TENSORS.items():
+        content[name] = {
+            "dtype": "F32",
+            "shape": list(shape),
+            "data_offsets": [end, end := end + 4 * shape[0] * shape[1]],
+        }
+    return [content]
+
+
+def _write_header(tree: Any, rng: random.Random) -> bytes:
+    text = as_json(tree, rng)
+    return struct.pack("<Q", len(text)) + text + bytes(80)
+
+
+QUANTIZED = {"quant_method": "gptq", "bits": 4, "config_groups": {"a": {"weights": {"num_bits": 4}}}}
+TOKENIZERS: list[Any] = [
+    {
+        "added_tokens": [{"id": 2, "content": "<s>", "special": True}],
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]},
+    },
+    {"added_tokens": None, "model": {"type": "Unigram", "vocab": [["a", -1.5], ["b", -2.0]]}},
+]
+
+TARGETS = [
+    Target("recipe", lambda: RECIPES, _read_recipe, as_yaml),
+    Target("recipe-text", lambda: RECIPE_TEXTS, _read_recipe),
+    Target("config", lambda: [CONFIG, CONFIG | {"text_config": CONFIG | {"quantization_config": QUANTIZED}}],
+           _in_model("config.json", _open)),
+    Target("index", _index, _in_model("model.safetensors.index.json", _open, shards=2)),
+    Target("header", _header, _in_model("model.safetensors", _open), _write_header),
+    Target("tokenizer", lambda: TOKENIZERS, _in_model("tokenizer.json", vocabulary)),
+    Target("template", lambda: [{"chat_template": "{{ messages }}", "model_max_length": 8}],
+           _in_model("tokenizer_config.json", _template)),
+    Target("template-text", lambda: ["{% for m in messages %}{{ m }}\nü{% endfor %}".encode()],
+           _in_model("chat_template.jinja", _template)),
+]  # fmt: skip
