@@ -65,8 +65,17 @@ def test_other_flags() -> None:
     changed = with_flags(PROFILE, kv_tokens=640, block_size=32, max_num_seqs=None)
     assert changed.kv_tokens(999, 512) == 640
     assert changed.server == ServerFlags(64, 512, 32)
-    with pytest.raises(ProfileError, match="max_num_seqs 600 is more than max_num_batched_tokens 512"):
-        with_flags(PROFILE, max_num_seqs=600)
+    for flags, said in (
+        ({"max_num_seqs": 600}, "max_num_seqs 600 is more than max_num_batched_tokens 512"),
+        ({"max_num_seqs": 10**12}, "max_num_seqs: expected a number of at most 131,072"),
+        ({"block_size": 0}, "block_size: expected a number of at least 1"),
+        ({"kv_tokens": 10**30}, "kv_tokens: expected a number of at most"),
+        ({"scrape_period_s": float("nan")}, "scrape_period_s: expected a number of at least 0, not nan"),
+        ({"scrape_period_s": float("inf")}, "scrape_period_s: expected a number of at most"),
+        ({"scrape_period_s": 1e-9}, "scrape_period_s: expected 0 for never, or at least 0.01 s"),
+    ):
+        with pytest.raises(ProfileError, match=said):
+            with_flags(PROFILE, **flags)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +88,14 @@ def test_other_flags() -> None:
         ({"step": {"base": 1, "decodes": 2}}, "unknown key 'decodes'; did you mean 'decode'"),
         ({"server": {"max_num_seqs": 600, "max_num_batched_tokens": 512}}, "at most max_num_batched_tokens"),
         ({"gpu": ""}, "gpu: expected a text"),
+        ({"residuals": []}, "residuals: expected keys and values"),
+        ({"sources": 5}, "sources: expected keys and values"),
+        ({"assumed": "x"}, "assumed: expected keys and values"),
+        ({"output_share": float("nan")}, "output_share: expected a number"),
+        ({"step": {"base": float("inf")}}, "step.base: expected a number of at most"),
+        ({"step": {"base": 10**400}}, "step.base: expected a number of at most"),
+        ({"server": {"block_size": 10**12}}, "block_size: expected a number of at most 65,536"),
+        ({"front_end": {"scrape_period_s": 1e-300}}, "scrape_period_s: expected 0 for never, or at least 0.01 s"),
     ],
 )
 def test_a_mistake_is_named(changed: dict[str, Any], said: str) -> None:
@@ -90,8 +107,10 @@ def test_a_profile_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match="no such profile; built in are llama"):
         find_profile("nothing")
     (tmp_path / "p.json").write_text("{")
-    with pytest.raises(ProfileError, match="cannot be read as a profile"):
-        find_profile(str(tmp_path / "p.json"))
+    for text in ("{", '{"name": 1, "name": 2}', 5000 * "[", '{"step": ' + 5000 * "9" + "}", "[NaN]", "\ufeff"):
+        (tmp_path / "p.json").write_text(text)
+        with pytest.raises(ProfileError, match=r"p.json: cannot be read as a profile"):
+            find_profile(str(tmp_path / "p.json"))
 
 
 def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
@@ -164,9 +183,122 @@ def test_runs_move_the_costs_that_they_show(tmp_path: Path) -> None:
     assert fitted.residuals["calibrated"]["runs"] == 3
 
 
+STEPS = "step_ms,decode,prefill,context,adapters,slots,max_rank\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "assumed"),
+    [
+        (
+            "steps",
+            STEPS + "20,10,0,900,1,4,16\n25,20,0,95,2,4,16\n33,20,90,980,4,4,16\n40,64,0,900,6,4,16\n50,80,0,1,9,4,16",
+            {"step.slot": "do not tell it from other costs: slots is 4 and max_rank is 16 in every row"},
+        ),
+        (
+            "steps",
+            "step_ms,decode\n10,1\n11,5\n13,9\n",
+            {"step.context": "steps.csv has no column 'context'", "step.adapter": "has no column 'adapters'"},
+        ),
+        ("kv_cache", "slots,max_rank,kv_tokens\n4,16,98400\n8,16,96800\n", {"kv_cache.per_slot": "max_rank is 16"}),
+        ("kv_cache", "slots,max_rank,kv_tokens\n4,8,98400\n4,16,96800\n", {"kv_cache.per_slot": "slots is 4"}),
+        ("kv_cache", "slots,kv_tokens\n4,98400\n8,96800\n9,96000\n", {"kv_cache.per_slot_rank": "max_rank is 0"}),
+        ("loads", "load_ms,source,rank\n5,memory,8\n6,memory,8\n", {"loading.slot_rank": "every row from memory has",
+                                                                     "loading.disk": "no row is from disk"}),
+        ("loads", None, {"loading.disk_rank": "there is no loads.csv"}),
+        ("scheduler", None, {"scheduler.skipped": "there is no scheduler.csv"}),
+        ("scheduler", "scheduler_ms,running,skipped\n0.1,5,0\n0.1,5,0\n0.11,9,0\n",
+         {"scheduler.skipped": "the rows do not determine it"}),
+    ],
+)  # fmt: skip
+def test_costs_that_tables_do_not_determine_are_marked(
+    tmp_path: Path, name: str, text: str | None, assumed: dict[str, str]
+) -> None:
+    tables(tmp_path, PROFILE)
+    if text is None:
+        (tmp_path / f"{name}.csv").unlink()
+    else:
+        (tmp_path / f"{name}.csv").write_text(text)
+    fitted = fit_profile(tmp_path)
+    for cost, why in assumed.items():
+        assert why in fitted.assumed[cost]
+        part, _, key = cost.partition(".")
+        assert getattr(getattr(fitted, part), key) == 0
+    assert parse_profile(json.loads(json.dumps(fitted.to_json())), "p") == fitted
+
+
+def test_nothing_is_assumed_where_tables_determine_everything(tmp_path: Path) -> None:
+    tables(tmp_path, PROFILE)
+    fitted = fit_profile(tmp_path)
+    assert fitted.assumed == {}
+    assert fitted.residuals["step"]["costs"] == 17  # all but the two that small_tokens would bring in
+
+
+def test_a_steep_loss_of_kv_tokens_is_found(tmp_path: Path) -> None:
+    tables(tmp_path, PROFILE)
+    (tmp_path / "kv_cache.csv").write_text("slots,max_rank,kv_tokens\n50,16,50000\n75,16,30000\n100,16,10000\n")
+    fitted = fit_profile(tmp_path)
+    assert [fitted.kv_tokens(s, 16) for s in (50, 75, 100)] == pytest.approx([50_000, 30_000, 10_000], abs=20)
+
+
+def test_as_many_costs_as_rows_prove_nothing(tmp_path: Path) -> None:
+    tables(tmp_path, PROFILE)
+    (tmp_path / "kv_cache.csv").write_text("slots,max_rank,kv_tokens\n1,8,90000\n8,8,83000\n8,16,80000\n")
+    (tmp_path / "steps.csv").write_text("step_ms,decode\n10,1\n15,50\n")
+    residuals = fit_profile(tmp_path).residuals
+    for cost, count in (("kv_cache", 3), ("step", 2), ("load_from_disk", 2)):
+        assert residuals[cost]["rows"] == residuals[cost]["costs"] == count
+        assert "mean_relative_error" not in residuals[cost]
+    assert "mean_relative_error" in residuals["scheduler"]
+
+
+def test_columns_that_mean_nothing_are_named(tmp_path: Path) -> None:
+    tables(tmp_path, PROFILE)
+    head, *rest = (tmp_path / "kv_cache.csv").read_text().splitlines()
+    (tmp_path / "kv_cache.csv").write_text("\n".join([f"{head},host", *(f"{line},h1" for line in rest)]))
+    assert fit_profile(tmp_path).residuals["unused_columns"] == ["kv_cache.host"]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
+        (
+            "steps.csv",
+            "step_ms,decode,ctx,adapter\n5,3,1,1\n",
+            r"unknown columns: 'ctx' \(did you mean 'context'\?\), 'adapter' \(did you mean 'adapters'\?\)",
+        ),
+        ("kv_cache.csv", "slots,rank,kv_tokens\n5,8,9\n", r"'rank' \(did you mean 'max_rank'\?\)"),
+        ("kv_cache.csv", "slots,max_rank\n5,8\n", "there is no column 'kv_tokens'"),
+        (
+            "kv_cache.csv",
+            "slots,max_rank,kv_tokens\n4,16,150000\n",
+            "do not determine how many KV tokens a slot takes: slots is 4 and max_rank is 16 in every row; add",
+        ),
+        ("steps.csv", "step_ms,decode\n5,3\n6,3\n", "what a decoding request costs: decode is 3 in every row; add"),
+        ("steps.csv", "step_ms,decode\nnan,3\n", "row 1: step_ms: expected a number from 0 to 1e.15, not 'nan'"),
+        ("steps.csv", "step_ms,decode\n5,-3\n", "row 1: decode: expected a number from 0"),
+        ("steps.csv", "step_ms,step_ms\n5,3\n", "the column 'step_ms' is given twice"),
+        ("steps.csv", "", "there is no steps.csv"),
+        ("scheduler.csv", "scheduler_ms,running\n0,3\n", "scheduler_ms must be above 0 in every row"),
+        ("loads.csv", "load_ms,source,rank\n5,tape,8\n", "row 1: source: expected memory or disk, not 'tape'"),
+        ("about.yaml", "name: p\nname: q\n", "line 2: the key 'name' is given twice"),
+        (
+            "about.yaml",
+            "{name: p, engine: e, model: m, gpu: g, calibrate: {step.adaptr: 1}}",
+            "calibrate: unknown key 'step.adaptr'; did you mean 'step.adapter'",
+        ),
+        ("about.yaml", "{name: p, engine: e, model: m, gpu: g, calibrate: [1]}", "calibrate: expected keys and values"),
+        ("about.yaml", "{name: p, engine: e, model: m, gpu: g, sources: 5}", "sources: expected keys and values"),
+        ("runs.jsonl", "[1]\n", r"line 1: expected keys and values, not \[1\]"),
+        (
+            "runs.jsonl",
+            '\n{"slots": 2, "workload": {}, "measured": {"itl_ms": 0}}\n',
+            "line 2: measured.itl_ms",
+        ),
+        (
+            "runs.jsonl",
+            '{"slots": {}, "workload": {}, "measured": {"itl_ms": 1}}\n',
+            "line 1: slots: expected",
+        ),
         ("about.yaml", None, "about.yaml: cannot be read; it names the engine"),
         ("about.yaml", '{"nmae": 1}', "unknown key 'nmae'; did you mean 'name'"),
         ("steps.csv", None, "there is no steps.csv"),

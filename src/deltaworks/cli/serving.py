@@ -227,5 +227,14 @@ def profile(
         return
     typer.echo(f"{fitted.name}: {fitted.model} on {fitted.gpu}, {fitted.engine}; written to {output}\n")
     for cost, found in fitted.residuals.items():
-        if "mean_relative_error" in found:
-            typer.echo(f"{cost:<20}{found['rows']:>5} rows{found['mean_relative_error']:>9.1%} off on average")
+        if isinstance(found, dict) and "rows" in found:
+            off = found.get("mean_relative_error")
+            said = "   not checked: as many costs as rows" if off is None else f"{off:>9.1%} off on average"
+            typer.echo(f"{cost:<20}{found['rows']:>5} rows{said}")
+    if unused := fitted.residuals.get("unused_columns"):
+        typer.echo(f"\nnote: columns that are not used: {', '.join(unused)}")
+    if fitted.assumed:
+        typer.echo("\nNot determined by the tables, so assumed (mostly to be 0):")
+    for reason in dict.fromkeys(fitted.assumed.values()):
+        names = ", ".join(name for name, why in fitted.assumed.items() if why == reason)
+        typer.echo(f"  {names}: {reason}")

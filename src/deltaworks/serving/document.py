@@ -137,6 +137,12 @@ def notes(gpus: list[dict[str, Any]], judge: Judge) -> list[str]:
     trace = judge.demand.workload.trace
     if trace is not None and (plain := (trace.adapter or ()).count("")):
         found.append(f"{plain:,} requests of the trace are for the base model itself; they are placed nowhere")
+    found += [
+        f"{len(p.assumed)} costs of {p.name}, such as {next(iter(p.assumed))}, were not measured; its file says which"
+        " and why, under assumed"
+        for p in judge.profiles
+        if p.assumed
+    ]
     for profile, surrogate in zip(judge.profiles, judge.surrogates, strict=True):
         if surrogate is None:
             found.append(

@@ -1,19 +1,18 @@
 """Fit a profile from measurement tables; `docs/profiles.md` describes them."""
 
-import csv
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from scipy.optimize import nnls
 
-from deltaworks.errors import ProfileError, WorkloadError
+from deltaworks.documents import load_yaml, parse_json, read_text
+from deltaworks.errors import ProfileError, WorkloadError, quoted
 from deltaworks.serving.calibrate import SPREAD, Known, Run, calibrate
 from deltaworks.serving.profile import (
+    PARTS,
     FrontEnd,
     KvCache,
     LoadTime,
@@ -25,20 +24,12 @@ from deltaworks.serving.profile import (
 from deltaworks.serving.schema import check_keys, number, whole
 from deltaworks.serving.server import F64
 from deltaworks.serving.simulate import Configuration
+from deltaworks.serving.tables import TABLES, Table, read_table
 from deltaworks.serving.workload import workload_from
 
 ABOUT = ("name", "engine", "model", "gpu", "server", "front_end", "least_kv_tokens", "graph_tokens", "small_tokens",
          "output_share", "calibrate", "sources")  # fmt: skip
 """Keys of a folder's `about.yaml`."""
-
-TABLES = {
-    "steps": ("step_ms", "decode", "prefill", "context", "adapters", "slots", "max_rank", "skipped"),
-    "kv_cache": ("slots", "max_rank", "kv_tokens"),
-    "scheduler": ("scheduler_ms", "running", "skipped"),
-    "loads": ("load_ms", "source", "rank"),
-    "first_tokens": ("ttft_ms", "prefill", "adapters", "slots", "max_rank"),
-}
-"""The tables of a folder, and their columns; others are ignored."""
 
 _ZERO = 1e-9
 
@@ -84,19 +75,30 @@ def fit_profile(folder: Path, progress: Callable[[int], None] | None = None, kno
     Raises:
         ProfileError: a table is missing or malformed (the row is named), or determines nothing.
     """
+    try:
+        return _fit(folder, progress, known)
+    except WorkloadError as error:  # of a key or a recorded workload
+        raise ProfileError(str(error)) from None
+
+
+def _fit(folder: Path, progress: Callable[[int], None] | None, known: Known | None) -> Profile:
     about = _about(folder)
-    tables = {name: _table(folder, name, columns) for name, columns in TABLES.items()}
+    tables = {name: read_table(folder, name) for name in TABLES}
     for name in ("steps", "kv_cache"):
-        if not tables[name]:
+        if not tables[name].rows:
             raise ProfileError(f"{folder}: there is no {name}.csv (or .jsonl) in it; a profile needs one")
     sizes = {
         name: whole(about.get(name, getattr(StepTime, name)), f"{folder}: {name}")
         for name in ("graph_tokens", "small_tokens")
     }
-    residuals: dict[str, Any] = {}
-    scheduler = _scheduler(tables["scheduler"], residuals)
-    step, request_ms = _steps(tables["steps"], tables["first_tokens"], sizes, scheduler, residuals)
+    report = _Report()
+    if unused := {f"{name}.{column}": None for name, table in tables.items() for column in table.unused}:
+        report.residuals["unused_columns"] = list(unused)
+    scheduler = _scheduler(tables["scheduler"], report)
+    step, request_ms = _steps(tables["steps"], tables["first_tokens"], sizes, scheduler, report)
     front = check_keys(about.get("front_end", {}), list(FrontEnd.__annotations__), f"{folder}: front_end")
+    for name in front:
+        report.assumed.pop(f"front_end.{name}", None)
     given = {k: about[k] for k in ("name", "engine", "model", "gpu", "output_share") if k in about}
     profile = parse_profile(
         {
@@ -104,23 +106,40 @@ def fit_profile(folder: Path, progress: Callable[[int], None] | None = None, kno
             **given,
             "server": about.get("server", {}),
             "front_end": {"request": request_ms, **front},
-            "kv_cache": vars(_kv_cache(tables["kv_cache"], about, folder, residuals)),
+            "kv_cache": vars(_kv_cache(tables["kv_cache"], about, folder, report)),
             "step": vars(step),
             "scheduler": vars(scheduler),
-            "loading": vars(_loads(tables["loads"], residuals)),
-            "sources": dict(about.get("sources", {})),
+            "loading": vars(_loads(tables["loads"], report)),
+            "sources": about.get("sources", {}),
         },
         str(folder),
     )
     runs = _runs(folder)
-    scales = {n: number(v, f"{folder}: calibrate.{n}", above=True) for n, v in about.get("calibrate", {}).items()}
+    scales = _scales(about, str(folder))
     if runs and scales:
-        try:
-            profile = calibrate(profile, runs, scales, progress=progress, known=known)
-        except AttributeError as error:
-            raise ProfileError(f"{folder}: about.yaml: calibrate: there is no such cost: {error}") from None
-        residuals["calibrated"] = {"runs": len(runs), "costs": list(scales)}
-    return rounded(replace(profile, residuals=residuals))
+        profile = calibrate(profile, runs, scales, progress=progress, known=known)
+        report.residuals["calibrated"] = {"runs": len(runs), "costs": list(scales)}
+        for name in scales:
+            report.assumed.pop(name, None)
+    return rounded(replace(profile, residuals=report.residuals, assumed=report.assumed))
+
+
+@dataclass
+class _Report:
+    """What is said of a fit.
+
+    Attributes:
+        residuals: How far measurements are from it, by cost.
+        assumed: Costs that the tables do not determine, and why; they are taken to be 0, or split among those that
+            only occur together.
+    """
+
+    residuals: dict[str, Any] = field(default_factory=dict)
+    assumed: dict[str, str] = field(default_factory=dict)
+
+    def assume(self, cost: str, why: str) -> None:
+        """Note a cost that is not determined."""
+        self.assumed[cost] = why
 
 
 def rounded(profile: Profile) -> Profile:
@@ -137,37 +156,16 @@ def rounded(profile: Profile) -> Profile:
 
 def _about(folder: Path) -> Mapping[str, Any]:
     path = folder / "about.yaml"
-    try:
-        return check_keys(yaml.safe_load(path.read_text(encoding="utf-8")), ABOUT, str(path))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ProfileError(f"{path}: cannot be read; it names the engine, model and GPU: {error}") from None
-    except WorkloadError as error:
-        raise ProfileError(str(error)) from None
+    if not path.is_file():
+        raise ProfileError(f"{path}: cannot be read; it names the engine, model and GPU: there is no such file")
+    return check_keys(load_yaml(path, "what names the engine, model and GPU", ProfileError), ABOUT, str(path))
 
 
-def _table(folder: Path, name: str, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of a table, numbers as floats, missing columns as 0; none where there is no such file."""
-    path = next((p for p in (folder / f"{name}.csv", folder / f"{name}.jsonl") if p.is_file()), None)
-    if path is None:
-        return []
-    try:
-        if path.suffix == ".csv":
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                raw: list[dict[str, Any]] = list(csv.DictReader(file))
-        else:
-            raw = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ProfileError(f"{path}: cannot be read: {error}") from None
-    rows = []
-    for index, row in enumerate(raw, 1):
-        try:
-            rows.append({c: row.get(c) if c == "source" else float(row.get(c) or "nan") if c == columns[-1] and
-                         name == "kv_cache" else float(row.get(c) or 0.0) for c in columns})  # fmt: skip
-        except (TypeError, ValueError, AttributeError) as error:
-            raise ProfileError(f"{path}: row {index}: {error}") from None
-    if raw and columns[0] not in raw[0]:
-        raise ProfileError(f"{path}: there is no column {columns[0]!r}; expected are {', '.join(columns)}")
-    return rows
+def _scales(about: Mapping[str, Any], where: str) -> dict[str, float]:
+    """The costs that recorded runs may move, and natural moves."""
+    known = [f"{name}.{key}" for name, kind in PARTS.items() for key, of in kind.__annotations__.items() if of is float]
+    raw = check_keys(about.get("calibrate", {}), known, f"{where}: calibrate")
+    return {name: number(value, f"{where}: calibrate.{name}", above=True) for name, value in raw.items()}
 
 
 def relative_fit(terms: F64, measured: F64) -> tuple[F64, float]:
@@ -185,77 +183,168 @@ def relative_fit(terms: F64, measured: F64) -> tuple[F64, float]:
     return coefficients, float(np.abs(weighted @ coefficients - 1).mean())
 
 
+def _fitted(names: Sequence[str], terms: F64, measured: F64, found: dict[str, Any]) -> dict[str, float]:
+    """Fit the costs that the rows determine, and say which they do not.
+
+    Args:
+        names: Of the costs, those first that are to be kept where the rows do not tell two apart.
+        terms: What each cost is multiplied by, (rows, costs) float64.
+        measured: (rows,) float64, positive.
+        found: Out: what `residuals` say of the fit.
+    """
+    kept = independent(terms)
+    coefficients, error = relative_fit(terms[:, kept], measured)
+    found |= checked(measured.size, len(kept), error)
+    return {names[i]: float(c) for i, c in zip(kept, coefficients, strict=True)}
+
+
+def checked(rows: int, costs: int, error: float) -> dict[str, Any]:
+    """What `residuals` say of a fit: how far off it is, unless it has as many costs as rows, which proves nothing."""
+    return {"rows": rows, "costs": costs} | ({"mean_relative_error": error} if rows > costs else {})
+
+
+def independent(terms: F64) -> list[int]:
+    """The columns of a design that its rows tell apart; of those that they do not, the first.
+
+    Args:
+        terms: (rows, columns) float64.
+    """
+    kept: list[int] = []
+    for column in range(terms.shape[1]):
+        chosen = terms[:, [*kept, column]]
+        sizes = np.linalg.norm(chosen, axis=0)
+        if sizes[-1] and np.linalg.matrix_rank(chosen / sizes, tol=1e-3 * terms.shape[0] ** 0.5) > len(kept):
+            kept.append(column)
+    return kept
+
+
 def _steps(
-    steps: list[dict[str, Any]], first: list[dict[str, Any]], sizes: dict[str, int], scheduler: SchedulerTime,
-    residuals: dict[str, Any],
-) -> tuple[StepTime, float]:  # fmt: skip
+    steps: Table, first: Table, sizes: dict[str, int], scheduler: SchedulerTime, report: _Report
+) -> tuple[StepTime, float]:
     """The model's time in a step; from first tokens of single requests also what the front end adds."""
-    rows = [{**r, "first": 0.0} for r in steps]
-    rows += [{**dict.fromkeys(TABLES["steps"], 0.0), **r, "step_ms": r["ttft_ms"], "first": 1.0} for r in first]
-    present = [n for n in STEP_TERMS if any(STEP_TERMS[n]({**r, **sizes}) for r in rows)]
+    rows = [{**r, "first": 0.0} for r in steps.rows]
+    rows += [{**dict.fromkeys(TABLES["steps"], 0.0), **r, "step_ms": r["ttft_ms"], "first": 1.0} for r in first.rows]
+    names = list(STEP_TERMS)
+    design = np.array([[STEP_TERMS[n]({**r, **sizes}) for n in names] for r in rows])
+    present = [i for i in range(len(names)) if design[:, i].any()]
     spent = [scheduler.step + scheduler.running * r["decode"] + scheduler.skipped * r["skipped"] for r in rows]
     measured = np.array([r["step_ms"] for r in rows]) - np.array(spent)
     if (measured <= 0).any():
         raise ProfileError("steps: every step must take longer than its scheduling")
-    fits = []
-    for names in (_independent(present, rows, sizes), present):
-        terms = np.array([[*(STEP_TERMS[n]({**r, **sizes}) for n in names), r["first"]] for r in rows])
-        fits.append((names, *relative_fit(terms, measured)))
+    apart = [present[i] for i in independent(design[:, present])]
+    if names.index("decode") not in apart:
+        raise ProfileError(
+            f"{steps.file}: its rows do not determine what a decoding request costs"
+            f"{_constant(steps.rows, ('decode',))}; add steps with other numbers of them"
+        )
+    added = np.array([r["first"] for r in rows])[:, None]
+    fits = [
+        (chosen, *relative_fit(np.ascontiguousarray(np.hstack([design[:, chosen], added])), measured))
+        for chosen in (apart, present)
+    ]
     # Costs are at least 0, so fewer terms may fit worse even if the rows do not tell them apart.
-    names, found, error = fits[0] if fits[0][2] <= 1.1 * fits[1][2] + 1e-9 else fits[1]
-    residuals["step"] = {"rows": len(rows), "mean_relative_error": error}
-    return StepTime(**sizes, **dict(zip(names, found.tolist(), strict=False))), float(found[-1])
+    chosen, found, error = fits[0] if fits[0][2] <= 1.1 * fits[1][2] + 1e-9 else fits[1]
+    report.residuals["step"] = checked(len(rows), len(apart) + bool(first.rows), error)
+    for i, name in enumerate(names):
+        if i not in apart and not _needless(name, sizes):
+            report.assume(f"step.{name}", _unknown(name, steps, i in present))
+    if not first.rows:
+        report.assume("front_end.request", first.why_missing("ttft_ms") or "first_tokens has no rows")
+    costs: dict[str, Any] = {names[i]: float(c) for i, c in zip(chosen, found, strict=False)}
+    return StepTime(**sizes, **costs), float(found[-1])
 
 
-def _independent(names: list[str], rows: list[dict[str, Any]], sizes: dict[str, int]) -> list[str]:
-    """The terms that the rows tell apart; of those that they do not, the first."""
-    kept: list[str] = []
-    for name in names:
-        terms = np.array([[STEP_TERMS[n]({**r, **sizes}) for n in [*kept, name]] for r in rows])
-        if np.linalg.matrix_rank(terms / np.linalg.norm(terms, axis=0), tol=1e-3 * len(rows) ** 0.5) > len(kept):
-            kept.append(name)
-    return kept
+def _needless(name: str, sizes: Mapping[str, int]) -> bool:
+    """Whether a cost arises only beyond a size that nobody gave."""
+    return (name == "eager" and sizes["graph_tokens"] == StepTime.graph_tokens) or (
+        name.startswith("small_") and not sizes["small_tokens"]
+    )
 
 
-def _kv_cache(rows: list[dict[str, Any]], about: Mapping[str, Any], folder: Path, residuals: dict[str, Any]) -> KvCache:
+def _unknown(name: str, steps: Table, is_present: bool) -> str:
+    """Why the steps do not determine a cost."""
+    column = {"adapter": "adapters", "slot": "slots"}.get(name, name)
+    if reason := steps.why_missing(column) if column in TABLES["steps"] else "":
+        return reason
+    if not is_present:
+        return "no step shows it"
+    shown = [r for r in steps.rows if r["adapters"] > 0] or steps.rows
+    return f"the steps do not tell it from other costs{_constant(shown, ('slots', 'max_rank', 'adapters'))}"
+
+
+def _constant(rows: Sequence[Mapping[str, float]], columns: Sequence[str]) -> str:
+    """What is the same in every row, as the end of a sentence."""
+    same = [c for c in columns if len({r[c] for r in rows}) == 1]
+    return f": {' and '.join(f'{c} is {rows[0][c]:g}' for c in same)} in every row" if same else ""
+
+
+def _kv_cache(table: Table, about: Mapping[str, Any], folder: Path, report: _Report) -> KvCache:
     """KV tokens left: a plane over slots, and slots times rank."""
-    started = [r for r in rows if r["kv_tokens"] > 0]
+    started = [r for r in table.rows if r["kv_tokens"] > 0]
     if not started:
         raise ProfileError(f"{folder}: kv_cache: no row has kv_tokens")
-    slots, ranks = (np.array([r[k] for r in started]) for k in ("slots", "max_rank"))
-    tokens = np.array([r["kv_tokens"] for r in started])
-    top = float(tokens.max()) * 1.5
+    slots, ranks, tokens = (np.array([r[k] for r in started]) for k in ("slots", "max_rank", "kv_tokens"))
+    terms = np.stack([np.ones_like(tokens), slots, slots * ranks], axis=1)
+    kept = independent(terms)
+    if len(kept) == 1:
+        raise ProfileError(
+            f"{table.file}: its rows do not determine how many KV tokens a slot takes"
+            f"{_constant(started, ('slots', 'max_rank'))}; add what vLLM logs with another --max-loras"
+        )
+    if len(kept) == 2:
+        # Memory for adapters is a matter of slots times rank: that explains the difference, if it can.
+        kept = [0, 2] if len(independent(terms[:, [0, 2]])) == 2 else [0, 1]
+        name = "per_slot" if kept[1] == 2 else "per_slot_rank"
+        same = _constant(started, ("slots", "max_rank"))
+        report.assume(f"kv_cache.{name}", f"the rows do not tell it from other costs{same}")
     # What is left of a generous total is fitted, so that costs a slot stay nonnegative.
-    terms = np.stack([np.ones_like(tokens), slots, slots * ranks], axis=1) / tokens[:, None]
-    found, _ = nnls(terms, (top - tokens) / tokens)
-    total, per_slot, per_slot_rank = top - found[0], found[1], found[2]
+    top = float(tokens.max()) * 1.5
+    while True:
+        found, _ = nnls(terms[:, kept] / tokens[:, None], (top - tokens) / tokens)
+        if found[0] > 0 or top > 1e3 * tokens.max():
+            break
+        top *= 4.0
+    total = top - found[0]
+    per_slot, per_slot_rank = (float(found[kept.index(i)]) if i in kept else 0.0 for i in (1, 2))
     fitted = total - slots * (per_slot + per_slot_rank * ranks)
-    residuals["kv_cache"] = {
-        "rows": len(started), "mean_relative_error": float(np.abs(fitted / tokens - 1).mean()),
-        "failed": len(rows) - len(started),
-    }  # fmt: skip
+    error = float(np.abs(fitted / tokens - 1).mean())
+    report.residuals["kv_cache"] = checked(len(started), len(kept), error) | {"failed": len(table.rows) - len(started)}
     least = whole(about.get("least_kv_tokens", 1), f"{folder}: least_kv_tokens", 1)
-    return KvCache(float(total), float(per_slot), float(per_slot_rank), least)
+    return KvCache(float(total), per_slot, per_slot_rank, least)
 
 
-def _scheduler(rows: list[dict[str, Any]], residuals: dict[str, Any]) -> SchedulerTime:
-    if not rows:
-        return SchedulerTime()
-    terms = np.array([[1.0, r["running"], r["skipped"]] for r in rows])
-    found, error = relative_fit(terms, np.array([r["scheduler_ms"] for r in rows]))
-    residuals["scheduler"] = {"rows": len(rows), "mean_relative_error": error}
-    return SchedulerTime(*map(float, found))
+def _scheduler(table: Table, report: _Report) -> SchedulerTime:
+    names = ("step", "running", "skipped")
+    found: dict[str, float] = {}
+    if table.rows:
+        terms = np.array([[1.0, r["running"], r["skipped"]] for r in table.rows])
+        measured = np.array([r["scheduler_ms"] for r in table.rows])
+        if not measured.all():
+            raise ProfileError(f"{table.file}: scheduler_ms must be above 0 in every row")
+        found = _fitted(names, terms, measured, report.residuals.setdefault("scheduler", {}))
+    for name in names:
+        if name not in found:
+            why = table.why_missing({"step": "scheduler_ms"}.get(name, name))
+            report.assume(f"scheduler.{name}", why or "the rows do not determine it")
+    return SchedulerTime(**found)
 
 
-def _loads(rows: list[dict[str, Any]], residuals: dict[str, Any]) -> LoadTime:
+def _loads(table: Table, report: _Report) -> LoadTime:
     fits: dict[str, float] = {}
     for source, name in (("memory", "slot"), ("disk", "disk")):
-        own = [r for r in rows if r["source"] == source]
+        own = [r for r in table.rows if r["source"] == source]
+        names = (name, f"{name}_rank")
         if own:
             terms = np.array([[1.0, r["rank"]] for r in own])
-            found, error = relative_fit(terms, np.array([r["load_ms"] for r in own]))
-            fits |= {name: float(found[0]), f"{name}_rank": float(found[1])}
-            residuals[f"load_from_{source}"] = {"rows": len(own), "mean_relative_error": error}
+            measured = np.array([r["load_ms"] for r in own])
+            if not measured.all():
+                raise ProfileError(f"{table.file}: load_ms must be above 0 in every row")
+            fits |= _fitted(names, terms, measured, report.residuals.setdefault(f"load_from_{source}", {}))
+        for cost in names:
+            if cost not in fits:
+                missing = table.why_missing("load_ms")
+                reason = f"every row from {source} has the same rank" if own else f"no row is from {source}"
+                report.assume(f"loading.{cost}", missing or reason)
     return LoadTime(**fits)
 
 
@@ -265,15 +354,29 @@ def _runs(folder: Path) -> list[Run]:
     if not path.is_file():
         return []
     runs = []
-    for index, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    text = read_text(path, "recorded runs", ProfileError)
+    for index, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         where = f"{path}: line {index}"
+        raw = parse_json(line, where, "a recorded run", ProfileError)
         try:
-            raw = json.loads(line)
-            measured = check_keys(raw["measured"], list(SPREAD), f"{where}: measured")
-            asked = Configuration(
-                raw["slots"], raw.get("max_rank"), raw.get("served"), raw.get("client_max_outstanding")
-            )  # fmt: skip
-            runs.append(Run(workload_from(raw["workload"], folder, where), asked, dict(measured), line))
-        except (json.JSONDecodeError, KeyError, TypeError, WorkloadError) as error:
+            runs.append(replace(_run(raw, folder, where), key=line))
+        except WorkloadError as error:
             raise ProfileError(f"{where}: {error}") from None
     return runs
+
+
+def _run(raw: Any, folder: Path, where: str) -> Run:
+    if not isinstance(raw, Mapping):
+        raise WorkloadError(f"expected keys and values, not {quoted(raw)}")
+    for key in ("measured", "workload", "slots"):
+        if key not in raw:
+            raise WorkloadError(f"{key!r} is missing")
+    measured = {
+        name: number(value, f"measured.{name}", above=True)
+        for name, value in check_keys(raw["measured"], list(SPREAD), "measured").items()
+    }
+    limits = ("slots", "max_rank", "served", "client_max_outstanding")
+    asked = Configuration(**{key: whole(raw[key], key, 1, 1_000_000) for key in limits if raw.get(key) is not None})
+    return Run(workload_from(raw["workload"], folder, where), asked, measured)

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from deltaworks.errors import ProfileError, WorkloadError
+from deltaworks.documents import load_json
+from deltaworks.errors import ProfileError, WorkloadError, quoted
 from deltaworks.serving import twin
-from deltaworks.serving.schema import check_keys, number, text, whole
+from deltaworks.serving.schema import MAX_NUMBER, check_keys, number, text, whole
 from deltaworks.serving.server import F64
 
 SCHEMA = 1
@@ -134,6 +135,7 @@ class Profile:
         output_share: Tokens that the model generates of those that a data set's reference answers hold.
         residuals: How far measurements are from the fit, by cost.
         sources: Where the numbers of each cost come from.
+        assumed: Costs that were not measured, such as ``step.context``, and why.
     """
 
     name: str
@@ -149,6 +151,7 @@ class Profile:
     output_share: float = 1.0
     residuals: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
+    assumed: dict[str, str] = field(default_factory=dict)
 
     def kv_tokens(self, slots: int, max_rank: int) -> int:
         """KV tokens left for so many slots of so large a rank; whole blocks, possibly less than none."""
@@ -200,7 +203,7 @@ class Profile:
     @property
     def digest(self) -> str:
         """A hash of everything that the twin's answers hang on."""
-        told = {name: value for name, value in asdict(self).items() if name in _PARTS or name == "output_share"}
+        told = {name: value for name, value in asdict(self).items() if name in PARTS or name == "output_share"}
         # A cost that profiles have only lately is left out where it is 0: what was trained before stays valid.
         if not self.step.decode_prefill:
             del told["step"]["decode_prefill"]
@@ -225,7 +228,17 @@ def with_flags(
     Raises:
         ProfileError: vLLM takes no such flags.
     """
-    server = replace(profile.server, **{name: value for name, value in flags.items() if value is not None})
+    given = {name: value for name, value in flags.items() if value is not None}
+    try:
+        for name, value in given.items():
+            whole(value, name, 1, _MOST[name])
+        if kv_tokens is not None:
+            whole(kv_tokens, "kv_tokens", 1, _MOST["tokens"])
+        if scrape_period_s is not None:
+            _check_period(number(scrape_period_s, "scrape_period_s"), "scrape_period_s")
+    except WorkloadError as error:
+        raise ProfileError(str(error)) from None
+    server = replace(profile.server, **given)
     if server.max_num_seqs > server.max_num_batched_tokens:
         raise ProfileError(
             f"max_num_seqs {server.max_num_seqs} is more than max_num_batched_tokens {server.max_num_batched_tokens}"
@@ -237,8 +250,13 @@ def with_flags(
     return replace(profile, server=server, kv_cache=cache, front_end=front)
 
 
-_PARTS = {"server": ServerFlags, "kv_cache": KvCache, "step": StepTime, "scheduler": SchedulerTime,
+PARTS = {"server": ServerFlags, "kv_cache": KvCache, "step": StepTime, "scheduler": SchedulerTime,
           "loading": LoadTime, "front_end": FrontEnd}  # fmt: skip
+"""The parts of a profile that hold numbers, by the key in its file."""
+_MOST = {"max_num_seqs": 1 << 17, "max_num_batched_tokens": 1 << 26, "block_size": 1 << 16, "max_model_len": 1 << 30,
+         "tokens": 1e12}  # fmt: skip
+"""Limits of numbers that memory, or the time of a simulation, grows with."""
+_LEAST_PERIOD_S = 0.01
 
 
 def allowed_rank(rank: int) -> int:
@@ -270,10 +288,7 @@ def find_profile(name: str) -> Profile:
     if not path.is_file():
         listed = ", ".join(known)
         raise ProfileError(f"{name}: no such profile; built in are {listed}, others are made by `deltaworks profile`")
-    try:
-        return parse_profile(json.loads(path.read_text(encoding="utf-8")), str(path))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ProfileError(f"{path}: cannot be read as a profile: {error}") from None
+    return parse_profile(load_json(path, "a profile", ProfileError), str(path))
 
 
 def parse_profile(content: Any, where: str) -> Profile:
@@ -286,24 +301,32 @@ def parse_profile(content: Any, where: str) -> Profile:
         given = dict(check_keys(content, ["schema", *(f.name for f in fields(Profile))], where))
         if given.pop("schema", None) != SCHEMA:
             raise ProfileError(f"{where}: is no profile of version {SCHEMA}; fit it again with `deltaworks profile`")
-        parts = {name: _part(kind, given.get(name, {}), f"{where}: {name}") for name, kind in _PARTS.items()}
+        parts = {name: _part(kind, given.get(name, {}), f"{where}: {name}") for name, kind in PARTS.items()}
         named: dict[str, Any] = {k: text(given.get(k), f"{where}: {k}") for k in ("name", "engine", "model", "gpu")}
         return Profile(
             **named,
             **parts,
             output_share=number(given.get("output_share", 1.0), f"{where}: output_share", above=True),
-            residuals=dict(given.get("residuals", {})),
-            sources=dict(given.get("sources", {})),
+            residuals=_said(given.get("residuals", {}), f"{where}: residuals"),
+            sources=_said(given.get("sources", {}), f"{where}: sources"),
+            assumed=_said(given.get("assumed", {}), f"{where}: assumed"),
         )
     except WorkloadError as error:
         raise ProfileError(str(error)) from None
 
 
+def _said(raw: Any, where: str) -> dict[str, Any]:
+    """What a profile says of its numbers: any values, by text."""
+    if not isinstance(raw, Mapping) or not all(isinstance(key, str) for key in raw):
+        raise WorkloadError(f"{where}: expected keys and values, not {quoted(raw)}")
+    return dict(raw)
+
+
 def _part(kind: Any, raw: Any, where: str) -> Any:
     """One part of a profile; every value is a number of at least 0."""
     given: Mapping[str, Any] = check_keys(raw, [f.name for f in fields(kind)], where)
-    values = {f.name: (whole if f.type in (int, "int") else number)(given[f.name], f"{where}.{f.name}")
-              for f in fields(kind) if f.name in given}  # fmt: skip
+    values = {f.name: (whole if f.type in (int, "int") else number)(given[f.name], f"{where}.{f.name}",
+              most=_MOST.get(f.name, MAX_NUMBER)) for f in fields(kind) if f.name in given}  # fmt: skip
     missing = next((f.name for f in fields(kind) if f.name not in values and repr(f.default).startswith("<")), None)
     if missing:
         raise WorkloadError(f"{where}.{missing}: is missing")
@@ -312,4 +335,12 @@ def _part(kind: Any, raw: Any, where: str) -> Any:
         raise WorkloadError(f"{where}: max_num_seqs must be at least 1 and at most max_num_batched_tokens")
     if kind is ServerFlags and part.block_size < 1:
         raise WorkloadError(f"{where}.block_size: must be at least 1")
+    if kind is FrontEnd:
+        _check_period(part.scrape_period_s, f"{where}.scrape_period_s")
     return part
+
+
+def _check_period(period_s: float, where: str) -> None:
+    """Refuse a period that would keep the twin reading metrics for ever."""
+    if 0 < period_s < _LEAST_PERIOD_S:
+        raise WorkloadError(f"{where}: expected 0 for never, or at least {_LEAST_PERIOD_S:g} s, not {period_s:g}")

@@ -2,12 +2,13 @@
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from deltaworks.documents import decoded, json_values, read_bytes
-from deltaworks.errors import WorkloadError, quoted
+from deltaworks.errors import DeltaworksError, WorkloadError, quoted
 
 Row = Mapping[Any, Any]
 
@@ -31,23 +32,32 @@ def rows_of(path: Path) -> Iterator[Row]:
     elif content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"[", b"{"):
         yield from _json_rows(decoded(content, str(path), _WHAT, WorkloadError), path)
     else:
-        yield from _csv_rows(path, content)
+        yield from csv_rows(path, content, _WHAT, WorkloadError)
 
 
-def _csv_rows(path: Path, content: bytes) -> Iterator[Row]:
-    file = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline="")
-    reader = csv.DictReader(file)
+def csv_rows(path: Path, content: bytes, what: str, error: type[DeltaworksError]) -> Iterator[Row]:
+    """The rows of a CSV file, by the names in its first line.
+
+    Args:
+        path: The file, for errors.
+        content: Its bytes.
+        what: What it should be, for errors.
+        error: The class of errors to raise.
+
+    Raises:
+        DeltaworksError: as ``error``: it is no CSV in UTF-8, or it has a column twice.
+    """
+    reader = csv.DictReader(io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline=""))
     try:
-        names = reader.fieldnames or []
-        twice = next((name for name in names if names.count(name) > 1), None) if len(names) < _BATCH_ROWS else names[0]
-        if twice:
-            raise WorkloadError(f"{path}: the column {quoted(twice)} is given twice")
+        counts = Counter(reader.fieldnames or ())
+        if twice := [name for name, count in counts.items() if count > 1 and name]:
+            raise error(f"{path}: the column {quoted(twice[0])} is given twice")
         yield from reader
-    except csv.Error as error:
+    except csv.Error as failure:
         line = reader.line_num + 1
-        raise WorkloadError(f"{path}: cannot be read as {_WHAT}: line {line} is not CSV: {error}") from None
+        raise error(f"{path}: cannot be read as {what}: line {line} is not CSV: {failure}") from None
     except UnicodeDecodeError:
-        decoded(content, str(path), _WHAT, WorkloadError)
+        decoded(content, str(path), what, error)
         raise
 
 

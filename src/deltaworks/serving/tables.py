@@ -1,0 +1,107 @@
+"""Measurement tables: rows of numbers from CSV or JSON lines, with every column accounted for."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltaworks.documents import decoded, json_values, read_bytes
+from deltaworks.errors import ProfileError, did_you_mean, quoted
+from deltaworks.serving.schema import MAX_NUMBER
+from deltaworks.serving.trace_rows import csv_rows
+
+TABLES = {
+    "steps": ("step_ms", "decode", "prefill", "context", "adapters", "slots", "max_rank", "skipped"),
+    "kv_cache": ("slots", "max_rank", "kv_tokens"),
+    "scheduler": ("scheduler_ms", "running", "skipped"),
+    "loads": ("load_ms", "source", "rank"),
+    "first_tokens": ("ttft_ms", "prefill", "adapters", "slots", "max_rank"),
+}
+"""The tables of a folder, and their columns. The first is required, and so is ``kv_tokens``."""
+
+MAX_ROWS = 100_000
+_WHAT = "a table"
+_SOURCES = ("memory", "disk")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A measurement table.
+
+    Attributes:
+        name: One of `TABLES`.
+        file: Its file, for errors; None where there is none.
+        rows: Numbers by column, 0 where a column or a cell is missing; ``source`` is text, and ``kv_tokens`` is NaN
+            where a cell is empty.
+        missing: Columns that it could have and has not.
+        unused: Columns that it has and that mean nothing here.
+    """
+
+    name: str
+    file: Path | None
+    rows: list[dict[str, Any]]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...] = ()
+
+    def why_missing(self, column: str) -> str:
+        """Why nothing is known of a column's cost; empty where the column is there."""
+        if self.file is None:
+            return f"there is no {self.name}.csv"
+        return f"{self.file.name} has no column {column!r}" if column in self.missing else ""
+
+
+def read_table(folder: Path, name: str) -> Table:
+    """The table of a name in a folder.
+
+    Raises:
+        ProfileError: it is malformed (the row is named), lacks its first column, or has a column that must be a
+            misspelling of one it lacks.
+    """
+    columns = TABLES[name]
+    path = next((p for p in (folder / f"{name}.csv", folder / f"{name}.jsonl") if p.is_file()), None)
+    if path is None:
+        return Table(name, None, [], columns)
+    content = read_bytes(path, _WHAT, ProfileError)
+    if path.suffix == ".csv":
+        raw = csv_rows(path, content, _WHAT, ProfileError)
+    else:
+        raw = json_values(decoded(content, str(path), _WHAT, ProfileError), str(path), _WHAT, ProfileError)
+    rows: list[dict[str, Any]] = []
+    present: dict[str, None] = {}
+    for index, row in enumerate(raw, 1):
+        if not isinstance(row, Mapping):
+            raise ProfileError(f"{path}: row {index}: expected columns and values, not {quoted(row)}")
+        if index > MAX_ROWS:
+            raise ProfileError(f"{path}: there are more than {MAX_ROWS:,} rows in it")
+        present |= dict.fromkeys(map(str, row))
+        rows.append({column: _cell(row.get(column), column, f"{path}: row {index}") for column in columns})
+    if not rows:
+        return Table(name, path, [], columns)
+    missing = tuple(column for column in columns if column not in present)
+    unused = tuple(column for column in present if column not in columns)
+    misspelt = [(column, hint) for column in unused if (hint := did_you_mean(column, missing))]
+    if misspelt:
+        named = ", ".join(f"{quoted(column)} ({hint.removeprefix('; ')})" for column, hint in misspelt[:5])
+        raise ProfileError(f"{path}: unknown columns: {named}")
+    for column in (columns[0], "kv_tokens"):
+        if column in missing:
+            raise ProfileError(f"{path}: there is no column {column!r}; expected are {', '.join(columns)}")
+    return Table(name, path, rows, missing, unused)
+
+
+def _cell(raw: Any, column: str, where: str) -> Any:
+    """A cell: a finite number of at least 0, and 0 where it is empty, but for two columns (see `Table`)."""
+    if column == "source":
+        if raw not in _SOURCES:
+            raise ProfileError(f"{where}: source: expected {' or '.join(_SOURCES)}, not {quoted(raw)}")
+        return raw
+    if raw is None or raw == "":
+        return math.nan if column == "kv_tokens" else 0.0
+    try:
+        value = float(raw) if not isinstance(raw, bool) else math.nan
+    except (TypeError, ValueError, OverflowError):
+        raise ProfileError(f"{where}: could not convert {quoted(raw)} to a number, {column}") from None
+    if not 0 <= value <= MAX_NUMBER:
+        raise ProfileError(f"{where}: {column}: expected a number from 0 to {MAX_NUMBER:g}, not {quoted(raw)}")
+    return value
