@@ -105,7 +105,9 @@ def h100_tables(folder: Path, name: str, left_out: set[str]) -> None:
     note = f"arXiv 2508.08343's published measurements of {data} on vLLM 0.8.5, one H100 of 64 GB"
     about = {
         "name": name, "engine": "vLLM 0.8.5 (V1)", "model": model, "gpu": "NVIDIA H100 64GB",
-        "server": {"max_num_seqs": 2048, "max_num_batched_tokens": 2048, "block_size": 16},
+        "server": {
+            "max_num_seqs": 2048, "max_num_batched_tokens": 2048, "block_size": 16, "max_model_len": least
+        },
         "front_end": {"request": 4.0, "first_request": 250.0, "label_set": 0.025, "scrape_period_s": 2.0,
                       "merge_batch": 128},
         "least_kv_tokens": least, "graph_tokens": 512, "small_tokens": 128, "output_share": share, "calibrate": SCALES,
@@ -169,7 +171,9 @@ def cpu_tables(folder: Path) -> None:
     write_runs(folder, runs)
     about = {
         "name": CPU, "engine": "vLLM 0.32.0 (V1, CPU)", "model": "a random Llama of 32 M parameters", "gpu": "one core",
-        "server": {"max_num_seqs": 32, "max_num_batched_tokens": 1024, "block_size": 128},
+        "server": {
+            "max_num_seqs": 32, "max_num_batched_tokens": 1024, "block_size": 128, "max_model_len": 1024
+        },
         "front_end": {"scrape_period_s": 0.0}, "calibrate": CPU_SCALES,
         "sources": dict.fromkeys(("step", "kv_cache", "loading", "front_end"), "micro-benchmarks of a live server"),
     }  # fmt: skip

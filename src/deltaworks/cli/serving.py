@@ -36,7 +36,8 @@ def simulate(
         typer.Option(
             min=1,
             metavar="R",
-            help="vLLM's --max-lora-rank. [default: the least that holds every adapter]",
+            help="vLLM's --max-lora-rank: 1, 8, 16, 32, 64, 128, 256, 320 or 512. [default: the least that holds every"
+            " adapter]",
             show_default=False,
         ),
     ] = None,
@@ -45,7 +46,8 @@ def simulate(
         typer.Option(
             min=1,
             metavar="N",
-            help="Adapters in host memory, vLLM's --max-cpu-loras. [default: all of the workload]",
+            help="Adapters in host memory, vLLM's --max-cpu-loras; at least as many as slots. [default: all of the"
+            " workload; vLLM's own default is as many as slots]",
             show_default=False,
         ),
     ] = None,
@@ -83,6 +85,15 @@ def simulate(
         int | None,
         typer.Option(min=1, metavar="N", help=f"vLLM's --max-num-batched-tokens.{_PROFILES}", show_default=False),
     ] = None,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help=f"Tokens of a prompt and its answer at most, vLLM's --max-model-len.{_PROFILES}",
+            show_default=False,
+        ),
+    ] = None,
     scrape_period: Annotated[
         float | None,
         typer.Option(
@@ -103,7 +114,7 @@ def simulate(
 
     chosen = with_flags(
         find_profile(profile), kv_tokens=kv_tokens, block_size=block_size, max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len,
         scrape_period_s=scrape_period,
     )  # fmt: skip
     if batch is not None:
@@ -113,11 +124,13 @@ def simulate(
         return
     if workload is None or slots is None:
         raise WorkloadError("give a WORKLOAD and --slots N, or --batch FILE.jsonl")
+    from deltaworks.serving.limits import check_lengths
     from deltaworks.serving.simulate import Configuration
     from deltaworks.serving.simulate import simulate as run
     from deltaworks.serving.workload import read_workload
 
     asked = read_workload(workload)
+    check_lengths(asked, [chosen])
     with make_counter("simulated", 1, "twin.run", quiet=quiet):
         answer = run(asked, chosen, Configuration(slots, max_rank, served, client_max_outstanding))
     if as_json:

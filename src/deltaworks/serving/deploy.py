@@ -55,6 +55,8 @@ def _server(gpu: Mapping[str, Any], profile: Profile, port: int) -> list[str]:
         "--max-lora-rank", str(gpu["max_lora_rank"]), "--max-num-seqs", str(flags.max_num_seqs),
         "--max-num-batched-tokens", str(flags.max_num_batched_tokens), "--block-size", str(flags.block_size),
     ]  # fmt: skip
+    if flags.max_model_len is not None:
+        words += ["--max-model-len", str(flags.max_model_len)]
     if gpu["adapters"]:
         words.append("--lora-modules")
     return words

@@ -10,7 +10,7 @@ was.
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -195,7 +195,9 @@ _COLUMNS = (*FEATURES, "share", "starved", "offered_tps")
 
 def _row(profile: Profile, experiment: Experiment) -> tuple[float, ...]:
     traffic = traffic_of(experiment.workload, profile.output_share)
-    answer = simulate(experiment.workload, profile, Configuration(experiment.slots, experiment.max_rank))
+    # Surrogates know nothing of the model's length.
+    unlimited = replace(profile, server=replace(profile.server, max_model_len=None))
+    answer = simulate(experiment.workload, unlimited, Configuration(experiment.slots, experiment.max_rank))
     offered = float(answer["offered_tps"])
     share = float(answer["throughput_tps"]) / offered if offered else 1.0
     features = estimate(traffic, profile, experiment.slots, experiment.max_rank)

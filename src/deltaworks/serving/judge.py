@@ -12,6 +12,7 @@ import numpy as np
 
 from deltaworks.errors import PlacementError, did_you_mean
 from deltaworks.serving.estimate import FEATURES, Traffic, estimate, traffic_of
+from deltaworks.serving.limits import check_one_model
 from deltaworks.serving.parts import Part, part_of
 from deltaworks.serving.profile import Profile, allowed_rank
 from deltaworks.serving.simulate import Configuration, simulate
@@ -123,6 +124,9 @@ class Judge:
         profiles: The types of GPU.
         surrogates: Of each type, None where there is none.
         threads: At once; None for all cores.
+
+    Raises:
+        ProfileError: the types of GPU serve different base models.
     """
 
     def __init__(
@@ -132,6 +136,7 @@ class Judge:
         surrogates: Sequence[Surrogate | None],
         threads: int | None = None,
     ) -> None:
+        check_one_model(profiles)
         self.demand, self.profiles, self.surrogates = demand, tuple(profiles), tuple(surrogates)
         self.pool = ThreadPoolExecutor(threads or cpu_count() or 1)
         self.threads = threads or cpu_count() or 1

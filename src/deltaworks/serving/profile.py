@@ -19,15 +19,25 @@ from deltaworks.serving.server import F64
 SCHEMA = 1
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values of `--max-lora-rank` that vLLM takes (and 1)."""
+BLOCK_UNIT = 16
+"""vLLM's attention kernels take blocks of a multiple of so many tokens."""
 
 
 @dataclass(frozen=True)
 class ServerFlags:
-    """vLLM's limits, under the names of its flags."""
+    """vLLM's limits, under the names of its flags.
+
+    Attributes:
+        max_num_seqs: Requests in a batch, at most.
+        max_num_batched_tokens: Tokens in a step, at most.
+        block_size: Tokens in a block of the KV cache.
+        max_model_len: Tokens of a prompt and its answer, at most; None where it is not known.
+    """
 
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     block_size: int = 16
+    max_model_len: int | None = None
 
 
 @dataclass(frozen=True)
@@ -159,8 +169,12 @@ class Profile:
         return int((cache.tokens - slots * (cache.per_slot + cache.per_slot_rank * max_rank)) // size) * size
 
     def starts(self, slots: int, max_rank: int) -> bool:
-        """Whether there is memory enough for a server with so many slots of so large a rank."""
-        return self.kv_tokens(slots, max_rank) >= max(self.kv_cache.least, 2 * self.server.block_size)
+        """Whether there is memory enough for a server with so many slots of so large a rank.
+
+        vLLM starts only if the KV cache holds one request of the model's full length.
+        """
+        least = max(self.kv_cache.least, 2 * self.server.block_size, self.server.max_model_len or 0)
+        return self.kv_tokens(slots, max_rank) >= least
 
     def most_slots(self, max_rank: int, most: int = 1024) -> int:
         """The most slots of a rank for which there is memory, up to ``most``; 0 if there is not even for one."""
@@ -202,11 +216,15 @@ class Profile:
 
     @property
     def digest(self) -> str:
-        """A hash of everything that the twin's answers hang on."""
+        """A hash of everything that a surrogate's training depends on.
+
+        The model's length is not among it: what a surrogate learns from are runs without that limit.
+        """
         told = {name: value for name, value in asdict(self).items() if name in PARTS or name == "output_share"}
         # A cost that profiles have only lately is left out where it is 0: what was trained before stays valid.
         if not self.step.decode_prefill:
             del told["step"]["decode_prefill"]
+        del told["server"]["max_model_len"]
         return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
@@ -239,15 +257,39 @@ def with_flags(
     except WorkloadError as error:
         raise ProfileError(str(error)) from None
     server = replace(profile.server, **given)
-    if server.max_num_seqs > server.max_num_batched_tokens:
+    if fault := flags_fault(server):
+        raise ProfileError(fault)
+    known, asked = profile.server.max_model_len, flags.get("max_model_len")
+    if known is not None and asked is not None and asked > known:
         raise ProfileError(
-            f"max_num_seqs {server.max_num_seqs} is more than max_num_batched_tokens {server.max_num_batched_tokens}"
+            f"max_model_len {asked:,} is more than the {known:,} of {profile.name}, and vLLM does not start with more"
+            " than the model's length; if the model takes more, say so in the profile"
         )
     cache = profile.kv_cache if kv_tokens is None else KvCache(kv_tokens)
+    if asked is not None:
+        cache = replace(cache, least=min(cache.least, asked))
+    elif kv_tokens is not None and known is not None and kv_tokens < known:
+        # A server with so few KV tokens can only have been started with a shorter length, which was not given.
+        server = replace(server, max_model_len=None)
     front = profile.front_end
     if scrape_period_s is not None:
         front = replace(front, scrape_period_s=scrape_period_s)
     return replace(profile, server=server, kv_cache=cache, front_end=front)
+
+
+def flags_fault(server: ServerFlags) -> str:
+    """Why vLLM does not start with such flags; empty if it does."""
+    for name, value in asdict(server).items():
+        if value is not None and value < 1:
+            return f"{name} must be at least 1, not {value}"
+    if server.max_num_seqs > server.max_num_batched_tokens:
+        return (
+            f"max_num_seqs {server.max_num_seqs} is more than max_num_batched_tokens {server.max_num_batched_tokens};"
+            " vLLM takes at most max_num_batched_tokens"
+        )
+    if server.block_size % BLOCK_UNIT:
+        return f"block_size {server.block_size} is none that vLLM takes; give a multiple of {BLOCK_UNIT}"
+    return ""
 
 
 PARTS = {"server": ServerFlags, "kv_cache": KvCache, "step": StepTime, "scheduler": SchedulerTime,
@@ -269,6 +311,19 @@ def allowed_rank(rank: int) -> int:
         if rank <= allowed:
             return allowed
     raise WorkloadError(f"vLLM serves ranks up to {RANKS[-1]}, not {rank}")
+
+
+def check_max_rank(max_rank: int) -> int:
+    """Return a value of `--max-lora-rank` if vLLM takes it.
+
+    Raises:
+        WorkloadError: it does not; the next larger one that it takes is named.
+    """
+    if max_rank in (1, *RANKS):
+        return max_rank
+    listed = ", ".join(str(rank) for rank in (1, *RANKS))
+    hint = f"; {allowed_rank(max_rank)} holds rank {max_rank}" if 1 < max_rank <= RANKS[-1] else ""
+    raise WorkloadError(f"vLLM takes no maximum rank {max_rank}, only {listed}{hint}")
 
 
 def built_in_profiles() -> dict[str, Path]:
@@ -323,18 +378,17 @@ def _said(raw: Any, where: str) -> dict[str, Any]:
 
 
 def _part(kind: Any, raw: Any, where: str) -> Any:
-    """One part of a profile; every value is a number of at least 0."""
+    """One part of a profile; every value is a number of at least 0, or null where the default is None."""
     given: Mapping[str, Any] = check_keys(raw, [f.name for f in fields(kind)], where)
-    values = {f.name: (whole if f.type in (int, "int") else number)(given[f.name], f"{where}.{f.name}",
-              most=_MOST.get(f.name, MAX_NUMBER)) for f in fields(kind) if f.name in given}  # fmt: skip
+    values = {f.name: (whole if "int" in str(f.type) else number)(given[f.name], f"{where}.{f.name}",
+              most=_MOST.get(f.name, MAX_NUMBER)) for f in fields(kind)
+              if f.name in given and (given[f.name], f.default) != (None, None)}  # fmt: skip
     missing = next((f.name for f in fields(kind) if f.name not in values and repr(f.default).startswith("<")), None)
     if missing:
         raise WorkloadError(f"{where}.{missing}: is missing")
     part = kind(**values)
-    if kind is ServerFlags and not 0 < part.max_num_seqs <= part.max_num_batched_tokens:
-        raise WorkloadError(f"{where}: max_num_seqs must be at least 1 and at most max_num_batched_tokens")
-    if kind is ServerFlags and part.block_size < 1:
-        raise WorkloadError(f"{where}.block_size: must be at least 1")
+    if kind is ServerFlags and (fault := flags_fault(part)):
+        raise WorkloadError(f"{where}: {fault}")
     if kind is FrontEnd:
         _check_period(part.scrape_period_s, f"{where}.scrape_period_s")
     return part

@@ -10,7 +10,8 @@ import numpy as np
 from deltaworks.errors import WorkloadError
 from deltaworks.serving import censored, server, starvation, twin
 from deltaworks.serving.idle import alone
-from deltaworks.serving.profile import Profile, allowed_rank
+from deltaworks.serving.limits import cut_to_length
+from deltaworks.serving.profile import Profile, allowed_rank, check_max_rank
 from deltaworks.serving.starvation import STARVED_DEFICIT
 from deltaworks.serving.workload import Requests, Workload, requests_of
 
@@ -31,7 +32,8 @@ class Configuration:
     Attributes:
         slots: `--max-loras`.
         max_rank: `--max-lora-rank`; None for the least that holds every adapter.
-        served: `--max-cpu-loras`, adapters kept in host memory; None for all of the workload's.
+        served: `--max-cpu-loras`, adapters kept in host memory; None for all of the workload's (vLLM's own default is
+            as many as slots).
         client_max_outstanding: Requests that the load generator can have open at once; it drops the others. None for
             no limit.
     """
@@ -60,9 +62,15 @@ def simulate(
     slots, max_rank = configuration.slots, _rank(workload, configuration)
     if slots < 1:
         raise WorkloadError(f"slots: expected at least 1, not {slots}")
-    served = max(configuration.served or len(workload.adapters), slots)
+    served = max(len(workload.adapters), slots) if configuration.served is None else configuration.served
+    if served < slots:
+        raise WorkloadError(
+            f"served: vLLM keeps at least as many adapters in host memory (--max-cpu-loras) as there are slots; give"
+            f" {slots} or more, not {served}"
+        )
     if requests is None:
         requests = requests_of(workload, profile.output_share)
+    requests = cut_to_length(requests, profile.server.max_model_len)
     kv_tokens = profile.kv_tokens(slots, max_rank)
     if not profile.starts(slots, max_rank):
         return _no_start(workload, requests, kv_tokens)
@@ -91,7 +99,7 @@ def _rank(workload: Workload, configuration: Configuration) -> int:
         return allowed_rank(needed)
     if configuration.max_rank < needed:
         raise WorkloadError(f"an adapter has rank {needed}, more than the maximum rank {configuration.max_rank}")
-    return configuration.max_rank
+    return check_max_rank(configuration.max_rank)
 
 
 def limits(profile: Profile, slots: int, max_rank: int, served: int, outstanding: int | None = None) -> server.I64:
@@ -102,7 +110,7 @@ def limits(profile: Profile, slots: int, max_rank: int, served: int, outstanding
     # One block is never given out: vLLM keeps it as a placeholder.
     limit[server.BLOCK] = flags.block_size
     limit[server.BLOCKS] = profile.kv_tokens(slots, max_rank) // flags.block_size - 1
-    limit[server.SLOTS], limit[server.CPU_ADAPTERS] = slots, max(served, slots)
+    limit[server.SLOTS], limit[server.CPU_ADAPTERS] = slots, served
     limit[server.OUTSTANDING] = _UNLIMITED if outstanding is None else outstanding
     return limit
 
@@ -113,7 +121,8 @@ def _run(
 ) -> _Run:  # fmt: skip
     limit = limits(profile, slots, max_rank, served, outstanding)
     room = int(limit[server.BLOCKS] * limit[server.BLOCK])
-    fits = requests.prompt + requests.output <= room
+    # vLLM rejects prompts that leave no room for a token of an answer within the model's length.
+    fits = (requests.prompt + requests.output <= room) & (requests.prompt < (profile.server.max_model_len or _UNLIMITED))
     kept = slice(None) if fits.all() else np.flatnonzero(fits)
     arrival_s, prompt, output = requests.arrival_s[kept], requests.prompt[kept], requests.output[kept]
     adapters = len(workload.adapters)
