@@ -1,6 +1,7 @@
 """place, advise and surrogate as a user runs them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,48 @@ def test_traces_travel_with_the_placement(shell: Shell) -> None:
     assert "0 adapters move" in shell.run("place", "--from", "traced").stdout
 
 
+def test_a_placement_is_not_replaced_by_another_unasked(shell: Shell, placed: Any) -> None:
+    before = (shell.root / "out" / "placement.json").read_bytes()
+    (shell.root / "small.json").write_text(json.dumps(WORKLOAD | {"adapters": [{"name": "a", "rank": 8, "rate": 0.1}]}))
+    shutil.copytree(shell.root / "out", shell.root / "copy-1")
+    said = shell.error("place", "small.json", *P, "-o", "out", "--quiet")
+    assert f"out: holds a placement of 41 adapters on {placed['gpu_count']} GPUs; add --force to replace it" in said
+    assert "add --force" in shell.error("place", "small.json", "--from", "copy-1", "-o", "out", "--quiet")
+    assert (shell.root / "out" / "placement.json").read_bytes() == before
+    shutil.copytree(shell.root / "out", shell.root / "copy-2")
+    shell.run("place", "small.json", *P, "-o", "copy-2", "--force")
+    assert json.loads((shell.root / "copy-2" / "placement.json").read_text())["adapter_count"] == 1
+    shell.run("place", "--from", "copy-2", "-o", "copy-2")  # how a placement is updated
+    (shell.root / "copy-2" / "placement.json").write_text("{")
+    assert "copy-2: holds a placement; add --force" in shell.error("place", "small.json", *P, "-o", "copy-2")
+
+
+def test_an_idle_gpu_of_an_old_placement_is_dropped(shell: Shell, placed: Any) -> None:
+    shutil.copytree(shell.root / "out", shell.root / "idle")
+    old = json.loads((shell.root / "idle" / "placement.json").read_text())
+    old["gpus"].append(old["gpus"][0] | {"id": "spare", "adapters": []})
+    (shell.root / "idle" / "placement.json").write_text(json.dumps(old))
+    found = shell.json("place", "--from", "idle")
+    assert "spare of the old placement serves nothing; it is dropped" in found["notes"]
+    assert [gpu["id"] for gpu in found["gpus"]] == [gpu["id"] for gpu in placed["gpus"]]
+
+
+def test_odd_names_are_deployed_or_refused_before_anything_is_computed(shell: Shell) -> None:
+    names = ["a=b", "team/legal v2", "$HOME", "org/model@v1", "\U0001f9a5", "--flag", "<script>"]
+    listed = [{"name": name, "rank": 8, "rate": 0.1} for name in names]
+    (shell.root / "odd.json").write_text(json.dumps(WORKLOAD | {"adapters": listed}))
+    shell.run("place", "odd.json", *P, "-o", "odd")
+    assert set(json.loads((shell.root / "odd" / "routes.json").read_text())) == set(names)
+    page = (shell.root / "odd" / "index.html").read_text()
+    assert "&lt;script&gt;" in page
+    assert "<script>" not in page
+    for name, said in (("meta-llama/Llama-3.1-8B-Instruct", "the base model"), ("../../etc/x", "..")):
+        other = [*listed, {"name": name, "rank": 8, "rate": 0.1}]
+        (shell.root / "bad.json").write_text(json.dumps(WORKLOAD | {"adapters": other}))
+        assert said in shell.error("place", "bad.json", *P, "-o", "bad")
+        assert not (shell.root / "bad").exists()
+
+
 def test_advice(shell: Shell) -> None:
     found = shell.json("advise", *P, "--rank", 32, "--rate", 1.0)
     assert found["best"]["adapters"] == max(row["adapters"] for row in found["slots"])
@@ -120,6 +163,10 @@ def test_the_rules_can_be_read(shell: Shell) -> None:
     (("place", "w.json", *P, "--price", "2"), "write it like"),
     (("place", "w.json", *P, "-o", "taken"), "is no placement"),
     (("place", "--from", "nowhere"), "cannot be read as a placement"),
+    (("place", "w.json", *P, "--profile", "qwen-2.5-7b-h100-64gb"), "adapters of one base model cannot be served on"),
+    (("place", "w.json", *P, "--profile", "qwen-2.5-7b-h100-64gb", "--what-if"), "give profiles of one model"),
+    (("place", "w.json", *P, *P), "two of the profiles are called 'llama-3.1-8b-h100-64gb'"),
+    (("advise", *P, "--rank", "8", "--rate", "1", "--input-mean", "1e8"), "rejects prompts of 131,072 tokens"),
     (("advise", *P, "--rank", "9999", "--rate", "1"), "vLLM serves ranks up to 512"),
     (("advise", *P, "--rank", "8", "--rate", "500"), "cannot serve even one adapter"),
 ])  # fmt: skip

@@ -72,14 +72,17 @@ def test_a_batch_is_answered_in_order_on_any_number_of_threads(shell: Shell) -> 
 
 def test_a_bad_line_costs_no_other(shell: Shell) -> None:
     good = {"id": 1, "workload": "w.json", "slots": 8, "max_rank": 16, "served": 32, "client_max_outstanding": 5}
+    long = {"distribution": "fixed", "input_mean": 150_000, "output_mean": 9}
     bad = [{**good, "slot": 3}, "{", {"id": 7, "workload": "w.json"}, {**good, "max_rank": 8},
-           {**good, "workload": "missing.json"}, {**good, "slots": 0}]  # fmt: skip
+           {**good, "workload": "missing.json"}, {**good, "slots": 0}, {**good, "max_rank": 24}, {**good, "served": 7},
+           {**good, "workload": WORKLOAD | {"lengths": long}}]  # fmt: skip
     answers = batch(shell, [good, *bad, "", good], code=2)
-    assert len(answers) == 8
+    assert len(answers) == 11
     assert timeless(answers[0]) == timeless(answers[-1])
     assert answers[0]["requests"]["rejected"] > 0
     said = ["did you mean 'slots'", "line 3: is not valid JSON", "slots is missing", "has rank 16, more than the max",
-            "missing.json: cannot be read", "slots: expected at least 1"]  # fmt: skip
+            "missing.json: cannot be read", "slots: expected at least 1", "no maximum rank 24", "give 8 or more, not 7",
+            "every prompt has 150,000 tokens or more"]  # fmt: skip
     for answer, text in zip(answers[1:-1], said, strict=True):
         assert text in answer["error"]
 
@@ -102,6 +105,7 @@ def test_other_flags_of_the_server(shell: Shell) -> None:
     assert few["preemptions"] > 0
     slow = shell.json("simulate", "w.json", *P, "--slots", 16, "--max-num-seqs", 4)
     assert slow["running_mean"] <= 4
+    assert shell.json("simulate", "w.json", *P, "--slots", 16, "--max-model-len", 400)["requests"]["rejected"] > 0
     unread = shell.json("simulate", "w.json", *P, "--slots", 16, "--scrape-period", 0)
     assert unread["itl_ms"]["mean"] < shell.json("simulate", "w.json", *P, "--slots", 16)["itl_ms"]["mean"]
 
@@ -115,6 +119,11 @@ def test_other_flags_of_the_server(shell: Shell) -> None:
         (("nothing.json", *P, "--slots", 4), "nothing.json: cannot be read as a workload"),
         (("w.json", *P, "--slots", 4, "--max-rank", 8), "an adapter has rank 16, more than the maximum rank 8"),
         (("w.json", *P, "--slots", 4, "--max-num-seqs", 4096), "more than max_num_batched_tokens 2048"),
+        (("w.json", *P, "--slots", 4, "--max-rank", 24), "vLLM takes no maximum rank 24"),
+        (("w.json", *P, "--slots", 32, "--served", 16), "give 32 or more, not 16"),
+        (("w.json", *P, "--slots", 4, "--block-size", 10), "block_size 10 is none that vLLM takes"),
+        (("w.json", *P, "--slots", 4, "--max-model-len", 200_000), "more than the 131,072"),
+        (("w.json", *P, "--slots", 4, "--max-model-len", 1), "every prompt has"),
     ],
 )
 def test_mistakes_are_told(shell: Shell, arguments: tuple[Any, ...], said: str) -> None:

@@ -218,6 +218,89 @@ def test_damaged_placements_are_named(tmp_path: Path, text: str, said: str) -> N
         read_placement(tmp_path)
 
 
+def recorded(**changed: Any) -> dict[str, Any]:
+    """A placement of two adapters on two GPUs, as its file holds it; keys like ``gpus.0.id`` change one value."""
+    adapters = [{"name": "hot", "rank": 8, "rate": 1}, {"name": "cold", "rank": 16, "rate": 1}]
+    lengths = {"distribution": "fixed", "input_mean": 9, "output_mean": 9}
+    content = {
+        "schema": 1,
+        "gpus": [gpu(0, [("hot", 0.25), ("cold", 1.0)]), gpu(1, [("hot", 0.75)])],
+        "workload": {"duration": 1, "lengths": lengths, "adapters": adapters},
+        "profiles": {"p": PROFILE.to_json()},
+        "prices": {"p": 2.5},
+    }
+    for path, value in changed.items():
+        at: Any = content
+        *steps, last = (int(step) if step.isdigit() else step for step in path.split("."))
+        for step in steps:
+            at = at[step]
+        at[last] = value
+    return content
+
+
+def test_a_recorded_placement_is_read(tmp_path: Path) -> None:
+    idle = gpu(7, [])
+    (tmp_path / "placement.json").write_text(json.dumps(recorded() | {"gpus": [*recorded()["gpus"], idle]}))
+    found = read_placement(tmp_path)
+    assert found.gpus == (("gpu-0", "p", {"hot": 0.25, "cold": 1.0}, 4), ("gpu-1", "p", {"hot": 0.75}, 4))
+    assert found.idle == ("gpu-7",)
+    assert found.prices == {"p": 2.5}
+    assert found.profiles == {"p": PROFILE}
+
+
+@pytest.mark.parametrize(("key", "value", "said"), [
+    ("gpus", {}, "gpus: expected a list"),
+    ("gpus", [], "gpus: shares of adapter 'cold' add up to 0, not 1"),
+    ("gpus.0", "x", r"gpus\[0\]: expected keys and values"),
+    ("gpus.0.id", 7, r"gpus\[0\].id: expected a text"),
+    ("gpus.1.id", "gpu-0", r"gpus\[1\].id: two GPUs are called 'gpu-0'"),
+    ("gpus.0.id", "a b", r"gpus\[0\].id: 'a b' is no id"),
+    ("gpus.0.id", "$(id)", "is no id"),
+    ("gpus.0.id", "x" * 59, "is no id"),
+    ("gpus.0.id", "gpu-", "is no id"),
+    ("gpus.0.type", "q", r"gpus\[0\].type: there is no profile 'q'"),
+    ("gpus.0.type", None, r"gpus\[0\].type: expected a text"),
+    ("gpus.0.max_loras", 0, r"gpus\[0\].max_loras: expected a number of at least 1"),
+    ("gpus.0.max_loras", 1.5, "max_loras: expected a whole number"),
+    ("gpus.0.max_loras", 1e400, "placement.json: .*"),
+    ("gpus.0.max_cpu_loras", 3, "max_cpu_loras: expected a number of at least 4"),
+    ("gpus.0.max_lora_rank", 24, "vLLM takes no maximum rank 24"),
+    ("gpus.0.max_lora_rank", 8, "max_lora_rank: 8 is less than rank 16 of 'cold'"),
+    ("gpus.0.adapters", "hot", r"gpus\[0\].adapters: expected a list"),
+    ("gpus.0.adapters.0", 5, r"gpus\[0\].adapters\[0\]: expected keys and values"),
+    ("gpus.0.adapters.0.name", "hott", r"the workload has no adapter 'hott'; did you mean 'hot'"),
+    ("gpus.0.adapters.0.name", "cold", "'cold' is on this GPU twice"),
+    ("gpus.0.adapters.0.share", 0.2, "shares of adapter 'hot' add up to 0.95, not 1"),
+    ("gpus.0.adapters.0.share", 0.25001, "shares of adapter 'hot' add up to 1.00001, not 1"),
+    ("gpus.0.adapters.0.share", 0, "share: expected a number above 0"),
+    ("gpus.0.adapters.0.share", -0.25, "share: expected a number above 0"),
+    ("gpus.0.adapters.0.share", 1.25, "share: expected at most 1"),
+    ("gpus.0.adapters.0.share", True, "share: expected a number above 0"),
+    ("gpus.0.adapters.0.share", "1", "share: expected a number above 0"),
+    ("gpus.0.adapters.0.share", float("nan"), "placement.json: .*"),
+    ("profiles", [], "profiles: expected keys and values"),
+    ("profiles", {"q": PROFILE.to_json()}, "profiles.'q': is called 'p'"),
+    ("profiles.p", 3, "profiles.p: expected keys and values"),
+    ("prices", 3, "prices: expected keys and values"),
+    ("prices", {"q": 3}, "prices: expected one for each of p"),
+    ("prices.p", 0, "prices.p: expected a number above 0"),
+    ("workload.adapters.0.rate", -1, r"workload: adapters\[0\].rate: expected a number"),
+    ("workload", None, "placement.json: workload"),
+])  # fmt: skip
+def test_damage_to_a_recorded_placement_is_named(tmp_path: Path, key: str, value: Any, said: str) -> None:
+    (tmp_path / "placement.json").write_text(json.dumps(recorded(**{key: value})))
+    with pytest.raises(UserError, match=said) as caught:
+        read_placement(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'placement.json'}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_nesting_without_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "placement.json").write_text('{"schema": 1, "gpus": ' + "[" * 50_000 + "]" * 50_000 + "}")
+    with pytest.raises(PlacementError, match="cannot be read as a placement"):
+        read_placement(tmp_path)
+
+
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     out, trace = tmp_path / "out", tmp_path / "t.csv"
     with pytest.raises(FileNotFoundError):

@@ -50,6 +50,16 @@ def test_built_in_profiles_are_sound(name: str) -> None:
     assert profile.residuals["step"]["mean_relative_error"] < 0.05
 
 
+def test_built_in_profiles_know_the_length_of_their_model() -> None:
+    lengths = {name: find_profile(name).server.max_model_len for name in built_in_profiles()}
+    assert lengths == {"llama-3.1-8b-h100-64gb": 131072, "qwen-2.5-7b-h100-64gb": 32768, "tiny-llama-cpu": 1024}
+
+
+def test_a_length_changes_no_surrogate() -> None:
+    limited = replace(PROFILE, server=replace(PROFILE.server, max_model_len=1500))
+    assert limited.digest == PROFILE.digest != with_flags(PROFILE, block_size=32).digest
+
+
 def test_kv_tokens_fall_with_slots_and_rank() -> None:
     assert PROFILE.kv_tokens(10, 8) == (100_000 - 10 * (50 + 80)) // 16 * 16
     assert PROFILE.kv_tokens(500, 64) < 0
@@ -96,6 +106,10 @@ def test_other_flags() -> None:
         ({"step": {"base": 10**400}}, "step.base: expected a number of at most"),
         ({"server": {"block_size": 10**12}}, "block_size: expected a number of at most 65,536"),
         ({"front_end": {"scrape_period_s": 1e-300}}, "scrape_period_s: expected 0 for never, or at least 0.01 s"),
+        ({"server": {"block_size": 10}}, "server: block_size 10 is none that vLLM takes"),
+        ({"server": {"max_model_len": 0}}, "server: max_model_len must be at least 1"),
+        ({"server": {"max_model_len": 1.5}}, "server.max_model_len: expected a whole number"),
+        ({"server": {"max_num_seqs": None}}, "server.max_num_seqs: expected a number"),
     ],
 )
 def test_a_mistake_is_named(changed: dict[str, Any], said: str) -> None:

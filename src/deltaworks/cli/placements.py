@@ -81,6 +81,7 @@ def place(
         bool, typer.Option("--what-if", help="Also answer: one more adapter, twice the traffic, another GPU, rank.")
     ] = False,
     catalog: CatalogPath = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace another placement in the output folder.")] = False,
     threads: Threads = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -94,8 +95,10 @@ def place(
     from deltaworks.errors import PlacementError
     from deltaworks.serving.document import describe, read_placement
     from deltaworks.serving.judge import Demand, Judge, parse_goal
+    from deltaworks.serving.names import check_names
     from deltaworks.serving.placement import place as place_fewest
     from deltaworks.serving.placement import place_on
+    from deltaworks.serving.registered import registered_adapters
     from deltaworks.serving.surrogate import find_surrogate
     from deltaworks.serving.workload import parse_workload, read_content
 
@@ -109,7 +112,7 @@ def place(
     if objective == "latency" and (len(profiles) > 1 or recorded):
         raise PlacementError("--objective latency is for one type of GPU, and not for --from")
     if output is not None:
-        _check_output(output)
+        _check_output(output, old, force=force)
     if workload is not None:
         content, folder = read_content(workload), workload.parent
         asked = parse_workload(content, folder, str(workload))
@@ -117,6 +120,9 @@ def place(
         assert recorded is not None
         assert old is not None
         content, folder, asked = recorded.content["workload"], old if old.is_dir() else old.parent, recorded.workload
+    registered = registered_adapters(catalog, {adapter.name for adapter in asked.adapters})
+    if output is not None:
+        check_names((a.name for a in asked.adapters), registered.paths, {p.model for p in profiles})
     demand = Demand(asked, _share(headroom), tuple(parse_goal(text) for text in slo or ()))
     surrogates = [find_surrogate(p, _surrogates(catalog)) for p in profiles]
     judge = Judge(demand, profiles, surrogates, threads)
@@ -136,6 +142,9 @@ def place(
     else:
         placement = place_fewest(judge, listed, told)
     document = describe(judge, placement, content, {"objective": objective}, prices, ids) | extra
+    if recorded is not None:
+        document["notes"] += [f"{idle} of the old placement serves nothing; it is dropped" for idle in recorded.idle]
+    document["notes"] += registered.notes(profiles[0].model)
     if compare:
         told("simpler ways")
         from deltaworks.serving.baselines import compare as compare_ways
@@ -148,7 +157,7 @@ def place(
 
         document["what_if"] = answers(judge, placement, told)
     if output is not None:
-        _write(output, document, {p.name: p for p in profiles}, content, folder, catalog)
+        _write(output, document, {p.name: p for p in profiles}, content, folder, registered.paths)
     if as_json:
         print_json({k: v for k, v in document.items() if k not in ("workload", "profiles")})
     else:
@@ -157,10 +166,16 @@ def place(
 
 def _profiles(named: list[str] | None, recorded: "Recorded | None") -> "list[Profile]":
     from deltaworks.errors import PlacementError
+    from deltaworks.serving.limits import check_one_model
     from deltaworks.serving.profile import find_profile
 
     if named:
-        return [find_profile(name) for name in named]
+        found = [find_profile(name) for name in named]
+        twice = next((p.name for i, p in enumerate(found) if p.name in [q.name for q in found[:i]]), None)
+        if twice is not None:
+            raise PlacementError(f"two of the profiles are called {twice!r}; every type of GPU needs a name of its own")
+        check_one_model(found)
+        return found
     if recorded is None:
         raise PlacementError("give the type of GPU with --profile P")
     return list(recorded.profiles.values())
@@ -211,13 +226,31 @@ def _surrogates(catalog: Path | None) -> Path:
     return (catalog or default_path()) / "surrogates"
 
 
-def _check_output(folder: Path) -> None:
-    """An output folder is new, empty, or holds a placement, which is then replaced."""
+def _check_output(folder: Path, old: Path | None, *, force: bool) -> None:
+    """Check an output folder: it is new, empty, or holds a placement that is to be replaced.
+
+    Args:
+        folder: It.
+        old: The placement of ``--from``, whose own folder may be written to.
+        force: Whether any placement may be replaced.
+    """
+    from deltaworks.documents import load_json
     from deltaworks.errors import OutputError
     from deltaworks.serving.document import FILE
 
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / FILE).is_file())):
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / FILE).is_file():
         raise OutputError(f"{folder}: exists and is no placement; choose another folder with -o")
+    updated = old is not None and (old if old.is_dir() else old.parent).resolve() == folder.resolve()
+    if updated or force:
+        return
+    try:
+        held = load_json(folder / FILE, "a placement", OutputError)
+        about = f" of {held['adapter_count']:,} adapters on {held['gpu_count']:,} GPUs"
+    except (OutputError, KeyError, TypeError, ValueError):
+        about = ""  # a damaged one is somebody's as well
+    raise OutputError(f"{folder}: holds a placement{about}; add --force to replace it, or choose another with -o")
 
 
 def _write(
@@ -226,7 +259,7 @@ def _write(
     profiles: "dict[str, Profile]",
     content: Any,
     origin: Path,
-    catalog: Path | None,
+    paths: dict[str, str],
 ) -> None:
     import json
 
@@ -235,7 +268,6 @@ def _write(
     from deltaworks.serving.document import FILE, with_traces
 
     document["workload"], traces = with_traces(content, origin)
-    paths = _adapter_paths(catalog, {a["name"] for gpu in document["gpus"] for a in gpu["adapters"]})
     deploy.write(
         folder,
         {
@@ -245,18 +277,6 @@ def _write(
         },
         traces,
     )
-
-
-def _adapter_paths(catalog: Path | None, names: set[str]) -> dict[str, str]:
-    """Where adapters lie, of those that are registered in the catalog."""
-    from deltaworks.catalog.models import Kind
-    from deltaworks.catalog.store import Catalog, default_path, is_catalog
-
-    if not is_catalog(catalog or default_path()):
-        return {}
-    with Catalog(catalog) as opened:
-        models = [model for model in opened.models() if model.kind == Kind.ADAPTER and model.name in names]
-    return {model.name: str(model.path) if Path(model.source).exists() else model.source for model in models}
 
 
 def _exact(judge: Any, found: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from deltaworks.documents import DOCUMENT_BYTES, decoded, parse_json
 from deltaworks.errors import DeltaworksError, WorkloadError
+from deltaworks.serving.limits import check_lengths
 from deltaworks.serving.profile import Profile
 from deltaworks.serving.schema import check_keys, whole
 from deltaworks.serving.simulate import Configuration, simulate
@@ -76,7 +77,9 @@ def _answer(line: str | bytes, number: int, folder: Path, profile: Profile) -> d
         chosen = {
             key: whole(asked[key], f"{where}: {key}", most=_MOST) for key in KEYS[2:] if asked.get(key) is not None
         }
-        answer = simulate(workload_from(asked["workload"], folder, where), profile, Configuration(**chosen))
+        workload = workload_from(asked["workload"], folder, where)
+        check_lengths(workload, [profile])
+        answer = simulate(workload, profile, Configuration(**chosen))
     except DeltaworksError as error:
         return {"id": name, "error": str(error)}
     except Exception as error:  # an unforeseen failure must not take the other lines' answers along

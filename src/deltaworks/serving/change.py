@@ -8,6 +8,7 @@ from deltaworks.errors import PlacementError
 from deltaworks.serving import partition
 from deltaworks.serving.document import Recorded
 from deltaworks.serving.judge import HOPELESS, Judge
+from deltaworks.serving.limits import check_one_model
 from deltaworks.serving.parts import Part, cut
 from deltaworks.serving.placement import Gpu, Placement, Told, check_feasible, place
 from deltaworks.serving.server import F64
@@ -75,6 +76,7 @@ def change(judge: Judge, old: Recorded, prices: Sequence[float] | None = None, t
     Raises:
         ImpossibleError: a single request on an idle GPU cannot do what is asked.
         PlacementError: the old GPUs are of a type that is not given.
+        ProfileError: the old GPUs serve another base model.
     """
     check_feasible(judge, range(len(judge.profiles)))
     adapters = judge.demand.workload.adapters
@@ -83,6 +85,7 @@ def change(judge: Judge, old: Recorded, prices: Sequence[float] | None = None, t
     missing = sorted({kind for _, kind, _, _ in old.gpus} - set(names))
     if missing:
         raise PlacementError(f"the old placement has GPUs of type {missing[0]}; give it with --profile as well")
+    check_one_model([*(old.profiles[kind] for _, kind, _, _ in old.gpus), *judge.profiles])
     state = _State(
         [name for name, _, _, _ in old.gpus],
         [names.index(kind) for _, kind, _, _ in old.gpus],

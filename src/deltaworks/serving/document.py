@@ -1,16 +1,18 @@
 """placement.json: where every adapter is served, what the twin says of it, and all that is needed to do it again."""
 
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from deltaworks.errors import PlacementError, UserError
+from deltaworks.documents import load_json
+from deltaworks.errors import PlacementError, WorkloadError, did_you_mean, quoted
 from deltaworks.serving.judge import Goal, Judge
 from deltaworks.serving.placement import Gpu, Placement, check_totals
-from deltaworks.serving.profile import Profile, parse_profile
+from deltaworks.serving.profile import Profile, check_max_rank, parse_profile
+from deltaworks.serving.schema import number, text, whole
 from deltaworks.serving.workload import Workload, parse_workload
 from deltaworks.units import format_time
 
@@ -30,6 +32,7 @@ class Recorded:
         profiles: The types of GPU, by name.
         prices: Of a GPU of each type, by name, or None.
         gpus: For each GPU its id, its type's name, its adapters' shares by name, and its slots.
+        idle: Ids of further GPUs, which serve nothing.
     """
 
     content: Mapping[str, Any]
@@ -37,6 +40,7 @@ class Recorded:
     profiles: dict[str, Profile]
     prices: dict[str, float] | None
     gpus: tuple[tuple[str, str, dict[str, float], int], ...]
+    idle: tuple[str, ...] = ()
 
 
 def describe(
@@ -129,7 +133,9 @@ def notes(gpus: list[dict[str, Any]], judge: Judge) -> list[str]:
     if not sum(answer["requests"]["arrived"] for answer in said):
         found.append("no request arrives in the time simulated, so nothing was tried; give a longer duration")
     if refused := sum(answer["requests"]["rejected"] for answer in said):
-        found.append(f"{refused:,} requests are longer than the KV cache of their GPU and are refused")
+        found.append(
+            f"{refused:,} requests are longer than the KV cache of their GPU or than the model's length, and are refused"
+        )
     if short := [(gpu["id"], note) for gpu in gpus for note in gpu["predicted"]["notes"]]:
         found.append(f"on {short[0][0]}, {short[0][1]}")
     if any(a["share"] < 1 for gpu in gpus for a in gpu["adapters"]):
@@ -192,31 +198,122 @@ def with_traces(content: Any, origin: Path) -> tuple[Any, dict[str, Path]]:
     return moved(content), traces
 
 
+_GPU_ID = re.compile("[a-z0-9](?:[-a-z0-9]{0,56}[a-z0-9])?")
+"""Ids of GPUs: part of the names of Kubernetes services, which are DNS labels."""
+_SHARES = 1e-6
+"""Shares of an adapter add up to 1 within this."""
+
+
 def read_placement(path: Path) -> Recorded:
     """A placement from its file, or from the folder that holds it.
 
     Raises:
-        PlacementError: it is none, or of another version.
+        PlacementError: it is none, of another version, or does not say where every adapter is served.
+        WorkloadError: its workload is malformed.
+        ProfileError: one of its profiles is malformed.
     """
     file = path / FILE if path.is_dir() else path
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PlacementError(f"{file}: cannot be read as a placement: {error}") from None
+    content = load_json(file, "a placement", PlacementError)
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or "gpus" not in content:
         raise PlacementError(f"{file}: is no placement of version {SCHEMA}; make it again with `deltaworks place`")
+    workload = parse_workload(content.get("workload"), file.parent, f"{file}: workload")
     try:
-        return Recorded(
-            content,
-            parse_workload(content["workload"], file.parent, f"{file}: workload"),
-            {name: parse_profile(raw, f"{file}: {name}") for name, raw in content["profiles"].items()},
-            content.get("prices"),
-            tuple(
-                (gpu["id"], gpu["type"], {a["name"]: float(a["share"]) for a in gpu["adapters"]}, int(gpu["max_loras"]))
-                for gpu in content["gpus"]
-            ),
-        )
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PlacementError(f"{file}: is damaged: {error!r}") from None
+        profiles = _profiles(content.get("profiles"), file)
+        gpus = _gpus(content["gpus"], profiles, {adapter.name: adapter.rank for adapter in workload.adapters})
+        prices = _prices(content.get("prices"), profiles)
+    except WorkloadError as error:
+        raise PlacementError(f"{file}: is damaged: {error}; make it again with `deltaworks place`") from None
+    served = tuple(gpu for gpu in gpus if gpu[2])
+    return Recorded(content, workload, profiles, prices, served, tuple(gpu[0] for gpu in gpus if not gpu[2]))
+
+
+def _profiles(raw: Any, file: Path) -> dict[str, Profile]:
+    """The types of GPU, by name."""
+    found = {
+        name: parse_profile(value, f"{file}: profiles.{name}") for name, value in _mapping(raw, "profiles").items()
+    }
+    for name, profile in found.items():
+        if profile.name != name:
+            raise WorkloadError(f"profiles.{quoted(name)}: is called {quoted(profile.name)}")
+    return found
+
+
+def _gpus(
+    raw: Any, profiles: Mapping[str, Profile], ranks: Mapping[str, int]
+) -> list[tuple[str, str, dict[str, float], int]]:
+    """The GPUs of a recorded placement, as `Recorded.gpus` and those that serve nothing.
+
+    Args:
+        raw: What the file holds.
+        profiles: The types of GPU, by name.
+        ranks: Of the workload's adapters, by name.
+    """
+    if not isinstance(raw, list):
+        raise WorkloadError(f"gpus: expected a list, not {quoted(raw)}")
+    found: list[tuple[str, str, dict[str, float], int]] = []
+    total = dict.fromkeys(ranks, 0.0)
+    for index, value in enumerate(raw):
+        where = f"gpus[{index}]"
+        given = _mapping(value, where)
+        name, kind = text(given.get("id"), f"{where}.id"), text(given.get("type"), f"{where}.type")
+        if not _GPU_ID.fullmatch(name):
+            raise WorkloadError(
+                f"{where}.id: {quoted(name)} is no id; use up to 58 lower-case letters, digits and dashes inside"
+            )
+        if name in (gpu[0] for gpu in found):
+            raise WorkloadError(f"{where}.id: two GPUs are called {name!r}")
+        if kind not in profiles:
+            raise WorkloadError(f"{where}.type: there is no profile {quoted(kind)}{did_you_mean(kind, profiles)}")
+        slots = whole(given.get("max_loras"), f"{where}.max_loras", 1)
+        own = _shares(given.get("adapters"), where, ranks)
+        if "max_cpu_loras" in given:
+            whole(given["max_cpu_loras"], f"{where}.max_cpu_loras", slots)
+        if "max_lora_rank" in given:
+            largest = check_max_rank(whole(given["max_lora_rank"], f"{where}.max_lora_rank", 1))
+            for adapter in own:
+                if ranks[adapter] > largest:
+                    raise WorkloadError(
+                        f"{where}.max_lora_rank: {largest} is less than rank {ranks[adapter]} of {quoted(adapter)}"
+                    )
+        for adapter, share in own.items():
+            total[adapter] += share
+        found.append((name, kind, own, slots))
+    for adapter, share in total.items():
+        if abs(share - 1.0) > _SHARES:
+            raise WorkloadError(f"gpus: shares of adapter {quoted(adapter)} add up to {share:.7g}, not 1")
+    return found
+
+
+def _shares(raw: Any, where: str, ranks: Mapping[str, int]) -> dict[str, float]:
+    """The shares of a GPU's adapters, by name."""
+    if not isinstance(raw, list):
+        raise WorkloadError(f"{where}.adapters: expected a list, not {quoted(raw)}")
+    found: dict[str, float] = {}
+    for index, value in enumerate(raw):
+        at = f"{where}.adapters[{index}]"
+        given = _mapping(value, at)
+        name, share = text(given.get("name"), f"{at}.name"), number(given.get("share"), f"{at}.share", above=True)
+        if name not in ranks:
+            raise WorkloadError(f"{at}.name: the workload has no adapter {quoted(name)}{did_you_mean(name, ranks)}")
+        if name in found:
+            raise WorkloadError(f"{at}.name: {quoted(name)} is on this GPU twice")
+        if share > 1.0 + _SHARES:
+            raise WorkloadError(f"{at}.share: expected at most 1, not {share:g}")
+        found[name] = share
+    return found
+
+
+def _prices(raw: Any, profiles: Mapping[str, Profile]) -> dict[str, float] | None:
+    """Prices by the type of GPU, or None where there are none."""
+    if raw is None:
+        return None
+    given = _mapping(raw, "prices")
+    if set(given) != set(profiles):
+        raise WorkloadError(f"prices: expected one for each of {', '.join(profiles)}, not for {quoted(list(given))}")
+    return {name: number(value, f"prices.{name}", above=True) for name, value in given.items()}
+
+
+def _mapping(raw: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(raw, Mapping):
+        raise WorkloadError(f"{where}: expected keys and values, not {quoted(raw)}")
+    return raw

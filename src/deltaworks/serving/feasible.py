@@ -14,6 +14,7 @@ from deltaworks.errors import ImpossibleError
 from deltaworks.serving import server
 from deltaworks.serving.idle import alone
 from deltaworks.serving.judge import Goal
+from deltaworks.serving.limits import check_lengths, cut_to_length, is_beyond
 from deltaworks.serving.profile import Profile, allowed_rank
 from deltaworks.serving.server import F64, I64
 from deltaworks.serving.simulate import limits
@@ -55,9 +56,12 @@ def check_possible(
         drawn: The workload's requests as each type serves them.
 
     Raises:
+        WorkloadError: every prompt of an adapter is beyond the model's length.
         ImpossibleError: an adapter fits on no GPU, its requests fit into no KV cache, or a goal cannot be kept even
             where every request has a GPU to itself; the sentence says what can be kept.
     """
+    check_lengths(workload, profiles)
+    drawn = [cut_to_length(own, p.server.max_model_len) for p, own in zip(profiles, drawn, strict=True)]
     room = [_room(workload, profile) for profile in profiles]
     for place, adapter in enumerate(workload.adapters):
         if not any(own[place] for own in room):
@@ -92,17 +96,18 @@ def _check_lengths(
 ) -> None:
     adapters = len(workload.adapters)
     missing = np.full(adapters, np.inf)
-    for own, requests in zip(room, drawn, strict=True):
+    for profile, own, requests in zip(profiles, room, drawn, strict=True):
         chosen = requests.adapter < adapters
         adapter, tokens = requests.adapter[chosen], (requests.prompt + requests.output)[chosen].astype(np.float64)
-        refused = np.bincount(adapter, np.where(tokens > own[adapter], tokens, 0.0), adapters)
+        beyond = (tokens > own[adapter]) | is_beyond(requests, profile)[chosen]
+        refused = np.bincount(adapter, np.where(beyond, tokens, 0.0), adapters)
         missing = np.minimum(missing, refused / np.maximum(np.bincount(adapter, tokens, adapters), 1.0))
     worst = int(np.argmax(missing))
     if missing[worst] >= STARVED_DEFICIT:
         best = int(np.argmax([own[worst] for own in room]))
         raise ImpossibleError(
             f"{workload.adapters[worst].name}: {missing[worst]:.0%} of its tokens belong to requests that are longer"
-            f" than any KV cache: {profiles[best].name} holds prompts and answers of up to {room[best][worst]:,} tokens"
+            f" than any KV cache, or than the model's length: {profiles[best].name} holds prompts and answers of up to {room[best][worst]:,} tokens"
             " together with one slot of that rank; shorten them"
         )
 
@@ -117,7 +122,7 @@ def _fastest(
     first_s, token_s, gap_s = (np.full(chosen.size, np.inf) for _ in range(3))
     for profile, own, requests in zip(profiles, room, drawn, strict=True):
         prompt, output = requests.prompt[chosen], requests.output[chosen]
-        fits = prompt + output <= own[adapter]
+        fits = (prompt + output <= own[adapter]) & ~is_beyond(requests, profile)[chosen]
         for value in np.unique(rank[adapter]):
             members = np.flatnonzero((rank[adapter] == value) & fits)
             times = alone(profile, 1, int(value), prompt[members], output[members])

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deltaworks.errors import ProfileError, WorkloadError, quoted
 from deltaworks.serving.profile import Profile
@@ -21,6 +22,12 @@ def cut_to_length(requests: Requests, max_model_len: int | None) -> Requests:
         return requests
     room = np.where(requests.prompt < max_model_len, max_model_len - requests.prompt, requests.output)
     return requests if (requests.output <= room).all() else replace(requests, output=np.minimum(requests.output, room))
+
+
+def is_beyond(requests: Requests, profile: Profile) -> NDArray[np.bool_]:
+    """Which requests vLLM rejects because their prompts leave no room for an answer in the model's length, (n,) bool."""
+    longest = profile.server.max_model_len
+    return np.zeros(requests.prompt.size, bool) if longest is None else np.asarray(requests.prompt >= longest)
 
 
 def check_lengths(workload: Workload, profiles: Sequence[Profile]) -> None:

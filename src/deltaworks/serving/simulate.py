@@ -10,7 +10,7 @@ import numpy as np
 from deltaworks.errors import WorkloadError
 from deltaworks.serving import censored, server, starvation, twin
 from deltaworks.serving.idle import alone
-from deltaworks.serving.limits import cut_to_length
+from deltaworks.serving.limits import cut_to_length, is_beyond
 from deltaworks.serving.profile import Profile, allowed_rank, check_max_rank
 from deltaworks.serving.starvation import STARVED_DEFICIT
 from deltaworks.serving.workload import Requests, Workload, requests_of
@@ -121,8 +121,7 @@ def _run(
 ) -> _Run:  # fmt: skip
     limit = limits(profile, slots, max_rank, served, outstanding)
     room = int(limit[server.BLOCKS] * limit[server.BLOCK])
-    # vLLM rejects prompts that leave no room for a token of an answer within the model's length.
-    fits = (requests.prompt + requests.output <= room) & (requests.prompt < (profile.server.max_model_len or _UNLIMITED))
+    fits = (requests.prompt + requests.output <= room) & ~is_beyond(requests, profile)
     kept = slice(None) if fits.all() else np.flatnonzero(fits)
     arrival_s, prompt, output = requests.arrival_s[kept], requests.prompt[kept], requests.output[kept]
     adapters = len(workload.adapters)
