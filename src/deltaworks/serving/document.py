@@ -134,7 +134,7 @@ def notes(gpus: list[dict[str, Any]], judge: Judge) -> list[str]:
         found.append("no request arrives in the time simulated, so nothing was tried; give a longer duration")
     if refused := sum(answer["requests"]["rejected"] for answer in said):
         found.append(
-            f"{refused:,} requests are longer than the KV cache of their GPU or than the model's length, and are refused"
+            f"{refused:,} requests are longer than the KV cache of their GPU or the model's length, and are refused"
         )
     if short := [(gpu["id"], note) for gpu in gpus for note in gpu["predicted"]["notes"]]:
         found.append(f"on {short[0][0]}, {short[0][1]}")

@@ -25,6 +25,8 @@ from deltaworks.units import format_time
 _TOLERANCE = 1.01
 """Gaps between tokens are kept in bins, of which a quantile is the middle."""
 
+_NO_LIMIT = 1 << 62
+
 _QUANTILES = {"p50": 0.5, "p99": 0.99}
 
 
@@ -104,11 +106,14 @@ def _check_lengths(
         missing = np.minimum(missing, refused / np.maximum(np.bincount(adapter, tokens, adapters), 1.0))
     worst = int(np.argmax(missing))
     if missing[worst] >= STARVED_DEFICIT:
-        best = int(np.argmax([own[worst] for own in room]))
+        most = [
+            min(int(own[worst]), p.server.max_model_len or _NO_LIMIT) for p, own in zip(profiles, room, strict=True)
+        ]
+        best = int(np.argmax(most))
         raise ImpossibleError(
             f"{workload.adapters[worst].name}: {missing[worst]:.0%} of its tokens belong to requests that are longer"
-            f" than any KV cache, or than the model's length: {profiles[best].name} holds prompts and answers of up to {room[best][worst]:,} tokens"
-            " together with one slot of that rank; shorten them"
+            f" than any KV cache or the model: {profiles[best].name} holds prompts and answers of up to {most[best]:,}"
+            " tokens together with one slot of that rank; shorten them"
         )
 
 

@@ -25,7 +25,7 @@ def cut_to_length(requests: Requests, max_model_len: int | None) -> Requests:
 
 
 def is_beyond(requests: Requests, profile: Profile) -> NDArray[np.bool_]:
-    """Which requests vLLM rejects because their prompts leave no room for an answer in the model's length, (n,) bool."""
+    """Which requests vLLM rejects, for their prompts leave no room for an answer in the model's length, (n,) bool."""
     longest = profile.server.max_model_len
     return np.zeros(requests.prompt.size, bool) if longest is None else np.asarray(requests.prompt >= longest)
 
