@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small_server import SMALL, judge, workload
 
-from deltaworks.errors import ProfileError, UserError, WorkloadError
+from deltaworks.errors import ImpossibleError, ProfileError, UserError, WorkloadError
 from deltaworks.serving.limits import check_lengths, check_one_model, cut_to_length
 from deltaworks.serving.placement import place
 from deltaworks.serving.profile import Profile, check_max_rank, with_flags
@@ -77,6 +77,16 @@ def test_the_door_is_shut_where_every_prompt_is_too_long(prompt: int) -> None:
             check_lengths(given, [limited(200), limited(100)])
         with pytest.raises(WorkloadError, match=r"adapter 'b'.*rejects prompts of 200 tokens or more"):
             place(judge(given, 0.1, (), limited(200)))
+
+
+def test_no_search_is_begun_where_most_tokens_are_in_prompts_that_are_too_long() -> None:
+    half = traced(*[("a", 20), ("a", 300)] * 20)
+    with pytest.raises(
+        ImpossibleError, match=r"a: 9\d% of its tokens .* small holds prompts and answers of up to 200 "
+    ):
+        place(judge(half, 0.1, (), limited(200)))
+    # Answers beyond the length are cut, and no reason to refuse.
+    assert len(place(judge(asked(("a", 100, 90_000)), 0.1, (), limited(200))).gpus) == 1
 
 
 def test_the_door_is_open_where_some_prompts_are_short_or_nobody_asks() -> None:
