@@ -112,7 +112,7 @@ def _most_adapters(
         answer = _ask(profile, one, count, slots, rank, factor)
         if answer["starved"] or not all(goal.met(answer) for goal in goals):
             return False
-        traffic = traffic_of(of_adapters(one, count), profile.output_share).scaled(factor)
+        traffic = traffic_of(of_adapters(one, count), profile.output_share, profile.server.max_model_len).scaled(factor)
         return not answer["short"] or keeps_up(traffic, profile, min(slots, count), rank)
 
     def served(count: int) -> bool:
@@ -133,7 +133,9 @@ def _guess(profile: Profile, one: Workload, slots: int, rank: int, factor: float
     low, high = 1, MOST_ADAPTERS
     while high - low > max(1, low // 20):
         middle = (low + high) // 2
-        traffic = traffic_of(of_adapters(one, middle), profile.output_share).scaled(factor)
+        traffic = traffic_of(of_adapters(one, middle), profile.output_share, profile.server.max_model_len).scaled(
+            factor
+        )
         found = estimate(traffic, profile, min(slots, middle), rank)
         low, high = (middle, high) if found[0] < 1.0 and found[1] < 0.1 else (low, middle)
     return low

@@ -92,27 +92,30 @@ class Traffic:
         return float((self.rate * (self.prompt + self.output)).sum())
 
 
-def traffic_of(workload: Workload, output_share: float = 1.0) -> Traffic:
+def traffic_of(workload: Workload, output_share: float = 1.0, longest: int | None = None) -> Traffic:
     """The traffic of a workload's adapters, in their order.
 
     Args:
         workload: It.
         output_share: As in a profile: of a data set's reference answers, how much the model generates.
+        longest: The model's length, at which answers end; None for no limit.
     """
     if workload.trace is not None:
-        return _traced(workload)
+        return _traced(workload, longest)
     rows = []
     for adapter in workload.adapters:
         lengths = adapter.lengths or workload.lengths
         assert lengths is not None
         rate = adapter.expected(workload.duration_s) / workload.duration_s
         output = lengths.output * (output_share if lengths.stops_early else 1.0)
+        if longest is not None:
+            output = np.minimum(output, max(longest - float(lengths.prompt.mean()), 1.0))
         mean = float(output.mean())
         rows.append((rate, adapter.rank, float(lengths.prompt.mean()), mean, float((output**2).mean()) / mean))
     return _of_rows(rows, workload.duration_s)
 
 
-def _traced(workload: Workload) -> Traffic:
+def _traced(workload: Workload, longest: int | None) -> Traffic:
     trace = workload.trace
     assert trace is not None
     assert trace.adapter is not None
@@ -124,6 +127,8 @@ def _traced(workload: Workload) -> Traffic:
             rows.append((0.0, adapter.rank, 1.0, 1.0, 1.0))
             continue
         output = trace.output[own].astype(np.float64)
+        if longest is not None:
+            output = np.minimum(output, np.maximum(longest - trace.prompt[own], 1))
         mean = float(output.mean())
         rows.append((
             own.sum() / workload.duration_s, adapter.rank, float(trace.prompt[own].mean()), mean,

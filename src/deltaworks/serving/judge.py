@@ -140,7 +140,7 @@ class Judge:
         self.demand, self.profiles, self.surrogates = demand, tuple(profiles), tuple(surrogates)
         self.pool = ThreadPoolExecutor(threads or cpu_count() or 1)
         self.threads = threads or cpu_count() or 1
-        self.traffic = [traffic_of(demand.workload, p.output_share) for p in profiles]
+        self.traffic = [traffic_of(demand.workload, p.output_share, p.server.max_model_len) for p in profiles]
         self.runs = 0
         self._said: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._lock = Lock()
