@@ -136,12 +136,12 @@ def test_an_adapter_of_another_rank_is_rounded_up() -> None:
 
 
 @pytest.mark.parametrize(("flags", "said"), [
-    ({"max_num_seqs": 0}, "max_num_seqs must be at least 1, not 0"),
+    ({"max_num_seqs": 0}, "max_num_seqs: expected a number of at least 1"),
     ({"max_num_seqs": 513}, "max_num_seqs 513 is more than max_num_batched_tokens 512"),
     ({"max_num_batched_tokens": 31}, "max_num_seqs 32 is more than max_num_batched_tokens 31"),
     ({"block_size": 24}, "block_size 24 is none that vLLM takes; give a multiple of 16"),
     ({"block_size": 8}, "give a multiple of 16"),
-    ({"max_model_len": 0}, "max_model_len must be at least 1"),
+    ({"max_model_len": 0}, "max_model_len: expected a number of at least 1"),
     ({"max_model_len": 4001}, "max_model_len 4,001 is more than the 4,000 of small"),
 ])  # fmt: skip
 def test_flags_that_vllm_refuses(flags: dict[str, Any], said: str) -> None:

@@ -106,8 +106,8 @@ def test_the_latency_objective_uses_what_there_is() -> None:
 
 
 def test_the_cheapest_types_are_taken() -> None:
-    big = Profile("big", "vLLM", "org/model", "g", KvCache(24000, 10, 5, 1000), StepTime(2.5, 0.01, 0.015, 2e-5, adapter=0.2),
-                  ServerFlags(128, 512, 16))  # fmt: skip
+    step = StepTime(2.5, 0.01, 0.015, 2e-5, adapter=0.2)
+    big = Profile("big", "vLLM", "org/model", "g", KvCache(24000, 10, 5, 1000), step, ServerFlags(128, 512, 16))
     adapters = [{"name": "a", "count": 120, "rank": 8, "rate": 1.0}]
     asker = judge(workload(adapters), 0.1, (), SMALL, big)
     dear, cheap = place(asker, [1.0, 100.0]), place(asker, [1.0, 1.0])
