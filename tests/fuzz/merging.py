@@ -1,5 +1,6 @@
 """Targets that merges read: recipes, model folders, plans."""
 
+import json
 import random
 import struct
 from collections.abc import Callable, Sequence
@@ -7,13 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 from families import CONFIG, random_tensors, write_model
 
 from deltaworks.checkpoints.checkpoint import open_checkpoint
 from deltaworks.checkpoints.quantized import quantization
 from deltaworks.checkpoints.reader import ByteCounter
 from deltaworks.checkpoints.sidecars import chat_template, vocabulary, write_chat_template
+from deltaworks.merging.card import model_card
+from deltaworks.merging.execute import output_shards
+from deltaworks.merging.lineage import taken_of
+from deltaworks.merging.plan import load_plan, save_plan
 from deltaworks.merging.recipe import load_recipe
+from deltaworks.reports.plans import plan_facts
 from fuzz.harness import Target
 from fuzz.mutate import as_json, as_yaml
 
@@ -132,6 +139,103 @@ def _write_header(tree: Any, rng: random.Random) -> bytes:
     return struct.pack("<Q", len(text)) + text + bytes(80)
 
 
+# Plans
+
+
+def _plan(operations: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """A plan of one tensor an operation, over a base and two experts, as a file holds it."""
+    experts = ("a", "b")
+    models = [_planned("base", "base", None), *(_planned(name, "expert", 0) for name in experts)]
+    sources = [[place, "model.layers.0.mlp.up_proj.weight"] for place in range(3)]
+    tensors = [
+        {"name": f"t{i}.weight", "dtype": "F32", "shape": [2, 2], "inputs": sources[: o.pop("n", 3)]} | o
+        for i, o in enumerate(map(dict, operations))
+    ]
+    content = {
+        "method": "ties", "seed": 0, "budget_bytes": None, "expert_bytes": 800, "expert_bytes_planned": 160,
+        "block_size": 1, "predicted_error": 0.0, "error_bound": 0.0, "fair": False, "balanced": False,
+        "models": models, "tokenizer": 0, "chat_template": None, "shard_bytes": 5000, "config": CONFIG,
+        "recipe": "merge_method: ties\n", "tensors": tensors,
+    }  # fmt: skip
+    return (
+        {"deltaworks_plan": 2, "digest": "", "read_cost": None, "predicted_read_s": None, "layers": []} | content | more
+    )
+
+
+def _planned(name: str, role: str, base: int | None) -> dict[str, Any]:
+    size = {"nbytes": 400, "base": base, "bytes_planned": 80 if role == "expert" else 0}
+    return {"reference": f"./{name}", "name": name, "role": role, "fingerprint": "ab" * 32} | size
+
+
+DELTA = {"operation": "delta", "weights": [0.5, 1.0], "consensus": True, "normalize": True, "lambda": 1.0}
+THIN = DELTA | {"densities": [0.5, 1.0], "rescale": False}
+CUTS = [[1065353216, 1, 1, 4], None]
+LAYERED = {"depths": [None, [[0, 2, 3]], None], "nbytes": [0, 40, 0]}
+PLANS: list[Any] = [
+    _plan(
+        [
+            {"operation": "copy", "element_bits": 32, "n": 1},
+            {"operation": "weighted", "weights": [0.2, 0.3, 0.5], "normalize": True},
+            {"operation": "slerp", "t": 0.5, "n": 2},
+            {"operation": "sce", "experts": 2, "select_topk": 0.5},
+            DELTA,
+            THIN | {"sparsify": "magnitude", "cuts": CUTS},
+            THIN | {"sparsify": "magnitude", "cuts": [[255, -1, 1, 2], None]},
+            THIN | {"sparsify": "outliers", "cuts": CUTS, "tops": [None, None], "gammas": [0.1, 0.0]},
+            THIN | {"sparsify": "random", "keys": ["0123456789abcdef", "f" * 16]},
+            THIN | {"sparsify": "ranks", "keys": ["0" * 16, "1" * 16], "epsilons": [0.1, 0.2], "row": 2},
+        ],
+        notes=["a note"],
+        accounting=[{"name": "a", "tensors": 3, "merged": 2, "copied": 1, "left_out": {"not selected": ["x"]}}],
+        code=[[0, "modeling_x.py"]],
+    ),
+    _plan(
+        [
+            DELTA | {"reads": [None, [[0, 1], [2, 4]], []], "stand_in": [0, "t"], "error": 0.25, "norm": 1.5},
+            DELTA
+            | {
+                "reads": [None, None, []],
+                "depths": [None, [[0, 2, 3]], None],
+                "nbytes": [0, 40, 0],
+                "stand_in": [0, "t"],
+            },
+        ],
+        budget_bytes=160,
+        predicted_error=0.25,
+        error_bound=None,
+        read_cost=[0.001, 1e9],
+        predicted_read_s=0.5,
+    ),
+]
+_UNHASHED = {"deltaworks_plan", "digest", "read_cost", "predicted_read_s", "layers"}
+
+
+def _signed(tree: Any) -> Any:
+    """A plan with the digest that its content has now."""
+    if isinstance(tree, dict):
+        text = _canonical({k: v for k, v in tree.items() if k not in _UNHASHED})
+        tree["digest"] = blake3(text.encode(errors="surrogatepass")).hexdigest()
+    return tree
+
+
+def _canonical(content: Any) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def _read_plan(content: bytes, folder: Path) -> None:
+    file = folder / "plan.json"
+    file.write_bytes(content)
+    plan = load_plan(file)
+    plan_facts(plan)
+    model_card(plan, "out")
+    plan.check_reads(force=True)
+    output_shards(plan)
+    for place in range(len(plan.models)):
+        taken_of(plan, place)
+    save_plan(plan, folder / "again.json")
+    assert load_plan(folder / "again.json") == plan
+
+
 QUANTIZED = {"quant_method": "gptq", "bits": 4, "config_groups": {"a": {"weights": {"num_bits": 4}}}}
 TOKENIZERS: list[Any] = [
     {
@@ -144,6 +248,7 @@ TOKENIZERS: list[Any] = [
 TARGETS = [
     Target("recipe", lambda: RECIPES, _read_recipe, as_yaml),
     Target("recipe-text", lambda: RECIPE_TEXTS, _read_recipe),
+    Target("plan", lambda: PLANS, _read_plan, finish=_signed),
     Target("config", lambda: [CONFIG, CONFIG | {"text_config": CONFIG | {"quantization_config": QUANTIZED}}],
            _in_model("config.json", _open)),
     Target("index", _index, _in_model("model.safetensors.index.json", _open, shards=2)),

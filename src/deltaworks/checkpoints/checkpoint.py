@@ -102,6 +102,12 @@ def open_checkpoint(path: Path, counter: ByteCounter) -> Checkpoint:
     found = find_weight_files(path, is_adapter=is_adapter)
     shards = tuple(ShardFile.of(path / name) for name in found.names)
     tensors = _read_headers(path, shards, found.weight_map, counter)
+    for name in found.left_out:
+        if _read_headers(path, (ShardFile.of(path / name),), None, counter):
+            raise CheckpointError(
+                f"{path} holds {name}, which belongs to the shards that {INDEX} names and is not named by it, so"
+                " loaders differ in whether they read it; fetch the index again, or remove the file"
+            )
     if found.rivals:
         others = _read_headers(path, tuple(ShardFile.of(path / name) for name in found.rivals), None, counter)
         _check_same_weights(path, tensors, others, found.rivals, counter)

@@ -42,11 +42,13 @@ class WeightFiles:
         names: of the files, sorted.
         weight_map: the file of every tensor, as the index has it; None where there is no index.
         rivals: names of other files that a loader might read instead: the shards of an index beside a single file.
+        left_out: names of files that belong to the shards of the index and are not named by it.
     """
 
     names: list[str]
     weight_map: dict[str, str] | None = None
     rivals: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 def find_weight_files(path: Path, *, is_adapter: bool) -> WeightFiles:
@@ -74,8 +76,7 @@ def find_weight_files(path: Path, *, is_adapter: bool) -> WeightFiles:
                 f"{path} lacks {len(lost)} of the {len(names)} files its index names (first: {lost[0]});"
                 " finish the download"
             )
-        _check_none_is_left_out(path, names)
-        return WeightFiles(names, weight_map)
+        return WeightFiles(names, weight_map, left_out=_left_out(path, names))
     found = sorted(p.name for p in path.glob("*.safetensors") if not p.name.startswith(_TRAINING_STATE))
     if found == [ADAPTER]:
         raise CheckpointError(f"{path} holds a LoRA adapter without its {ADAPTER_CONFIG}; fetch that too")
@@ -104,17 +105,11 @@ def _is_too_long(name: str) -> bool:
     return "\0" in name or len(os.fsencode(name)) > _LONGEST_NAME
 
 
-def _check_none_is_left_out(path: Path, names: list[str]) -> None:
-    """Refuse an index that leaves out shards of the very set that it names."""
-    ends = {tail for n in names if (tail := _set_of(n)) is not None}
-    left = sorted(
-        p.name for p in path.glob("*.safetensors") if p.name not in names and _set_of(p.name) in ends and ends
-    )
-    if left:
-        raise CheckpointError(
-            f"{path} holds {left[0]}, which belongs to the shards that {INDEX} names and is not named by it"
-            f" ({len(left)} such), so loaders differ in whether they read it; fetch the index again, or remove the file"
-        )
+def _left_out(path: Path, names: list[str]) -> tuple[str, ...]:
+    """Files of the very set of shards that an index names, which it does not name."""
+    sets = {own for n in names if (own := _set_of(n)) is not None}
+    others = sorted(p.name for p in path.glob("*.safetensors") if p.name not in names)
+    return tuple(n for n in others if _set_of(n) in sets)
 
 
 def _set_of(name: str) -> str | None:

@@ -10,13 +10,17 @@ from blake3 import blake3
 
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.dtypes import DTYPES, DType
-from deltaworks.errors import PlanError
+from deltaworks.documents import parse_json, read_bytes
+from deltaworks.errors import PlanError, quoted
 from deltaworks.merging.methods import OPERATIONS
 from deltaworks.merging.methods.operation import Operation
+from deltaworks.merging.plan_schema import check_plan
 from deltaworks.merging.summary import by_layer
 from deltaworks.units import format_bytes
 
 SCHEMA_VERSION = 2
+_PLAN_BYTES = 1 << 30
+"""The largest plan that is read: a hundred thousand tensors take 25 MB, and layers in a budget a multiple."""
 
 
 class PlannedModel(NamedTuple):
@@ -238,8 +242,9 @@ class Plan:
             raise PlanError(
                 "this is not a deltaworks plan"
                 if version is None
-                else f"the plan has schema {version}, this deltaworks reads {SCHEMA_VERSION}; make it again"
+                else f"the plan has schema {quoted(version)}, this deltaworks reads {SCHEMA_VERSION}; make it again"
             )
+        check_plan(content)
         try:
             plan = cls(
                 method=content["method"],
@@ -285,8 +290,9 @@ class Plan:
                 code=tuple((i, name) for i, name in content["code"]) if "code" in content else None,
                 read_cost=content["read_cost"] and tuple(content["read_cost"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"the plan is malformed ({type(error).__name__}: {error}); make it again") from error
+        except (LookupError, TypeError, ValueError) as error:
+            problem = quoted(str(error))[1:-1]
+            raise PlanError(f"the plan is malformed ({type(error).__name__}: {problem}); make it again") from error
         if plan.digest != content.get("digest"):
             raise PlanError(
                 "the plan was edited: its digest does not match its content; make it again with `deltaworks plan`"
@@ -319,12 +325,9 @@ def load_plan(path: Path) -> Plan:
     Raises:
         PlanError: there is no such file, or it is no plan of this version.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlanError(f"cannot read the plan {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise PlanError(f"{path} is not valid JSON: {error}") from error
+    # A configuration in it may hold infinity, as those that transformers writes do.
+    raw = read_bytes(path, "a plan", PlanError, _PLAN_BYTES)
+    content = parse_json(raw, str(path), "a plan", PlanError, finite=False)
     if not isinstance(content, dict):
         raise PlanError(f"{path} is not a deltaworks plan")
     return Plan.from_json(content)

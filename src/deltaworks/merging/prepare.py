@@ -23,6 +23,7 @@ from deltaworks.merging.candidate import Knowledge, no_stand_in
 from deltaworks.merging.contributions import Overlaps
 from deltaworks.merging.custom_code import settle_code
 from deltaworks.merging.plan import Plan, keep_plan
+from deltaworks.merging.plan_schema import check_inputs
 from deltaworks.merging.planner import DEFAULT_SHARD_BYTES, Trim, make_plan
 from deltaworks.merging.recipe import Recipe
 from deltaworks.merging.weighing import Weighed
@@ -254,6 +255,7 @@ def plan_inputs(catalog: Catalog, plan: Plan, progress: Progress | None = None) 
 
     Raises:
         ChangedError: a model is not what it was when the plan was made.
+        PlanError: the plan reads what its models do not hold.
     """
     found = []
     for planned in plan.models:
@@ -268,6 +270,7 @@ def plan_inputs(catalog: Catalog, plan: Plan, progress: Progress | None = None) 
                 f" planned {planned.fingerprint[:12]}); make the plan again"
             )
         found.append(model)
+    check_inputs(plan.tensors, found)
     return found
 
 
