@@ -43,7 +43,7 @@ CREATE TABLE snapshots(
 
 _STAGINGS: Final = """
 CREATE TABLE stagings(
-    path TEXT PRIMARY KEY, out TEXT NOT NULL, plan_digest TEXT NOT NULL,
+    path TEXT PRIMARY KEY, out TEXT NOT NULL, plan_digest TEXT NOT NULL, replaces TEXT,
     started_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP
 ) STRICT;
 """

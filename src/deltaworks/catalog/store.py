@@ -9,7 +9,7 @@ from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 from urllib.parse import quote
 
 from deltaworks.catalog.models import Kind, Model
@@ -388,10 +388,21 @@ class Catalog:
         self._write("DELETE FROM plans WHERE digest = ?", [(d,) for d in digests])
         self._rows("VACUUM")
 
-    def save_snapshot(self, path: Path, plan_digest: str, manifest: dict[str, Any]) -> None:
-        """Record a committed merged model; what was begun for it is finished then."""
+    def save_snapshot(self, path: Path, plan_digest: str, manifest: dict[str, Any], when: float | None = None) -> None:
+        """Record a committed merged model; what was begun for it is finished then.
+
+        Args:
+            path: its folder.
+            plan_digest: of the plan it was made by.
+            manifest: its manifest.
+            when: it was committed, in seconds since 1970; None for now.
+        """
         with self.transaction():
             self._save("snapshots", (str(path), plan_digest, json.dumps(manifest)))
+            if when is not None:
+                self._write(
+                    "UPDATE snapshots SET committed_at = datetime(?, 'unixepoch') WHERE path = ?", [(when, str(path))]
+                )
             self._write("DELETE FROM stagings WHERE out = ?", [(str(path),)])
 
     def snapshots(self) -> list[tuple[Path, str, dict[str, Any], str]]:
@@ -413,20 +424,37 @@ class Catalog:
 
     # Merges that are not finished
 
-    def begin_staging(self, path: Path, out: Path, plan_digest: str) -> None:
-        """Record the folder in which a merge builds what will appear at `out`."""
+    def begin_staging(self, path: Path, out: Path, plan_digest: str, replaces: str | None = None) -> None:
+        """Record the folder in which a merge builds what will appear at `out`.
+
+        Args:
+            path: the folder.
+            out: the output.
+            plan_digest: of the plan that is executed.
+            replaces: the identity of what stands at `out` and is to change places with the folder.
+        """
         self._write(
-            "REPLACE INTO stagings(path, out, plan_digest) VALUES (?, ?, ?)", [(str(path), str(out), plan_digest)]
+            "REPLACE INTO stagings(path, out, plan_digest, replaces) VALUES (?, ?, ?, ?)",
+            [(str(path), str(out), plan_digest, replaces)],
         )
 
     def end_staging(self, path: Path) -> None:
         """Forget a folder in which a merge was building."""
         self._write("DELETE FROM stagings WHERE path = ?", [(str(path),)])
 
-    def stagings(self) -> list[tuple[Path, Path, str]]:
-        """Folder, output and plan digest of every merge that was begun and is not recorded as finished."""
-        rows = self._rows("SELECT path, out, plan_digest FROM stagings ORDER BY started_at, rowid")
-        return [(Path(path), Path(out), digest) for path, out, digest in rows]
+    def stagings(self) -> list["Staged"]:
+        """Every merge that was begun and is not recorded as finished."""
+        rows = self._rows("SELECT path, out, plan_digest, replaces FROM stagings ORDER BY started_at, rowid")
+        return [Staged(Path(path), Path(out), digest, replaces) for path, out, digest, replaces in rows]
+
+
+class Staged(NamedTuple):
+    """A merge that was begun; see `Catalog.begin_staging`."""
+
+    path: Path
+    out: Path
+    plan_digest: str
+    replaces: str | None
 
 
 def _connect(database: str) -> sqlite3.Connection:

@@ -81,7 +81,7 @@ def plan_shards(tensors: Iterable[OutputTensor], shard_bytes: int) -> list[Shard
 def storage_error(path: Path, error: OSError) -> DeltaworksError:
     """The failure to report for an `error` met while writing `path`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DeltaworksError(f"no space left for {path}; free some and run the same command again: it resumes")
+        return DeltaworksError(f"no space left for {path}; free some and run the same command again")
     return DeltaworksError(f"cannot write {path}: {error.strerror}")
 
 
@@ -99,7 +99,7 @@ class ShardWriter:
         self._hashed = len(layout.header)
         self._direct_fd = -1
         try:
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
             _allocate(self._fd, layout.nbytes)
             write_all(self._fd, layout.header, 0)
         except OSError as error:

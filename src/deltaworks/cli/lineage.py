@@ -27,8 +27,10 @@ def lineage(
     from deltaworks.catalog.store import Catalog
     from deltaworks.merging.lineage import model_lineage, snapshot_lineage
     from deltaworks.merging.stored import find_snapshot
+    from deltaworks.merging.unfinished import enter_finished
 
     with Catalog.to_read(catalog) as opened:
+        enter_finished(opened)
         found = find_snapshot(opened, what) if opened.find(what) is None else None
         if found is not None:
             facts, show = snapshot_lineage(opened, *found), _snapshot

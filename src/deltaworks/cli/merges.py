@@ -141,7 +141,7 @@ def merge(
     from deltaworks.cli.progress import make_progress
     from deltaworks.merging.prepare import MergeOptions, plan_inputs, prepare_plan
     from deltaworks.merging.recipe import load_recipe
-    from deltaworks.merging.snapshot import check_output, run_plan
+    from deltaworks.merging.snapshot import run_plan
     from deltaworks.units import parse_bytes
 
     progress = make_progress(quiet=quiet)
@@ -160,7 +160,7 @@ def merge(
         allow_mismatch=allow_mismatch,
     )
     loaded = load_recipe(recipe)
-    check_output(out, force=force)
+    _check_output(out, catalog, force=force)
     with Catalog(catalog) as opened:
         made = prepare_plan(opened, loaded, options, relative_to=recipe.parent, progress=progress)
         made.check_reads(force=force)
@@ -262,12 +262,12 @@ def run(
     from deltaworks.cli.progress import make_progress
     from deltaworks.merging.plan import load_plan
     from deltaworks.merging.prepare import MergeOptions, plan_inputs
-    from deltaworks.merging.snapshot import check_output, run_plan
+    from deltaworks.merging.snapshot import run_plan
 
     progress = make_progress(quiet=quiet)
     loaded = load_plan(plan_file)
     options = MergeOptions(block_size=block_size, threads=threads, allow_nonfinite=allow_nonfinite, layers=layers)
-    check_output(out, force=force)
+    _check_output(out, catalog, force=force)
     loaded.check_reads(force=force)
     for note in loaded.notes:
         progress.note(note)
@@ -287,19 +287,43 @@ def verify(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Hash every file of a merged model again and compare with its manifest."""
+    """Hash every file of a merged model again, and compare it with its manifest and its plan.
+
+    Files that a loader would read and that the manifest does not list are an error. A merged model that the catalog
+    does not know is entered.
+    """
+    from deltaworks.catalog.store import Catalog
     from deltaworks.cli.progress import make_progress
     from deltaworks.merging import snapshot
+    from deltaworks.merging.unfinished import enter_finished, enter_verified
 
-    del catalog  # every command takes it; the manifest alone is needed here
     result = snapshot.verify(out, make_progress(quiet=quiet, computes=False))
+    with Catalog.to_read(catalog) as opened:
+        enter_finished(opened)
+        enter_verified(opened, out)
     if as_json:
         print_json(result)
     else:
         unknown = f"; not in the manifest: {', '.join(result['unknown'])}" if result["unknown"] else ""
+        unknown += "" if result["has_digest"] else "; the manifest is of an older version and has no digest of itself"
         typer.echo(
             f"{out} is what its manifest says: {result['files']} files, {format_bytes(result['bytes'])}{unknown}"
         )
+
+
+def _check_output(out: Path, catalog: Path | None, *, force: bool) -> None:
+    """Refuse an output that exists; if a merge was stopped right after it made that, the catalog learns of it."""
+    from deltaworks.catalog.store import Catalog
+    from deltaworks.errors import OutputError
+    from deltaworks.merging.snapshot import check_output
+    from deltaworks.merging.unfinished import enter_finished
+
+    try:
+        check_output(out, force=force)
+    except OutputError:
+        with Catalog.to_read(catalog) as opened:
+            enter_finished(opened)
+        raise
 
 
 def _fetch_ahead(recipe: Path, catalog: Path | None, *, all_models: bool, layers: bool | None) -> None:

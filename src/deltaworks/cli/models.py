@@ -151,29 +151,45 @@ def gc(
         typer.Argument(metavar="NAME...", help="Experts whose layers go as well.", show_default=False),
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="The layers of all experts go as well.")] = False,
+    plans: Annotated[
+        bool, typer.Option("--plans", help="Plans that no recorded merged model was made by go as well.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and keep it.")] = False,
     catalog: CatalogPath = None,
     as_json: AsJson = False,
 ) -> None:
     """Free what the catalog keeps and nobody needs.
 
-    That is statistics and layers of models that are registered no longer, and what killed processes left. Layers of
-    experts that are still there go where they are asked for; `deltaworks analyze NAME --layers` builds them again.
+    That is statistics and layers of models that are registered no longer, what killed processes and failed merges
+    left, and rows of the catalog that are damaged. Layers of experts that are still there go where they are asked for;
+    `deltaworks analyze NAME --layers` builds them again. So do plans that no recorded merged model was made by.
     """
     from deltaworks.catalog.models import Kind
     from deltaworks.catalog.register import find_model, untouched
     from deltaworks.catalog.store import Catalog
     from deltaworks.catalog.tidy import find_waste, layers_of, remove
+    from deltaworks.merging.unfinished import enter_finished, find_unfinished, remove_unfinished
 
     with Catalog(catalog) as opened:
+        rows = opened.damaged() if dry_run else opened.drop_damaged()
+        enter_finished(opened)
         chosen = [find_model(opened, n) for n in names or ()]
         spared: list[str] = []
         if layers and not chosen:
             experts = [m for m in opened.models() if m.kind is Kind.EXPERT]
             chosen = [m for m in experts if untouched(m)]
             spared = [m.name for m in experts if m not in chosen and opened.kept_files(m.fingerprint)]
-        waste = [*find_waste(opened), *layers_of(opened, chosen)]
-        nbytes = sum(w.nbytes for w in waste) if dry_run else remove(waste)
+        # What belongs to a model whose row is lost stays, until it is registered again or the next time.
+        is_model_lost = any(row.startswith("models(") for row in rows)
+        waste = [] if is_model_lost else [*find_waste(opened), *layers_of(opened, chosen)]
+        stopped, unused = find_unfinished(opened), opened.unused_plans() if plans else []
+        nbytes = sum(w.nbytes for w in (*waste, *stopped)) + sum(n for _, n in unused)
+        if not dry_run:
+            remove(waste)
+            remove_unfinished(opened, stopped)
+            if unused:
+                opened.drop_plans([digest for digest, _ in unused])
+        waste += stopped
     if as_json:
         print_json(
             {
@@ -181,14 +197,21 @@ def gc(
                 "found": [{"path": str(w.path), "bytes": w.nbytes, "why": w.why} for w in waste],
                 "bytes": nbytes,
                 "kept": spared,
+                "damaged_rows": rows,
+                "plans": [digest for digest, _ in unused],
             }
         )
         return
+    for row in rows:
+        typer.echo(f"{'row':>10}  {row}  damaged")
     for w in waste:
         typer.echo(f"{format_bytes(w.nbytes):>10}  {w.path.name}  {w.why}")
+    for digest, size in unused:
+        typer.echo(f"{format_bytes(size):>10}  plan {digest[:12]}  that no merged model was made by")
     for name in spared:
         typer.echo(f"{'kept':>10}  layers of {name}, which are all there is of it: its weight files are gone")
-    typer.echo(f"{'would free' if dry_run else 'freed'} {format_bytes(nbytes)} in {len(waste)} files")
+    plans_too = f" and {len(unused)} plans" if unused else ""
+    typer.echo(f"{'would free' if dry_run else 'freed'} {format_bytes(nbytes)} in {len(waste)} files{plans_too}")
 
 
 def list_(catalog: CatalogPath = None, as_json: AsJson = False) -> None:
@@ -197,9 +220,11 @@ def list_(catalog: CatalogPath = None, as_json: AsJson = False) -> None:
     from rich.table import Table
 
     from deltaworks.catalog.store import Catalog
+    from deltaworks.merging.unfinished import enter_finished
     from deltaworks.reports.facts import catalog_facts
 
     with Catalog.to_read(catalog) as opened:
+        enter_finished(opened)
         facts = catalog_facts(opened)
     if as_json:
         print_json(facts)

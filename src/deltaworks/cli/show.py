@@ -26,10 +26,12 @@ def show(
     from deltaworks.catalog.register import find_model
     from deltaworks.catalog.store import Catalog
     from deltaworks.merging.manifest import MANIFEST, read_manifest
+    from deltaworks.merging.unfinished import enter_finished
     from deltaworks.reports.facts import analysis_facts, model_facts
 
     path = Path(what)
     with Catalog.to_read(catalog) as opened:
+        enter_finished(opened)
         if opened.find(what) is None and path.is_file():
             from deltaworks.merging.plan import load_plan
             from deltaworks.reports.plans import plan_facts

@@ -1,24 +1,106 @@
 """The file by which a folder is known to be a snapshot: what was merged, and the hash of every other file."""
 
-from pathlib import Path
-from typing import Any
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
 
-from deltaworks.checkpoints.json_files import read_json
-from deltaworks.errors import OutputError
+from blake3 import blake3
+
+from deltaworks.documents import parse_json, read_bytes
+from deltaworks.errors import OutputError, quoted
 
 MANIFEST = "deltaworks.json"
 MANIFEST_VERSION = 1
+PLAN = "deltaworks_plan.json"
+RECIPE = "mergekit_config.yml"
+DIGEST: Final = "manifest_digest"
+"""The member that holds the digest of all others; older manifests have none."""
+
+_TEXT, _COUNT, _NUMBER = (str,), (int,), (int, float)
+_MEMBERS: Final[Mapping[str, tuple[type, ...]]] = {
+    "plan_digest": _TEXT,
+    "method": _TEXT,
+    "seed": _COUNT,
+    "inputs": (list,),
+    "shards": (list,),
+    "files": (dict,),
+    "expert_bytes": _COUNT,
+    "expert_bytes_planned": _COUNT,
+    "expert_bytes_read": _COUNT,
+    "base_bytes_read": _COUNT,
+    "budget_bytes": (int, type(None)),
+    "predicted_error": _NUMBER,
+    "error_bound": (int, float, type(None)),
+    "versions": (dict,),
+}
+_SHARD: Final[Mapping[str, tuple[type, ...]]] = {"file": _TEXT, "bytes": _COUNT, "blake3": _TEXT}
+_INPUT: Final[Mapping[str, tuple[type, ...]]] = {
+    "reference": _TEXT,
+    "name": _TEXT,
+    "role": _TEXT,
+    "fingerprint": _TEXT,
+    "nbytes": _COUNT,
+}
+_OPTIONAL: Final[Mapping[str, tuple[type, ...]]] = {
+    "fingerprint": _TEXT,
+    "notes": (list,),
+    "accounting": (list,),
+    DIGEST: _TEXT,
+}
 
 
 def read_manifest(out: Path) -> dict[str, Any]:
     """The manifest of the snapshot at `out`.
 
     Raises:
-        OutputError: there is none, or it is of another version.
+        OutputError: there is none, it is of another version, or a member is missing or of another kind.
     """
-    if not (out / MANIFEST).is_file():
+    path = out / MANIFEST
+    if not path.is_file():
         raise OutputError(f"{out} is no snapshot: it holds no {MANIFEST}")
-    manifest = read_json(out / MANIFEST)
-    if manifest.get("deltaworks_manifest") != MANIFEST_VERSION:
-        raise OutputError(f"{out / MANIFEST} is of another version; use the deltaworks that made it")
-    return manifest
+    # A plan may predict an error without bound.
+    content = parse_json(
+        read_bytes(path, "a manifest", OutputError), str(path), "a manifest", OutputError, finite=False
+    )
+    if not isinstance(content, dict) or content.get("deltaworks_manifest") != MANIFEST_VERSION:
+        raise OutputError(f"{path} is of another version; use the deltaworks that made it")
+    _check(path, content, _MEMBERS)
+    _check(path, content, {name: kinds for name, kinds in _OPTIONAL.items() if name in content})
+    for member, kinds in (("shards", _SHARD), ("inputs", _INPUT)):
+        for i, entry in enumerate(content[member]):
+            if not isinstance(entry, dict):
+                raise OutputError(f"{path} is malformed: {member}[{i}] is no object")
+            _check(path, entry, kinds, f"{member}[{i}].")
+    _check(path, content["files"], dict.fromkeys(content["files"], _TEXT), "files.")
+    for name in listed_files(content):
+        if not is_inside(name):
+            raise OutputError(f"{path} is malformed: it lists {quoted(name)}, which is no name inside of the folder")
+    return content
+
+
+def _check(path: Path, content: Mapping[str, Any], members: Mapping[str, tuple[type, ...]], where: str = "") -> None:
+    for name, kinds in members.items():
+        if name not in content:
+            raise OutputError(f"{path} is malformed: it lacks {quoted(where + name)}")
+        value = content[name]
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise OutputError(f"{path} is malformed: {quoted(where + name)} is {quoted(value)}")
+
+
+def listed_files(manifest: Mapping[str, Any]) -> list[str]:
+    """The names of all files that a manifest lists."""
+    return [*(shard["file"] for shard in manifest["shards"]), *manifest["files"]]
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name is that of a file inside of a folder, whatever stands there: relative, without ``..``."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and "\0" not in name and str(PurePosixPath(name)) == name and not {"/", ".."} & set(parts)
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """BLAKE3 of every member of a manifest but the digest itself, in hex."""
+    content = {name: value for name, value in manifest.items() if name != DIGEST}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return blake3(text.encode("utf-8", "surrogatepass")).hexdigest()

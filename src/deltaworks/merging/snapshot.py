@@ -1,13 +1,13 @@
 """Snapshots: merged models that appear whole or not at all, and can be checked against their manifest."""
 
 import ctypes
-import fcntl
-import json
 import os
 import shutil
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,22 +21,20 @@ from deltaworks.catalog.register import untouched
 from deltaworks.catalog.storage import is_far
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.reader import ByteCounter
-from deltaworks.checkpoints.sidecars import copy_sidecars, write_chat_template, write_json
+from deltaworks.checkpoints.sidecars import copy_sidecars, sidecar_names, write_chat_template, write_json
 from deltaworks.checkpoints.weight_files import INDEX
 from deltaworks.checkpoints.writer import ShardLayout, fsync_folder, storage_error
-from deltaworks.errors import ChangedError, DeltaworksError, OutputError, PlanError, VerificationError
+from deltaworks.errors import ChangedError, DeltaworksError, OutputError, PlanError
 from deltaworks.merging.card import model_card
-from deltaworks.merging.custom_code import write_code
+from deltaworks.merging.custom_code import code_names, write_code
 from deltaworks.merging.execute import Reads, StageTimes, execute, output_shards
-from deltaworks.merging.manifest import MANIFEST, MANIFEST_VERSION, read_manifest
+from deltaworks.merging.manifest import DIGEST, MANIFEST, MANIFEST_VERSION, PLAN, RECIPE, manifest_digest
 from deltaworks.merging.measured_error import measure_error
+from deltaworks.merging.owned_folder import JOURNAL, OwnedFolder, identity, staging_path
 from deltaworks.merging.plan import Plan, keep_plan, save_plan
 from deltaworks.merging.prepare import MergeOptions
+from deltaworks.merging.verify import verify as verify  # noqa: PLC0414  # offered here, beside run_plan
 from deltaworks.progress import Progress, Silent
-
-PLAN = "deltaworks_plan.json"
-RECIPE = "mergekit_config.yml"
-_JOURNAL = ".journal.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +81,13 @@ class MergeResult:
 def check_output(out: Path, *, force: bool) -> None:
     """Make sure that a snapshot may appear at `out`.
 
+    An empty folder may be there; a link to one is not replaced without `force`, and then it is the link that goes.
+
     Raises:
         OutputError: something is there, and `force` is not set.
     """
-    if (out.exists() or out.is_symlink()) and not force and not (out.is_dir() and not any(out.iterdir())):
+    is_empty = out.is_dir() and not out.is_symlink() and not any(out.iterdir())
+    if os.path.lexists(out) and not force and not is_empty:
         raise OutputError(f"{out} exists; choose another folder, or replace it with --force")
 
 
@@ -169,30 +170,40 @@ def run_plan(
     check_output(out, force=force)
     _check_apart(out, models)
     shards = output_shards(plan)
+    names = _companion_names(plan, models, shards)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        staging = _Staging(out, plan)
+        staging = _Staging(catalog, out, plan, [*names, *(s.name for s in shards)])
     except OSError as error:
-        raise storage_error(out, error) from error
+        raise storage_error(staging_path(out), error) from error
     with staging:
-        todo = [s for s in shards if not staging.take_over(s, progress)]
-        _check_space(out, sum(s.nbytes for s in todo))
-        layers = layer_files(catalog, plan, models, everywhere=options.layers)
-        with ThreadPoolExecutor(1) as pool:
-            others = pool.submit(_write_companions, staging, plan, models, shards)
-            stages = execute(
-                plan, models, todo, staging.folder, options, staging.reads, staging.record, progress, layers
-            )
-        if changed := next((m for m in models if not m.is_gone and not untouched(m)), None):
-            staging.forget()
-            raise ChangedError(f"{changed.path} changed while it was being read; nothing was committed: merge again")
         try:
-            manifest = _write_manifest(staging, plan, shards, others.result())
-            staging.publish(force=force)
-        except OSError as error:
-            raise storage_error(out, error) from error
-    keep_plan(catalog, plan)
-    catalog.save_snapshot(out, plan.digest, manifest)
+            todo = [s for s in shards if not staging.take_over(s, progress)]
+            _check_space(out, sum(s.nbytes for s in todo))
+            layers = layer_files(catalog, plan, models, everywhere=options.layers)
+            with ThreadPoolExecutor(1) as pool:
+                others = pool.submit(_write_companions, staging, plan, models, shards)
+                stages = execute(
+                    plan, models, todo, staging.folder, options, staging.reads, staging.record, progress, layers
+                )
+            if changed := next((m for m in models if not m.is_gone and not untouched(m)), None):
+                staging.done.clear()
+                raise ChangedError(
+                    f"{changed.path} changed while it was being read; nothing was committed: merge again"
+                )
+            try:
+                manifest = _write_manifest(staging, plan, shards, others.result())
+                staging.publish(force=force)
+            except OSError as error:
+                raise storage_error(Path(error.filename or out), error) from error
+        except DeltaworksError as error:
+            raise type(error)(f"{error}{staging.give_up()}") from error
+    try:
+        catalog.save_snapshot(out, plan.digest, manifest)
+    except DeltaworksError as error:
+        raise DeltaworksError(
+            f"{out} is complete, but {error}; once that is mended, `deltaworks verify {out}` enters it"
+        ) from error
     measured = (
         measure_error(
             plan,
@@ -224,40 +235,63 @@ def run_plan(
 
 
 class _Staging:
-    """The hidden folder in which one process builds a snapshot; its journal survives a crash."""
+    """The hidden folder in which one process builds a snapshot; its journal survives a crash.
 
-    def __init__(self, out: Path, plan: Plan) -> None:
-        self.out, self.folder = out, out.parent / f".{out.name}.deltaworks"
-        self.folder.mkdir(exist_ok=True)
-        self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            raise OutputError(f"another process is writing {out}; wait for it, or choose another folder") from error
-        self._plan = plan.digest
+    Args:
+        catalog: records it, before it is made.
+        out: the folder to appear.
+        plan: the plan that is executed.
+        names: of all files that will be written, but the manifest.
+
+    Raises:
+        OutputError: the folder is not ours, or another process holds it.
+        OSError: it cannot be made.
+    """
+
+    def __init__(self, catalog: Catalog, out: Path, plan: Plan, names: Sequence[str]) -> None:
+        self.out, self.folder = out, staging_path(out)
+        self._catalog, self._plan = catalog, plan.digest
+        earlier = next((s for s in catalog.stagings() if s.path == self.folder), None)
+        with catalog.transaction():
+            keep_plan(catalog, plan)
+            if earlier is None:  # otherwise it may be that of a run that is still writing
+                catalog.begin_staging(self.folder, out, self._plan)
         self.reads = Reads(ByteCounter(plan.budget_bytes), ByteCounter())
-        self.done, self._spent = self._resume()
-
-    def _resume(self) -> tuple[dict[str, str], dict[str, int]]:
-        """Hashes of the files an earlier run finished, and the bytes of experts that went into each."""
+        self.done: dict[str, str] = {}
+        self._spent: dict[str, int] = {}
+        self._owned = OwnedFolder(self.folder, replaced=earlier.replaces if earlier else None)
         try:
-            journal = json.loads((self.folder / _JOURNAL).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            journal = {}
-        if journal.get("plan") == self._plan:
-            return dict(journal["shards"]), dict(journal["expert_bytes"])
-        self._empty()
-        return {}, {}
+            journal = self._owned.journal
+            if journal.get("plan") == self._plan:
+                self.done, self._spent = dict(journal["shards"]), dict(journal["expert_bytes"])
+            self._owned.clear(keep=self.done)
+            catalog.begin_staging(self.folder, out, self._plan)
+            self._claim([*names, MANIFEST])
+        except BaseException:
+            self.give_up()
+            self._owned.close()
+            raise
 
-    def _empty(self) -> None:
-        for path in self.folder.iterdir():
-            _remove(path)
+    def _claim(self, names: Iterable[str] = ()) -> None:
+        self._owned.claim(names, plan=self._plan, shards=self.done, expert_bytes=self._spent)
 
-    def forget(self) -> None:
-        """Drop everything written so far."""
-        self.done, self._spent = {}, {}
-        self._empty()
+    def give_up(self) -> str:
+        """Leave what a later run can take over, and nothing else; returns the end of an error that says so."""
+        if not self._owned.is_there():
+            return f"; {self.out} is in place all the same, and the next command that meets it enters it in the catalog"
+        if self.done:
+            with suppress(OSError):  # the folder may be sealed already
+                self._claim()
+            return (
+                f"; the files that are finished stay in {self.folder}: the same command resumes, and `deltaworks gc`"
+                " removes them"
+            )
+        try:
+            self._owned.discard()
+        except OSError as error:
+            return f"; {self.folder} stays ({error.strerror}): `deltaworks gc` removes it"
+        self._catalog.end_staging(self.folder)
+        return ""
 
     def take_over(self, shard: ShardLayout, progress: Progress) -> bool:
         """Whether an earlier run finished `shard`, and its file is still what was written.
@@ -277,37 +311,48 @@ class _Staging:
         return intact
 
     def record(self, shard: ShardLayout, digest: str, expert_bytes: int) -> None:
-        """Note in the journal that `shard` is complete and flushed."""
+        """Note in the journal that `shard` is complete and flushed.
+
+        Raises:
+            DeltaworksError: the journal cannot be written.
+        """
         self.done[shard.name], self._spent[shard.name] = digest, expert_bytes
-        partial = self.folder / f"{_JOURNAL}.new"
-        with partial.open("w", encoding="utf-8") as f:
-            json.dump({"plan": self._plan, "shards": self.done, "expert_bytes": self._spent}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        partial.replace(self.folder / _JOURNAL)
+        try:
+            self._claim()
+        except OSError as error:
+            raise storage_error(self.folder / JOURNAL, error) from error
 
     def publish(self, *, force: bool) -> None:
-        """Flush the folder and give it its name."""
-        (self.folder / _JOURNAL).unlink(missing_ok=True)
-        fsync_folder(self.folder)
+        """Flush the folder and give it its name.
+
+        Raises:
+            OutputError: something else stands there by now.
+            OSError: it cannot be renamed.
+        """
+        if unclaimed := self._owned.seal():
+            raise OutputError(f"{self.folder} holds {unclaimed[0]}, which this merge did not write; move it away")
         check_output(self.out, force=force)
-        if self.out.is_dir() and not self.out.is_symlink() and not any(self.out.iterdir()):
-            self.out.rmdir()
-        if self.out.exists() or self.out.is_symlink():
-            _exchange(self.folder, self.out)
-            _remove(self.folder)
-        else:
+        is_folder = self.out.is_dir() and not self.out.is_symlink()
+        if not os.path.lexists(self.out) or (is_folder and not any(self.out.iterdir())):
             self.folder.rename(self.out)
+        else:
+            replaced = identity(self.out)
+            self._catalog.begin_staging(self.folder, self.out, self._plan, replaced)
+            _exchange(self.folder, self.out)
+            _remove(self.folder, replaced)
         fsync_folder(self.out.parent)
 
     def __enter__(self) -> "_Staging":
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._lock)
+        self._owned.close()
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Path, known: str) -> None:
+    """Delete what was replaced, unless something else took its place."""
+    if identity(path) != known:
+        return
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -321,10 +366,15 @@ def _exchange(first: Path, second: Path) -> None:
     swap = getattr(libc, "renameat2", None)  # Linux alone has it, and not on every file system
     if swap is not None and not swap(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), exchange):
         return
-    aside = second.with_name(f".{second.name}.replaced")
+    aside = Path(tempfile.mkdtemp(prefix=f".{second.name}.", dir=second.parent)) / "replaced"
     second.rename(aside)
-    first.rename(second)
+    try:
+        first.rename(second)
+    except OSError:
+        aside.rename(second)
+        raise
     aside.rename(first)
+    aside.parent.rmdir()
 
 
 def _check_space(out: Path, needed: int) -> None:
@@ -335,31 +385,43 @@ def _check_space(out: Path, needed: int) -> None:
         )
 
 
+def _companion_names(plan: Plan, models: Sequence[Model], shards: Sequence[ShardLayout]) -> list[str]:
+    """Names of the files that may come to stand beside the weights, but the manifest.
+
+    Raises:
+        CheckpointError: one that would be copied is no file of its model.
+    """
+    template = ["chat_template.jinja", "tokenizer_config.json"] if plan.chat_template is not None else []
+    index = [INDEX] if len(shards) > 1 else []
+    copied = [*sidecar_names(models[plan.tokenizer].path), *code_names(plan)]
+    return [*copied, *template, "config.json", *index, "README.md", RECIPE, PLAN]
+
+
 def _write_companions(
     staging: _Staging, plan: Plan, models: Sequence[Model], shards: Sequence[ShardLayout]
 ) -> list[str]:
     """Write and flush everything beside the weights but the manifest; returns the names of the files."""
     folder = staging.folder
-    copy_sidecars(models[plan.tokenizer].path, folder)
-    write_code(plan, models, folder)
-    if plan.chat_template is not None:
-        write_chat_template(folder, plan.chat_template)
-    if plan.config:
-        write_json(folder / "config.json", plan.config)
-    if len(shards) > 1:
-        total = sum(t.nbytes for s in shards for t in s.tensors)
-        weight_map = {t.name: s.name for s in shards for t in s.tensors}
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    (folder / "README.md").write_text(model_card(plan, staging.out.name), encoding="utf-8")
-    (folder / RECIPE).write_text(plan.recipe, encoding="utf-8")
-    save_plan(plan, folder / PLAN)
-    # A run that was killed at its very end may have left a manifest.
-    apart = {MANIFEST, *(s.name for s in shards)}
-    files = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    others = sorted(name for name in files if name not in apart and not name.startswith(_JOURNAL))
-    for name in others:
-        _flush(folder / name)
-    return others
+    try:
+        copy_sidecars(models[plan.tokenizer].path, folder)
+        write_code(plan, models, folder)
+        if plan.chat_template is not None:
+            write_chat_template(folder, plan.chat_template)
+        if plan.config:
+            write_json(folder / "config.json", plan.config)
+        if len(shards) > 1:
+            total = sum(t.nbytes for s in shards for t in s.tensors)
+            weight_map = {t.name: s.name for s in shards for t in s.tensors}
+            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        (folder / "README.md").write_text(model_card(plan, staging.out.name), encoding="utf-8")
+        (folder / RECIPE).write_text(plan.recipe, encoding="utf-8")
+        save_plan(plan, folder / PLAN)
+        others = [n for n in _companion_names(plan, models, shards) if (folder / n).is_file()]
+        for name in others:
+            _flush(folder / name)
+    except OSError as error:
+        raise storage_error(Path(error.filename or folder), error) from error
+    return sorted(set(others))
 
 
 def _write_manifest(
@@ -367,7 +429,7 @@ def _write_manifest(
 ) -> dict[str, Any]:
     """Write and flush the manifest; `others` are the files beside the weights."""
     folder = staging.folder
-    manifest = {
+    manifest: dict[str, Any] = {
         "deltaworks_manifest": MANIFEST_VERSION,
         "plan_digest": plan.digest,
         "method": plan.method,
@@ -387,6 +449,7 @@ def _write_manifest(
         "notes": list(plan.notes),
         "versions": {name: version(name) for name in ("deltaworks", "numpy", "numba")},
     }
+    manifest[DIGEST] = manifest_digest(manifest)
     write_json(folder / MANIFEST, manifest)
     _flush(folder / MANIFEST)
     return manifest
@@ -395,36 +458,3 @@ def _write_manifest(
 def _flush(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def verify(out: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Hash every file of the snapshot at `out` and compare with its manifest.
-
-    Returns:
-        `files` and `bytes` checked, `plan_digest`, and `unknown`: files the manifest does not name.
-
-    Raises:
-        OutputError: `out` is no snapshot.
-        VerificationError: a file is missing or differs; the message names all of them.
-    """
-    progress = progress or Silent()
-    manifest = read_manifest(out)
-    expected = {s["file"]: s["blake3"] for s in manifest["shards"]} | manifest["files"]
-    present = [name for name in expected if (out / name).is_file()]
-    total = sum((out / name).stat().st_size for name in present)
-    progress.start("verify", total)
-    wrong = [f"{name} is missing" for name in expected if name not in present]
-    wrong += [f"{n} differs" for n in present if hash_file(out / n, ByteCounter(), progress) != expected[n]]
-    progress.finish()
-    if wrong:
-        raise VerificationError(f"{out} does not match its manifest: {', '.join(wrong)}")
-    files = (p.relative_to(out).as_posix() for p in out.rglob("*") if not p.is_dir())
-    unknown = sorted(name for name in files if name not in expected and name != MANIFEST)
-    return {
-        "output": str(out),
-        "plan_digest": manifest["plan_digest"],
-        "files": len(expected),
-        "bytes": total,
-        "unknown": unknown,
-        "verified": True,
-    }

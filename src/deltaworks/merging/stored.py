@@ -6,9 +6,8 @@ from typing import Any
 
 from deltaworks.catalog.store import Catalog
 from deltaworks.errors import PlanError
-from deltaworks.merging.manifest import MANIFEST, read_manifest
+from deltaworks.merging.manifest import MANIFEST, PLAN, read_manifest
 from deltaworks.merging.plan import Plan, load_plan
-from deltaworks.merging.snapshot import PLAN
 
 
 def find_plan(catalog: Catalog, what: str) -> Plan:

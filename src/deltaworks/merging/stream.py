@@ -28,6 +28,7 @@ from deltaworks.layers.file import LayerFile
 from deltaworks.layers.reading import BlockReader, LayerInput
 from deltaworks.layers.source import LayerSource
 from deltaworks.merging.methods.operation import LAYERED, Block, Inputs, Operation
+from deltaworks.merging.owned_folder import SPOOL
 from deltaworks.merging.plan import InputTensor, Plan, PlannedTensor
 
 _PIECE_BYTES = 256 << 10
@@ -390,7 +391,7 @@ class TensorStream:
     def _spool(self) -> int:
         with self._lock:
             if self._spool_fd < 0:
-                with tempfile.TemporaryFile(dir=self._spool_folder) as file:
+                with tempfile.TemporaryFile(prefix=SPOOL, dir=self._spool_folder) as file:
                     self._spool_fd = os.dup(file.fileno())
             return self._spool_fd
 
