@@ -21,11 +21,11 @@ from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.writer import ShardWriter
 from deltaworks.errors import ChangedError, DeltaworksError, OutputError, PlanError, VerificationError
 from deltaworks.merging import execute, snapshot
-from deltaworks.merging.manifest import MANIFEST, read_manifest
+from deltaworks.merging.manifest import MANIFEST, PLAN, read_manifest
 from deltaworks.merging.plan import load_plan, save_plan
 from deltaworks.merging.prepare import MergeOptions, plan_inputs, prepare_plan
 from deltaworks.merging.recipe import parse_recipe
-from deltaworks.merging.snapshot import PLAN, run_plan, verify
+from deltaworks.merging.snapshot import run_plan, verify
 
 SMALL_SHARDS = MergeOptions(shard_bytes=9000)
 TIES = "weight: 1, density: 0.4"

@@ -144,7 +144,7 @@ def test_a_link_to_an_empty_folder_is_replaced_by_force_alone(catalog: Catalog, 
 
 def _stop(monkeypatch: pytest.MonkeyPatch, after: int, error: BaseException) -> None:
     """Have a merge stop when so many shards are finished."""
-    finish, done = ShardWriter.finish, []
+    finish, done = ShardWriter.finish, list[ShardWriter]()
 
     def finish_or_stop(writer: ShardWriter) -> str:
         if len(done) == after:
@@ -268,7 +268,12 @@ def test_killed_while_it_replaces(
         elif point == "after it":
             patched.setattr(snapshot, "_remove", _killed)
         else:
-            patched.setattr(snapshot, "_remove", lambda path, _: (shutil.rmtree(path / "deep", True), _killed()))
+
+            def remove_some(path: Path, _: str) -> None:
+                shutil.rmtree(path / "deep", ignore_errors=True)
+                raise KeyboardInterrupt
+
+            patched.setattr(snapshot, "_remove", remove_some)
         with pytest.raises(KeyboardInterrupt):
             merge(catalog, text, out, force=True)
     if point != "before the exchange":

@@ -14,9 +14,9 @@ from shell import Shell
 from deltaworks.catalog.store import Catalog
 from deltaworks.errors import OutputError, VerificationError
 from deltaworks.merging.budget import parse_budget
-from deltaworks.merging.manifest import DIGEST, MANIFEST, is_inside, manifest_digest, read_manifest
+from deltaworks.merging.manifest import DIGEST, MANIFEST, PLAN, is_inside, manifest_digest, read_manifest
 from deltaworks.merging.prepare import MergeOptions
-from deltaworks.merging.snapshot import PLAN, verify
+from deltaworks.merging.snapshot import verify
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def _is_published(staged: Staged) -> bool:
     """Whether the folder of a merge became its output."""
     if os.path.lexists(staged.path) and identity(staged.path) != staged.replaces:
         return False
-    return read_manifest(staged.out)["plan_digest"] == staged.plan_digest
+    return bool(read_manifest(staged.out)["plan_digest"] == staged.plan_digest)
 
 
 def enter(catalog: Catalog, out: Path) -> None:
