@@ -22,6 +22,7 @@ from deltaworks.merging.budget import Budget, parse_budget
 from deltaworks.merging.candidate import Knowledge, no_stand_in
 from deltaworks.merging.contributions import Overlaps
 from deltaworks.merging.custom_code import settle_code
+from deltaworks.merging.parents import Parent, check_sense, compare_configs, compare_tokens
 from deltaworks.merging.plan import Plan, keep_plan
 from deltaworks.merging.plan_schema import check_inputs
 from deltaworks.merging.planner import DEFAULT_SHARD_BYTES, Trim, make_plan
@@ -130,6 +131,7 @@ class Prepared:
         self.notes: list[str] = []
         self.models, stand_in = _models(catalog, recipe, stand_in, relative_to, self._progress)
         _check_bases(catalog, recipe, self.models)
+        self._compare_parents(recipe)
         gone = [m.name for m in self.models.values() if m.is_gone]
         if gone and options.layers is False:
             raise CheckpointError(f"the weight files of {gone[0]} are gone; it can be read from its layers only")
@@ -151,6 +153,23 @@ class Prepared:
                 pool = ThreadPoolExecutor()
                 self._layers = {pair[0]: pool.submit(self._find_layers, *pair) for pair in self._bases.items()}
                 pool.shutdown(wait=False)
+
+    def _compare_parents(self, recipe: Recipe) -> None:
+        """Note in what else than weights the models differ; refuse those whose weights mean different things."""
+        parents = {r: Parent(m.name, m.checkpoint.config, m.path) for r in recipe.models() if (m := self.models[r])}
+        leader = recipe.base_model or recipe.models()[0]
+        others = [p for r, p in parents.items() if r != leader]
+        notes, senseless = compare_configs(parents[leader], others, is_sliced=recipe.is_sliced)
+        if recipe.tokenizer_source is None:  # where one is asked for, vocabularies must be equal
+            notes += compare_tokens(parents[leader], others)
+        for note in notes:
+            self._note(note)
+        if not self._options.allow_mismatch:
+            check_sense(senseless)
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        self._progress.note(text)
 
     def plan(self, recipe: Recipe, budget: Budget | None) -> Plan:
         """The plan of `recipe`, which names the same models, within a budget or without."""
