@@ -1,29 +1,38 @@
 """How few GPUs could do: a lower bound from the best that the twin finds on any single GPU.
 
-The adapters are sorted into a few groups of like rank and rate. For many mixes of groups (each alone, every pair, all)
-the twin says how much of such a mix a single GPU can take, over its numbers of slots. GPUs filled with those mixes, in
-any fractions, must cover every group: the least number of them is a linear program (the configuration relaxation of
-bin packing; Gilmore and Gomory, Operations Research 1961).
+The adapters are sorted into a few groups of like rank and load (`groups`). For mixes of groups the twin says how much
+of the mix a single GPU can take, over its numbers of slots. GPUs filled with those mixes, in any fractions, must cover
+every group: the least number of them is a linear program (the configuration relaxation of bin packing; Gilmore and
+Gomory, Operations Research 1961). It begins with each group alone and all together. Then the closed-form estimate looks
+for a mix that is worth more at the program's prices than the GPU it fills, and the twin is asked; mixes that it
+confirms are added until the estimate finds none that it confirms (column generation).
 
-Every number errs on the side of a smaller bound: capacities are those at which the twin was first seen to starve, and
-neither whole adapters nor whole GPUs are asked for. What is not proven is that no other mix of groups would fill a GPU
-better.
+Capacities are those at which the twin was first seen to refuse, a few percent above what it accepts, and neither whole
+adapters nor whole GPUs are asked for: both make the bound smaller. Three things are not proven: that no other mix fills
+a GPU better, that no number of slots does better than the few most promising ones, and that the adapters of a group,
+of which a mix takes a representative share, cannot be divided to better effect.
 """
 
-from itertools import combinations
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.optimize import linprog
 
+from deltaworks.serving import partition
+from deltaworks.serving.estimate import FEATURES, estimate
+from deltaworks.serving.groups import group
 from deltaworks.serving.judge import Judge
 from deltaworks.serving.parts import Part, Piece
-from deltaworks.serving.profile import allowed_rank
 from deltaworks.serving.server import F64, I64
 
-GROUPS = 4
-_PRECISION = 0.03
+_PRECISION = 0.025
+_STEP = 1.06
 _TRIES = 5
 _PLENTY = 50.0
+_LEAST = 1e-6
+_ROUNDS = 12
+_UTILISATION = list(FEATURES).index("utilisation")
 
 
 class Capacities:
@@ -36,30 +45,119 @@ class Capacities:
 
     Attributes:
         groups: Of every adapter, (adapters,) int64.
-        columns: What a GPU can take, in shares of the groups: (mixes, groups) float64.
+        weight: Of every adapter, the share of a GPU that it costs by the closed-form estimate, (adapters,) float64.
+        columns: What a GPU can take, in shares of the groups: (mixes, groups) float64. The first is an even mix.
     """
 
     def __init__(self, judge: Judge, kind: int, *, evenly: bool = False) -> None:
         self._judge, self._kind = judge, kind
-        self.groups = group(judge)
-        count = int(self.groups.max(initial=0)) + 1
-        mixes = [np.ones(count)]
-        if not evenly:
-            mixes += [np.eye(count)[i] for i in range(count)] if count > 1 else []
-            mixes += [np.eye(count)[[i, j]].sum(0) for i, j in combinations(range(count), 2)] if count > 2 else []
-        capacities = judge.pool.map(self._capacity, mixes)
-        self.columns = np.stack([mix * share for mix, share in zip(mixes, capacities, strict=True)])
+        traffic, profile = judge.traffic[kind], judge.profiles[kind]
+        rough = max(round(float(partition.weights(traffic, profile, 1).sum())), 1)
+        self.weight = partition.weights(traffic, profile, rough)
+        first = partition.resources(judge.traffic[0], judge.profiles[0], rough)
+        self.groups = group(judge.traffic[0].rank, first)
+        self._count = int(self.groups.max(initial=0)) + 1
+        self._estimates: dict[tuple[float, ...], float] = {}
+        mixes = [np.ones(self._count)]
+        if self._count > 1 and not evenly:
+            mixes += list(np.eye(self._count))
+        shares = judge.pool.map(self._capacity, mixes)
+        self.columns = np.stack([mix * share for mix, share in zip(mixes, shares, strict=True)])
+        if self._count > 1 and not evenly:
+            self._generate()
 
-    def _capacity(self, mix: F64) -> float:
-        """The share of a mix of groups at which every number of slots that was tried starves."""
-        low, high = 0.0, 1.0
-        while high < _PLENTY and self._fits(mix, high):
-            low, high = high, high * 1.6
-        while high - low > _PRECISION * high:
-            middle = (low + high) / 2 if low else high / 2
-            low, high = (middle, high) if self._fits(mix, middle) else (low, middle)
-            if high < 1e-6:
-                break
+    def _generate(self) -> None:
+        """Add mixes that are worth more than a GPU at the prices of the relaxation, while the twin confirms any."""
+        alone = np.array([self._estimated(mix) for mix in np.eye(self._count)])
+        # How far the estimate is from the twin, by group.
+        off = np.diag(self.columns[1:]) / alone
+        refused: dict[tuple[float, ...], float] = {}
+        for _ in range(_ROUNDS):
+            price = _prices(self.columns)
+            best: tuple[float, F64] | None = None
+            for mix in self._worthy(price, off):
+                share = 1.0 / float(price @ mix)
+                if refused.get(tuple(mix), np.inf) <= share * (1.0 + _PRECISION):
+                    continue
+                worth = self._corrected(mix, off) / share
+                if worth > 1.0 + _PRECISION / 2 and (best is None or worth > best[0]):
+                    best = worth, mix
+            if best is None:
+                return
+            mix = best[1]
+            share = (1.0 + _PRECISION) / float(price @ mix)
+            if not self._fits(mix, share):
+                refused[tuple(mix)] = share
+                continue
+            self.columns = np.vstack([self.columns, mix * self._capacity(mix, share)])
+
+    def _worthy(self, price: F64, off: F64) -> Iterator[F64]:
+        """Mixes that the estimate finds worth the most at some prices: the best for each largest group."""
+        for last in range(1, self._count):
+            mix = np.zeros(self._count)
+            mix[: last + 1] = 1.0
+            value = float(price @ mix) * self._corrected(mix, off)
+            for _ in range(2):
+                before = value
+                for place in range(last + 1):
+                    for factor in (0.0, 0.5, 2.0):
+                        other = mix.copy()
+                        other[place] = other[place] * factor
+                        if not other.any():
+                            continue
+                        other /= other.max()
+                        if (found := float(price @ other) * self._corrected(other, off)) > value * 1.001:
+                            mix, value = other, found
+                if value <= before * 1.001:
+                    break
+            if (mix > 0).sum() > 1:
+                yield mix
+
+    def _corrected(self, mix: F64, off: F64) -> float:
+        """The estimate's capacity for a mix, corrected by what the twin said of its groups alone."""
+        weight = np.bincount(self.groups[self.groups >= 0], self.weight[self.groups >= 0], self._count) * mix
+        return self._estimated(mix) * float(np.exp(np.average(np.log(off), weights=weight)))
+
+    def _estimated(self, mix: F64) -> float:
+        """The share of a mix that uses up a GPU, by the closed-form estimate."""
+        key = tuple(mix)
+        if key not in self._estimates:
+            judge, kind = self._judge, self._kind
+            profile = judge.profiles[kind]
+            inside = self.groups >= 0
+            share = 1.0 / max(float((self.weight[inside] * mix[self.groups[inside]]).sum()), 1.0 / _PLENTY)
+            for _ in range(4):
+                share = min(share, _PLENTY)
+                part = self._sample(mix, share)
+                if not part:
+                    break
+                rank = judge.rank_of(part)
+                slots = max(min(len(part), profile.most_slots(rank)), 1)
+                traffic = judge.traffic_of(part, kind, 1.0 + judge.demand.headroom)
+                share /= max(float(estimate(traffic, profile, slots, rank)[_UTILISATION]), 0.1)
+            self._estimates[key] = min(share, _PLENTY)
+        return self._estimates[key]
+
+    def _capacity(self, mix: F64, known: float = 0.0) -> float:
+        """The share of a mix of groups at which every number of slots that was tried is refused.
+
+        Args:
+            mix: In proportion to the groups' traffic, (groups,) float64.
+            known: A share that is accepted; 0 for none.
+        """
+        low, high, step = known, np.inf, _STEP
+        share = known * step if known else self._estimated(mix)
+        while high > low * (1.0 + _PRECISION):
+            if self._fits(mix, share):
+                low = share
+            else:
+                high = share
+            if low >= _PLENTY or high < _LEAST:
+                return max(low, high) if low >= _PLENTY else high
+            if low and high < np.inf:
+                share = float(np.sqrt(low * high))
+            else:
+                share, step = (share * step if low else share / step), step**1.6
         return high
 
     def _fits(self, mix: F64, share: float) -> bool:
@@ -73,25 +171,80 @@ class Capacities:
         return any(strain < 2 and judge.serves(part, kind, slots, factor) for strain, slots in ranked)
 
     def _sample(self, mix: F64, share: float) -> Part:
-        """Adapters that make up a share of the traffic of each group, hot and cold ones as in the group."""
-        rate, pieces = self._judge.traffic[self._kind].rate, []
+        """Adapters that make up a share of the load of each group, hot and cold ones as in the group."""
+        pieces = []
         for place in np.flatnonzero(mix):
             members = np.flatnonzero(self.groups == place)
-            pieces += spread(members[np.argsort(-rate[members], kind="stable")], rate, share)
+            order = np.argsort(-self.weight[members], kind="stable")
+            pieces += spread(members[order], self.weight, share * float(mix[place]))
         return tuple(sorted(pieces))
 
-    def prices(self, columns: F64) -> F64:
-        """What each adapter takes of a GPU at the prices of the relaxation, (adapters,) float64.
 
-        Args:
-            columns: What a GPU can take, in shares of the groups, (mixes, groups) float64.
-        """
-        rate = self._judge.traffic[self._kind].rate
-        found = linprog(np.ones(columns.shape[0]), -columns.T, -np.ones(columns.shape[1]), method="highs")
-        price = np.maximum(-np.asarray(found.ineqlin.marginals), 1e-9)
-        total = np.bincount(self.groups[self.groups >= 0], rate[self.groups >= 0], price.size)
-        each = np.where(self.groups >= 0, price[self.groups] / total[self.groups] * rate, 0.0)
+class Relaxation:
+    """The least number, or price, of GPUs in fractions that takes all groups whole, over all types of GPU.
+
+    Args:
+        capacities: Of each type.
+        price: Of a GPU of each type, (types,) float64.
+
+    Attributes:
+        gpus: The least number.
+        price: The least price.
+        cost: What each adapter takes of a GPU at the relaxation's prices, (adapters,) float64.
+        row: ``(adapter, share)`` for all adapters, in an order in which neighbours belong on one GPU.
+    """
+
+    def __init__(self, capacities: Sequence[Capacities], price: F64) -> None:
+        columns = np.concatenate([c.columns for c in capacities])
+        each = np.concatenate([np.full(c.columns.shape[0], price[k]) for k, c in enumerate(capacities)])
+        self.gpus, self.price = fewest(columns), fewest(columns, each)
+        first = capacities[0]
+        self._groups, self._weight = first.groups, first.weight
+        self.cost = self._cost(columns) if columns.shape[0] >= columns.shape[1] else self._weight
+        self.row = self._row(columns)
+
+    def _cost(self, columns: F64) -> F64:
+        price = np.maximum(_prices(columns), 1e-9)
+        inside = self._groups >= 0
+        total = np.bincount(self._groups[inside], self._weight[inside], price.size)
+        each = np.where(inside, price[self._groups] / total[self._groups] * self._weight, 0.0)
         return np.asarray(each + 1e-9)
+
+    def _row(self, columns: F64) -> list[tuple[int, float]]:
+        """The GPUs of the relaxation one after another, each mix with its part of each group, hot and cold mingled."""
+        amount = _solution(columns)[:, None] * columns
+        amount /= np.maximum(amount.sum(0), 1e-12)
+        used = np.flatnonzero(amount.sum(1) > 1e-9)
+        largest = [int(np.flatnonzero(amount[place] > 1e-9).max()) for place in used]
+        pieces: list[list[tuple[int, float]]] = [[] for _ in used]
+        order = np.argsort(-self.cost, kind="stable")
+        for number in range(columns.shape[1]):
+            members = order[self._groups[order] == number]
+            shares = [(number_of, float(amount[place, number])) for number_of, place in enumerate(used)]
+            for block, adapter, share in _allotted(members, self.cost, shares):
+                pieces[block].append((adapter, share))
+        row = []
+        for block in sorted(range(used.size), key=lambda b: largest[b]):
+            own = sorted(pieces[block], key=lambda piece: -self.cost[piece[0]] * piece[1])
+            row += [own[place] for place in partition.interleaved(len(own))]
+        return row + [(int(idle), 1.0) for idle in np.flatnonzero(self._groups < 0)]
+
+
+def _allotted(members: I64, cost: F64, shares: list[tuple[int, float]]) -> Iterator[tuple[int, int, float]]:
+    """Cut a group's adapters, in their order, into blocks that take given shares of its cost: block, adapter, share."""
+    total = float(cost[members].sum())
+    ends = np.cumsum([share for _, share in shares]) * total
+    at, place = 0.0, 0
+    for adapter in members.tolist():
+        left = float(cost[adapter])
+        while place < len(shares) - 1 and at + left > ends[place] + 1e-9 * total:
+            room = float(ends[place]) - at
+            if room > 0.01 * float(cost[adapter]):
+                yield shares[place][0], adapter, room / float(cost[adapter])
+                at, left = at + room, left - room
+            place += 1
+        yield shares[place][0], adapter, left / float(cost[adapter])
+        at += left
 
 
 def spread(members: I64, rate: F64, share: float) -> list[Piece]:
@@ -124,27 +277,14 @@ def spread(members: I64, rate: F64, share: float) -> list[Piece]:
     return pieces
 
 
-def group(judge: Judge) -> I64:
-    """Sorts the adapters with traffic by allowed rank and rate into groups of like load; others are in group -1.
+def _solution(columns: F64) -> F64:
+    """How many GPUs have each mix in the relaxation, (mixes,) float64."""
+    return np.asarray(_relaxed(columns, np.ones(columns.shape[0])).x)
 
-    There are at most `GROUPS`, or one for each rank; all types of GPU have the same.
-    """
-    traffic = judge.traffic[0]
-    rank = np.array([allowed_rank(int(r)) for r in traffic.rank])
-    load = traffic.rate * (traffic.prompt + traffic.output)
-    ranks = sorted(set(rank[traffic.rate > 0].tolist()))
-    found, at = np.full(rank.size, -1, np.int64), 0
-    for own in ranks:
-        members = np.flatnonzero((rank == own) & (traffic.rate > 0))
-        members = members[np.argsort(traffic.rate[members], kind="stable")]
-        parts = max(GROUPS // len(ranks), 1)
-        alike = np.allclose(traffic.rate[members], traffic.rate[members[0]])
-        bounds = np.cumsum(load[members]) / load[members].sum() * (1 if alike else parts)
-        numbers = np.minimum((bounds - 1e-9).astype(np.int64), parts - 1)
-        _, numbers = np.unique(numbers, return_inverse=True)
-        found[members] = at + numbers
-        at += int(numbers.max()) + 1
-    return found
+
+def _prices(columns: F64) -> F64:
+    """The dual prices of the groups: what a whole group is worth in GPUs, (groups,) float64."""
+    return np.maximum(-np.asarray(_relaxed(columns, np.ones(columns.shape[0])).ineqlin.marginals), 0.0)
 
 
 def fewest(columns: F64, price: F64 | None = None) -> float:
@@ -154,7 +294,10 @@ def fewest(columns: F64, price: F64 | None = None) -> float:
         columns: What a GPU can take in shares of the groups, (mixes, groups) float64.
         price: Of a GPU of each row, (mixes,) float64; None for 1 each.
     """
-    cost = np.ones(columns.shape[0]) if price is None else price
-    found = linprog(cost, -columns.T, -np.ones(columns.shape[1]), method="highs")
+    found = _relaxed(columns, np.ones(columns.shape[0]) if price is None else price)
     assert found.fun is not None
     return float(found.fun)
+
+
+def _relaxed(columns: F64, price: F64) -> Any:
+    return linprog(price, -columns.T, -np.ones(columns.shape[1]), method="highs")

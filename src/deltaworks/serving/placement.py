@@ -17,7 +17,7 @@ import numpy as np
 
 from deltaworks.errors import ImpossibleError, PlacementError
 from deltaworks.serving import partition
-from deltaworks.serving.bound import Capacities, fewest, spread
+from deltaworks.serving.bound import Capacities, Relaxation, spread
 from deltaworks.serving.estimate import Traffic
 from deltaworks.serving.feasible import check_possible
 from deltaworks.serving.judge import HOPELESS, SLOTS, Judge, latency_ms
@@ -115,19 +115,17 @@ def place(
     if alone is None:
         _check_lightest(judge, most)
     capacities = [Capacities(judge, kind, evenly=not bounded) for kind in range(kinds)]
-    columns = np.concatenate([c.columns for c in capacities])
-    each = np.concatenate([np.full(c.columns.shape[0], price[k]) for k, c in enumerate(capacities)])
-    least = 1 if alone else max(ceil(fewest(columns) - 1e-6), 2)
-    bound = None if prices is None else fewest(columns, each)
+    relaxation = Relaxation(capacities, price)
+    least = 1 if alone else max(ceil(relaxation.gpus - 1e-6), 2)
+    bound = None if prices is None else relaxation.price
     even = np.array([c.columns[0].max() for c in capacities])
-    cost = capacities[0].prices(columns)
     best = Placement((alone,), least, bound, "all on one") if alone else None
     for counts in islice(_mixes(even, price, least, most), MIXES):
         chosen = [kind for kind, count in enumerate(counts) for _ in range(count)]
         if best is not None and price[chosen].sum() >= price[[g.kind for g in best.gpus]].sum():
             break
         told(f"{len(chosen)} GPUs")
-        if found := attempt(judge, chosen, even[chosen], cost):
+        if found := attempt(judge, chosen, even[chosen], relaxation):
             best = Placement(found[0], least, bound, found[1])
             break
     if best is not None:
@@ -289,7 +287,7 @@ def _numbers(first: int, last: int, growth: float) -> list[int]:
 
 
 def attempt(
-    judge: Judge, kinds: Sequence[int], capacity: F64, cost: F64 | None = None
+    judge: Judge, kinds: Sequence[int], capacity: F64, relaxation: Relaxation | None = None
 ) -> tuple[tuple[Gpu, ...], str] | None:
     """A placement on given GPUs that the twin accepts, and how it was dealt; None if none was found.
 
@@ -297,23 +295,26 @@ def attempt(
         judge: Of the demand and the types.
         kinds: The type of each GPU.
         capacity: What they can take, in like units, (gpus,) float64.
-        cost: What each adapter takes of a GPU, (adapters,) float64, where that was measured.
+        relaxation: Of the bound, where it was solved.
     """
-    for name, deal in dealings(judge, kinds, cost).items():
+    for name, deal in dealings(judge, kinds, relaxation).items():
         if (found := accepted(judge, deal, kinds, capacity)) is not None:
             return found, name
     return None
 
 
-def dealings(judge: Judge, kinds: Sequence[int], cost: F64 | None = None) -> dict[str, Deal]:
+def dealings(judge: Judge, kinds: Sequence[int], relaxation: Relaxation | None = None) -> dict[str, Deal]:
     """Ways to deal all adapters to GPUs of these types, by name, the most promising first."""
     traffic = judge.traffic[kinds[0]]
-    estimated = partition.weights(traffic, judge.profiles[kinds[0]], len(kinds))
     mixed = len({allowed_rank(int(rank)) for rank in traffic.rank}) > 1
     ways: dict[str, Deal] = {}
-    for suffix, weight in (("", cost), (" by estimate", estimated)):
-        if weight is not None:
-            ways |= {f"{name}{suffix}": deal for name, deal in _weighted(traffic, weight, len(kinds), mixed).items()}
+    if relaxation is not None:
+        row, cost = relaxation.row, relaxation.cost
+        ways["packed"] = lambda capacity: partition.in_a_row(row, cost, traffic.rate, capacity)
+        ways |= _weighted(traffic, cost, len(kinds), mixed)
+    estimated = partition.weights(traffic, judge.profiles[kinds[0]], len(kinds))
+    suffix = " by estimate" if ways else ""
+    ways |= {f"{name}{suffix}": deal for name, deal in _weighted(traffic, estimated, len(kinds), mixed).items()}
     return ways | simple(judge, kinds[0])
 
 
