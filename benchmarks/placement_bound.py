@@ -2,10 +2,10 @@
 
     python benchmarks/placement_bound.py [--seeds 2,3] [--workloads 60] [--only N,M]
 
-Writes benchmarks/results/placement_bound.json and a table of docs/placement.md; with ``--only``, ``--workloads`` or other
-seeds than the default, it only prints them. Workloads have 2 to 400 adapters, ranks from 8 to 128 in any mix, each
-adapter its own distribution of lengths, equal or Zipf rates, and traffic for one to about twelve GPUs. The lengths are
-up to a few thousand tokens.
+Writes benchmarks/results/placement_bound.json and a table of docs/placement.md; with ``--only``, or with other seeds or
+numbers than the defaults, it only prints them. Workloads have 2 to 400 adapters, ranks from 8 to 128 in any mix, for
+each adapter one of up to four distributions of lengths (ShareGPT, lognormal, fixed), equal or Zipf rates, and traffic
+for one to about twelve GPUs.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def content(seed: int, index: int) -> tuple[str, str, dict[str, Any]]:
     lengths = [random_lengths(rng) for _ in range(int(rng.integers(1, 5)))]
     zipf = bool(rng.integers(2))
     shares = zipf_shares(count, float(rng.uniform(0.6, 1.2))) if zipf else np.full(count, 1 / count)
-    adapters = [
+    adapters: list[dict[str, Any]] = [
         {
             "name": f"a{i:03}",
             "rank": int(ranks[rng.integers(ranks.size)]),
@@ -146,9 +146,10 @@ def main() -> None:
         for index in chosen:
             row, wall_s = run(seed, index)
             rows.append(row)
+            gpu = row["profile"].split("-")[0]
             sys.stderr.write(
-                f"{seed}/{index} {row['workload']}, {row['profile'].split('-')[0]}: {row['gpus']} >= {row['lower_bound']}"
-                f" {row['dealt']}, {row['twin_runs']} runs, {wall_s:.1f} s\n"
+                f"{seed}/{index} {row['workload']}, {gpu}: {row['gpus']} >= {row['lower_bound']} {row['dealt']},"
+                f" {row['twin_runs']} runs, {wall_s:.1f} s\n"
             )
     lines, found = table(rows), summary(rows)
     print("\n".join(lines))

@@ -29,7 +29,7 @@ from deltaworks.serving.server import F64, I64
 _PRECISION = 0.025
 _STEP = 1.06
 _TRIES = 5
-_PLENTY = 50.0
+_PLENTY = 16.0
 _LEAST = 1e-6
 _ROUNDS = 12
 _UTILISATION = list(FEATURES).index("utilisation")
@@ -46,6 +46,7 @@ class Capacities:
     Attributes:
         groups: Of every adapter, (adapters,) int64.
         weight: Of every adapter, the share of a GPU that it costs by the closed-form estimate, (adapters,) float64.
+        requests: Expected of every adapter, (adapters,) float64.
         columns: What a GPU can take, in shares of the groups: (mixes, groups) float64. The first is an even mix.
     """
 
@@ -54,6 +55,7 @@ class Capacities:
         traffic, profile = judge.traffic[kind], judge.profiles[kind]
         rough = max(round(float(partition.weights(traffic, profile, 1).sum())), 1)
         self.weight = partition.weights(traffic, profile, rough)
+        self.requests = traffic.rate * traffic.duration_s
         first = partition.resources(judge.traffic[0], judge.profiles[0], rough)
         self.groups = group(judge.traffic[0].rank, first)
         self._count = int(self.groups.max(initial=0)) + 1
@@ -127,15 +129,15 @@ class Capacities:
             inside = self.groups >= 0
             share = 1.0 / max(float((self.weight[inside] * mix[self.groups[inside]]).sum()), 1.0 / _PLENTY)
             for _ in range(4):
-                share = min(share, _PLENTY)
-                part = self._sample(mix, share)
+                tried = min(share, _PLENTY)
+                part = self._sample(mix, tried)
                 if not part:
                     break
                 rank = judge.rank_of(part)
                 slots = max(min(len(part), profile.most_slots(rank)), 1)
                 traffic = judge.traffic_of(part, kind, 1.0 + judge.demand.headroom)
-                share /= max(float(estimate(traffic, profile, slots, rank)[_UTILISATION]), 0.1)
-            self._estimates[key] = min(share, _PLENTY)
+                share = tried / max(float(estimate(traffic, profile, slots, rank)[_UTILISATION]), 0.1)
+            self._estimates[key] = share
         return self._estimates[key]
 
     def _capacity(self, mix: F64, known: float = 0.0) -> float:
@@ -147,18 +149,19 @@ class Capacities:
         """
         low, high, step = known, np.inf, _STEP
         share = known * step if known else self._estimated(mix)
-        while high > low * (1.0 + _PRECISION):
+        if share > _PLENTY:
+            # Next to nothing of a GPU; twice the estimate errs on the side of a smaller bound.
+            return 2.0 * share
+        while high > low * (1.0 + _PRECISION) and _LEAST < share < 2.0 * _PLENTY:
             if self._fits(mix, share):
                 low = share
             else:
                 high = share
-            if low >= _PLENTY or high < _LEAST:
-                return max(low, high) if low >= _PLENTY else high
             if low and high < np.inf:
                 share = float(np.sqrt(low * high))
             else:
-                share, step = (share * step if low else share / step), step**1.6
-        return high
+                share, step = (share * step if low else share / step), min(step**1.6, 2.0)
+        return high if high < np.inf else share
 
     def _fits(self, mix: F64, share: float) -> bool:
         """Whether some number of slots serves ``share`` of every group of a mix."""
@@ -199,7 +202,7 @@ class Relaxation:
         each = np.concatenate([np.full(c.columns.shape[0], price[k]) for k, c in enumerate(capacities)])
         self.gpus, self.price = fewest(columns), fewest(columns, each)
         first = capacities[0]
-        self._groups, self._weight = first.groups, first.weight
+        self._groups, self._weight, self._requests = first.groups, first.weight, first.requests
         self.cost = self._cost(columns) if columns.shape[0] >= columns.shape[1] else self._weight
         self.row = self._row(columns)
 
@@ -221,7 +224,7 @@ class Relaxation:
         for number in range(columns.shape[1]):
             members = order[self._groups[order] == number]
             shares = [(number_of, float(amount[place, number])) for number_of, place in enumerate(used)]
-            for block, adapter, share in _allotted(members, self.cost, shares):
+            for block, adapter, share in _allotted(members, self.cost, self._requests, shares):
                 pieces[block].append((adapter, share))
         row = []
         for block in sorted(range(used.size), key=lambda b: largest[b]):
@@ -230,20 +233,23 @@ class Relaxation:
         return row + [(int(idle), 1.0) for idle in np.flatnonzero(self._groups < 0)]
 
 
-def _allotted(members: I64, cost: F64, shares: list[tuple[int, float]]) -> Iterator[tuple[int, int, float]]:
+def _allotted(
+    members: I64, cost: F64, requests: F64, shares: list[tuple[int, float]]
+) -> Iterator[tuple[int, int, float]]:
     """Cut a group's adapters, in their order, into blocks that take given shares of its cost: block, adapter, share."""
     total = float(cost[members].sum())
     ends = np.cumsum([share for _, share in shares]) * total
     at, place = 0.0, 0
     for adapter in members.tolist():
-        left = float(cost[adapter])
+        whole = left = float(cost[adapter])
+        least = whole / max(float(requests[adapter]), 1.0)
         while place < len(shares) - 1 and at + left > ends[place] + 1e-9 * total:
             room = float(ends[place]) - at
-            if room > 0.01 * float(cost[adapter]):
-                yield shares[place][0], adapter, room / float(cost[adapter])
+            if least <= room <= left - least:
+                yield shares[place][0], adapter, room / whole
                 at, left = at + room, left - room
             place += 1
-        yield shares[place][0], adapter, left / float(cost[adapter])
+        yield shares[place][0], adapter, left / whole
         at += left
 
 
@@ -284,7 +290,8 @@ def _solution(columns: F64) -> F64:
 
 def _prices(columns: F64) -> F64:
     """The dual prices of the groups: what a whole group is worth in GPUs, (groups,) float64."""
-    return np.maximum(-np.asarray(_relaxed(columns, np.ones(columns.shape[0])).ineqlin.marginals), 0.0)
+    marginals = _relaxed(columns, np.ones(columns.shape[0])).ineqlin.marginals
+    return np.maximum(-np.asarray(marginals, np.float64), 0.0)
 
 
 def fewest(columns: F64, price: F64 | None = None) -> float:

@@ -153,29 +153,33 @@ def by_rank(rank: F64, weight: F64, requests: F64, capacity: F64, piece: float) 
     return cut([(gpu, adapter, share) for (gpu, adapter), share in shares.items()], capacity.size)
 
 
-def in_a_row(row: Sequence[tuple[int, float]], weight: F64, rate: F64, capacity: F64) -> list[Part]:
+def in_a_row(row: Sequence[tuple[int, float]], weight: F64, requests: F64, capacity: F64) -> list[Part]:
     """Pieces of adapters laid out in a row, and the row cut where a GPU is full, so that few adapters are on two GPUs.
 
-    A piece across a cut is split, unless one side has next to nothing of it; then the other side takes it whole.
+    A piece across a cut is split, unless one side would have next to nothing of it, or less than one request; then the
+    other side takes it whole.
 
     Args:
         row: ``(adapter, share)`` in their order; the shares of an adapter add up to 1.
         weight: Of the adapters, (adapters,) float64.
-        rate: (adapters,) float64: what does not ask is not split.
+        requests: Expected of the adapters, (adapters,) float64: every piece gets at least one.
         capacity: Of the GPUs, (gpus,) float64.
     """
     ends = np.cumsum(capacity) / capacity.sum() * weight.sum()
-    least = _CRUMB * float(weight.sum()) / capacity.size
+    crumb = _CRUMB * float(weight.sum()) / capacity.size
     shares: dict[tuple[int, int], float] = {}
     at, gpu = 0.0, 0
     for adapter, share in row:
         whole = float(weight[adapter])
         left = whole * share
-        while gpu < capacity.size - 1 and at + left > ends[gpu] + least:
+        least = max(crumb, whole / max(float(requests[adapter]), 1.0))
+        while gpu < capacity.size - 1 and at + left > ends[gpu] + crumb:
             room = max(float(ends[gpu]) - at, 0.0)
-            if rate[adapter] <= 0:
+            if left < 2 * least:
                 room = left if room >= left / 2 else 0.0
-            if room > least:
+            else:
+                room = min(room, left - least) if room >= least else 0.0
+            if room > 0.0:
                 shares[gpu, adapter] = shares.get((gpu, adapter), 0.0) + room / whole
                 at, left = at + room, left - room
             if left <= 0.0:

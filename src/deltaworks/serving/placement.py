@@ -310,7 +310,7 @@ def dealings(judge: Judge, kinds: Sequence[int], relaxation: Relaxation | None =
     ways: dict[str, Deal] = {}
     if relaxation is not None:
         row, cost = relaxation.row, relaxation.cost
-        ways["packed"] = lambda capacity: partition.in_a_row(row, cost, traffic.rate, capacity)
+        ways["packed"] = lambda capacity: partition.in_a_row(row, cost, traffic.rate * traffic.duration_s, capacity)
         ways |= _weighted(traffic, cost, len(kinds), mixed)
     estimated = partition.weights(traffic, judge.profiles[kinds[0]], len(kinds))
     suffix = " by estimate" if ways else ""
