@@ -6,6 +6,7 @@
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ print(json.dumps([found.max_loras, found.max_cpu_loras, int(found.max_lora_rank)
 
 
 def placed() -> tuple[dict[str, Any], dict[str, Profile]]:
-    asked = workload(
-        [{"name": "a", "count": 100, "rank": 8, "rate": 1.0}, {"name": "b", "count": 9, "rank": 32, "rate": 3}]
-    )
+    odd = [{"name": name, "rank": 8, "rate": 0.1} for name in ("a=b", "--flag", "x,y", "it's $HOME", "\U0001f9a5")]
+    groups = [{"name": "a", "count": 100, "rank": 8, "rate": 1.0}, {"name": "b", "count": 9, "rank": 32, "rate": 3}]
+    asked = workload([*groups, *odd])
     asker = judge(asked)
     found = place(asker)
     assert len(found.gpus) > 1
@@ -74,7 +75,10 @@ def test_kubernetes_files_pass_the_schemas(tmp_path: Path) -> None:
     if not python:
         pytest.skip("KUBERNETES_PYTHON names no Python with kubernetes-validate")
     document, profiles = placed()
-    deploy.write(tmp_path, deploy.files(document, profiles, {}))
+    # A second type of GPU, so that pods have node selectors.
+    document["gpus"][-1]["type"] = "other"
+    other = replace(profiles["small"], name="other", gpu="NVIDIA L40S (48 GB)")
+    deploy.write(tmp_path, deploy.files(document, profiles | {"other": other}, {}))
     command = [python, "-m", "kubernetes_validate", "--strict", str(tmp_path / "kubernetes.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

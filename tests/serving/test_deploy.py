@@ -34,7 +34,7 @@ def gpu(index: int, adapters: list[tuple[str, float]]) -> dict[str, Any]:
 
 ODD = [
     "a=b", "--flag", "-O3", "{x}", "a,b", "$HOME", "$$", "$(HOME)", "${HOME:-x}", "`id`", "it's \"quoted\"",
-    "\U0001f9a5", "caf\u00e9", "team/legal v2", "org/model@v1", "a=$ADAPTERS/b", "back\\slash", "*", "~", "#x", "null",
+    "\U0001f9a5", "caf\u00e9", "team/legal v2", "org/model@v1", "a=$ADAPTERS/b", "back\\slash", "?", "~", "#x", "null",
     "1e3", "- x: y", "{{ x }}", "%s", "a;b&c|d>e", "!important", "</details><b>", "  two  ", "x" * 255,
 ]  # fmt: skip
 """Names that some file needs quoted or escaped."""
@@ -91,7 +91,7 @@ def escapes_undone(word: str) -> str:
 
 def test_odd_names_reach_vllm_from_every_file(tmp_path: Path) -> None:
     placement = {"gpus": [gpu(0, [(name, 1.0) for name in ODD])]}
-    remote = {"*": "org/a,b", "a,b": "/models/one=two", "~": "/it's $HOME"}
+    remote = {"?": "org/a,b", "a,b": "/models/one=two", "~": "/it's $HOME"}
     files = deploy.files(placement, {"p": PROFILE}, remote)
     expected = {name: remote.get(name, f"/my adapters/{name}") for name in ODD}
     (tmp_path / "serve.sh").write_text(files["serve.sh"], encoding="utf-8")
@@ -103,7 +103,7 @@ def test_odd_names_reach_vllm_from_every_file(tmp_path: Path) -> None:
     done = subprocess.run(["bash", "serve.sh", "gpu-0"], cwd=tmp_path, env=environment, capture_output=True, check=True)
     words = json.loads(done.stdout)
     assert vllm_modules(words[words.index("--lora-modules") + 1 :]) == expected
-    inside = {n: p if n == "*" else f"/adapters/{n}" for n, p in expected.items()}
+    inside = {n: p if n == "?" else f"/adapters/{n}" for n, p in expected.items()}
     service = yaml.safe_load(files["compose.yaml"])["services"]["gpu-0"]["command"]
     pod = next(yaml.safe_load_all(files["kubernetes.yaml"]))["spec"]["template"]["spec"]["containers"][0]["args"]
     for listed in (service, pod):
@@ -132,7 +132,8 @@ def test_the_script_refuses_folders_that_vllm_would_misread(tmp_path: Path, fold
     ("a\u2028b", "control character"), ("\ud83e", "control character"), ("x" * 256, "takes 256 bytes"),
     ("\U0001f9a5" * 64, "takes 256 bytes"), ("org/model", "the name of the base model"), ("../../etc/x", "'..'"),
     ("..", "'..'"), (".", "'.'"), ("a/../b", "'..'"), ("a//b", "is empty"), ("a/", "is empty"), ("a/./b", "'.'"),
-    ("/etc/x", "begins with '/'"),
+    ("/etc/x", "begins with '/'"), ("*", "a pattern"), ("a-*", "a pattern"),
+    ("os.environ/HOME", "environment variable"),
 ], ids=ascii)  # fmt: skip
 def test_names_that_cannot_be_deployed_are_refused(name: str, said: str) -> None:
     with pytest.raises(PlacementError) as caught:

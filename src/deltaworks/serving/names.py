@@ -48,6 +48,10 @@ def _fault(name: str, models: Collection[str]) -> str:
         return f"it takes {size:,} bytes, and file systems take {LONGEST_NAME}"
     if name in models:
         return "it is the name of the base model, which would answer its requests"
+    if "*" in name:
+        return "LiteLLM would read '*' as a pattern, and send requests for other models there"
+    if name.startswith("os.environ/"):
+        return "LiteLLM would put the value of an environment variable in its place"
     return ""
 
 
