@@ -45,19 +45,20 @@ class Capacities:
 
     Attributes:
         groups: Of every adapter, (adapters,) int64.
-        weight: Of every adapter, the share of a GPU that it costs by the closed-form estimate, (adapters,) float64.
+        weight: Of every adapter, the share of a GPU of the first type that it costs by the closed-form estimate,
+            (adapters,) float64; a share of a group is meant by this weight.
         requests: Expected of every adapter, (adapters,) float64.
         columns: What a GPU can take, in shares of the groups: (mixes, groups) float64. The first is an even mix.
     """
 
     def __init__(self, judge: Judge, kind: int, *, evenly: bool = False) -> None:
         self._judge, self._kind = judge, kind
-        traffic, profile = judge.traffic[kind], judge.profiles[kind]
+        # The same groups and shares of them for all types of GPU.
+        traffic, profile = judge.traffic[0], judge.profiles[0]
         rough = max(round(float(partition.weights(traffic, profile, 1).sum())), 1)
         self.weight = partition.weights(traffic, profile, rough)
         self.requests = traffic.rate * traffic.duration_s
-        first = partition.resources(judge.traffic[0], judge.profiles[0], rough)
-        self.groups = group(judge.traffic[0].rank, first)
+        self.groups = group(traffic.rank, partition.resources(traffic, profile, rough))
         self._count = int(self.groups.max(initial=0)) + 1
         self._estimates: dict[tuple[float, ...], float] = {}
         mixes = [np.ones(self._count)]
