@@ -189,6 +189,14 @@ def test_runs_move_the_costs_that_they_show(tmp_path: Path) -> None:
         runs.append(Run(asked, Configuration(slots), {"itl_ms": answer["itl_ms"]["mean"]}))
     found = calibrate(PROFILE, runs, {"step.adapter": 0.2}, rounds=5)
     assert found.step.adapter == pytest.approx(0.8, rel=0.02)
+    done: list[int] = []
+    known: dict[tuple[str, str], list[float]] = {}
+    kept = [replace(run, key=str(i)) for i, run in enumerate(runs)]
+    again = calibrate(PROFILE, kept, {"step.adapter": 0.2}, rounds=5, progress=done.append, known=known)
+    assert again == found
+    before = len(known)
+    assert calibrate(PROFILE, kept, {"step.adapter": 0.2}, rounds=5, known=known) == found
+    assert len(known) == before <= sum(done)
     lines = [{"workload": WORKLOAD, "slots": r.configuration.slots, "measured": r.measured} for r in runs]
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     tables(tmp_path, PROFILE, calibrate={"step.adapter": 0.2})

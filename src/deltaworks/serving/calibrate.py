@@ -52,12 +52,13 @@ def calibrate(
     runs: Sequence[Run],
     scales: dict[str, float],
     rounds: int = 12,
+    passes: int = 2,
     progress: Callable[[int], None] | None = None,
     known: Known | None = None,
 ) -> Profile:
     """A profile whose twin agrees better with recorded runs; costs stay at least 0.
 
-    The slope of every residual is measured once, at the start, by moving one cost at a time in the first minutes of
+    In every pass the slope of every residual is measured once, by moving one cost at a time in the first minutes of
     every run. Broyden's rank-one update ("A class of methods for solving nonlinear simultaneous equations", 1965) then
     keeps it in line with what each step really did, so that a further round takes one run of the twin for each recorded
     run.
@@ -66,7 +67,9 @@ def calibrate(
         profile: Where to start.
         runs: What to agree with.
         scales: The costs to move, like ``step.adapter``, and by how much one would naturally move them, in their unit.
-        rounds: Steps at most. Each is damped, so that a cost which nothing determines stays.
+        rounds: Steps of a pass, at most; a pass ends where shorter steps gain nothing either. Damping keeps a cost that
+            nothing determines.
+        passes: How many times the slopes are measured.
         progress: Called with the number of further runs of the twin that are done.
         known: Residuals from earlier calibrations, by profile and run; filled with those of this one.
     """
@@ -98,27 +101,27 @@ def calibrate(
             return moved(start, {n: float(p) * scales[n] for n, p in zip(names, point, strict=True)})
 
         point = np.zeros(len(names))
-        brief = residuals(start, _SLOPE_S)
-        slope = np.stack(
-            [(residuals(moved(start, {n: _STEP * scales[n]}), _SLOPE_S) - brief) / _STEP for n in names], axis=1
-        )
         now = residuals(start)
-        length = 1.0
-        for _ in range(rounds):
-            # Gauss-Newton on the tamed residuals; damping pulls towards the start, of the whole way and not of a step.
-            tamed, gentle = _tamed(now), _taming(now)
-            system = np.vstack([slope * gentle[:, None], _DAMPING * np.eye(len(names))])
-            wanted = np.concatenate([-tamed, -_DAMPING * point])
-            bounds = np.maximum(nearest - point, -_FARTHEST) - 1e-12, farthest
-            step = length * lsq_linear(system, wanted, bounds).x
-            there = residuals(at(point + step))
-            slope += np.outer(there - now - slope @ step, step) / max(float(step @ step), 1e-12)
-            if _cost(there, point + step) < _cost(now, point):
-                point, now, length = point + step, there, 1.0
-            else:
-                length *= _SHORTER
-                if length < _SHORTEST:
-                    break
+        for _ in range(passes):
+            brief = residuals(at(point), _SLOPE_S)
+            steps = np.eye(len(names)) * _STEP
+            slope = np.stack([(residuals(at(point + s), _SLOPE_S) - brief) / _STEP for s in steps], axis=1)
+            length = 1.0
+            for _ in range(rounds):
+                # Gauss-Newton on the tamed residuals; damping pulls towards the start, of the whole way.
+                tamed, gentle = _tamed(now), _taming(now)
+                system = np.vstack([slope * gentle[:, None], _DAMPING * np.eye(len(names))])
+                wanted = np.concatenate([-tamed, -_DAMPING * point])
+                bounds = np.maximum(nearest - point, -_FARTHEST) - 1e-12, farthest
+                step = length * lsq_linear(system, wanted, bounds).x
+                there = residuals(at(point + step))
+                slope += np.outer(there - now - slope @ step, step) / max(float(step @ step), 1e-12)
+                if _cost(there, point + step) < _cost(now, point):
+                    point, now, length = point + step, there, 1.0
+                else:
+                    length *= _SHORTER
+                    if length < _SHORTEST:
+                        break
     return at(point)
 
 
