@@ -5,6 +5,7 @@ DeltaworksError            a failure; the command line exits with 1
 │   ├── CheckpointError    a model folder or file that is missing, truncated, malformed or of another shape
 │   ├── RecipeError        a merge recipe with an unknown key, a wrong type or an impossible request
 │   ├── CatalogError       a name that is unknown, taken or of the wrong kind
+│   │   └── DamagedError   a file of the catalog that is not what was written
 │   ├── PlanError          a plan file that is malformed or of another version
 │   ├── WorkloadError      a workload or trace with an unknown key, a wrong value or an impossible request
 │   ├── ProfileError       a profile that is unknown or malformed, or tables that do not determine one
@@ -88,6 +89,10 @@ class RecipeError(UserError):
 
 class CatalogError(UserError):
     """A catalog name is unknown, taken or of the wrong kind."""
+
+
+class DamagedError(CatalogError):
+    """A file of the catalog is not what was written; it can be made anew from its source."""
 
 
 class PlanError(UserError):

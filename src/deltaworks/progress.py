@@ -19,6 +19,11 @@ class Progress(Protocol):
         """Something the user should read."""
 
 
+def warn(progress: Progress, text: str) -> None:
+    """Tell what the user must read: where notes are not shown, progress has a method `warn` for it."""
+    getattr(progress, "warn", progress.note)(text)
+
+
 class Silent:
     """Reports nothing."""
 

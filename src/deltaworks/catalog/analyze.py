@@ -18,14 +18,16 @@ from deltaworks.catalog.layering import LayerBuffers, Layering
 from deltaworks.catalog.models import Model
 from deltaworks.catalog.statistics import (
     BLOCK_FIELDS,
+    FORMAT_VERSION,
     SMALLEST_BLOCK,
     BlockStatistics,
     TensorStatistics,
     add_up,
     check_block_size,
+    is_current,
     measure_block,
 )
-from deltaworks.catalog.statistics_file import StatisticsWriter
+from deltaworks.catalog.statistics_file import StatisticsWriter, check_digest
 from deltaworks.catalog.storage import measure_read_cost
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.cached import PAGE
@@ -36,7 +38,7 @@ from deltaworks.checkpoints.reader import ByteCounter, page_aligned
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES, sample_places, signs
 from deltaworks.checkpoints.source import Source, are_cached, place_in_row
 from deltaworks.checkpoints.writer import storage_error
-from deltaworks.errors import CatalogError, CheckpointError
+from deltaworks.errors import CatalogError, CheckpointError, DamagedError
 from deltaworks.layers.file import LayerIndex
 from deltaworks.progress import Progress, Silent
 
@@ -104,9 +106,9 @@ def analyze(
         progress: told of the bytes read.
 
     Returns:
-        The summary: `block_size`, `tensors`, `elements`, `zeros` (elements whose delta is zero), `relative_norm` (of
-        the delta against the base), `nonfinite` (tensors with NaN or infinity), `bytes_read`, `statistics_bytes`, and
-        where layers were asked for `layers_bytes`.
+        The summary: `format_version` (of the statistics), `block_size`, `tensors`, `elements`, `zeros` (elements whose
+        delta is zero), `relative_norm` (of the delta against the base), `nonfinite` (tensors with NaN or infinity),
+        `bytes_read`, `statistics_bytes`, and where layers were asked for `layers_bytes`.
 
     Raises:
         UserError: the block size is no power of two from 4 Ki to 4 Mi.
@@ -116,7 +118,8 @@ def analyze(
     known = catalog.find_analysis(expert.fingerprint, base.fingerprint)
     layers_file = catalog.layers_file(expert.fingerprint, base.fingerprint)
     has_layers = layers and _are_sound(layers_file)
-    if known is not None and not force and block_size in (None, known[0]) and (has_layers or not layers):
+    is_known = known is not None and (expert.is_gone or _is_sound(known, expert, progress))
+    if known is not None and is_known and not force and block_size in (None, known[0]) and (has_layers or not layers):
         return known[2] | (_layers_bytes(layers_file) if layers else {})
     if expert.is_gone:
         raise CheckpointError(f"the weight files of {expert.name} are gone, so it cannot be measured again")
@@ -161,6 +164,19 @@ def analyze(
             " is it a fine-tune of it?"
         )
     return result | (_layers_bytes(layers_file) if layers else {})
+
+
+def _is_sound(known: tuple[int, Path, dict[str, Any]], expert: Model, progress: Progress) -> bool:
+    """Whether statistics are of this version, and what was written."""
+    _, file, summary = known
+    if not is_current(summary):
+        progress.note(f"the statistics of {expert.name} are of an earlier version, without a digest: measuring again")
+        return False
+    try:
+        return check_digest(file)
+    except (DamagedError, OSError) as error:
+        progress.note(f"{error}: measuring {expert.name} again")
+        return False
 
 
 def _are_sound(layers: Path) -> bool:
@@ -317,6 +333,7 @@ class _Summary:
     def result(self, block_size: int, bytes_read: int, statistics_bytes: int) -> dict[str, Any]:
         delta, base = (self.values[BLOCK_FIELDS.index(f)] for f in ("delta_square", "base_square"))
         return {
+            "format_version": FORMAT_VERSION,
             "block_size": block_size,
             "tensors": self.tensors,
             "elements": self.elements,

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from deltaworks.catalog.kept import FILES, keep_files
 from deltaworks.catalog.models import Model
 from deltaworks.catalog.store import KEPT, Catalog
 from deltaworks.checkpoints.header import TensorInfo
-from deltaworks.checkpoints.sidecars import copy_sidecars, sidecar_names
+from deltaworks.checkpoints.sidecars import sidecar_names
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES, sample_places, signs
 from deltaworks.checkpoints.source import Source
 from deltaworks.errors import UserError
@@ -155,10 +156,8 @@ class Layering:
                 self._writer.add_raw(record, raw)
                 record += 1
         # First, so that whoever finds layers finds the rest of the expert too.
-        kept = self._path.with_suffix(KEPT)
-        kept.mkdir(exist_ok=True)
-        copy_sidecars(self._expert, kept)
-        self._writer.commit(self._tensors, self._about)
+        files = keep_files(self._expert, self._path.with_suffix(KEPT))
+        self._writer.commit(self._tensors, self._about | {FILES: files})
 
     def abandon(self) -> None:
         """Leave nothing behind; harmless after `commit`."""

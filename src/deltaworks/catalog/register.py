@@ -188,6 +188,9 @@ def check_unchanged(catalog: Catalog, model: Model, progress: Progress | None = 
     except CheckpointError as error:
         kept = catalog.kept_files(model.fingerprint)
         if kept is not None:
+            from deltaworks.catalog.kept import check_kept_files  # noqa: PLC0415  # slow to import, seldom needed
+
+            check_kept_files(model.name, kept)
             progress.note(f"{model.path} is gone; {model.name} is read from its layers in the catalog")
             return replace(model, is_gone=True, checkpoint=replace(model.checkpoint, path=kept))
         raise ChangedError(f"a file of {model.name!r} is gone: {error}{again}") from error

@@ -1,6 +1,8 @@
 """Block statistics of one delta, measured in one streaming pass."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +31,7 @@ from deltaworks.checkpoints.vector import (
 )
 from deltaworks.errors import UserError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 SMALLEST_BLOCK, DEFAULT_BLOCK_SIZE, LARGEST_BLOCK = 1 << 12, 1 << 18, 1 << 22
 """Elements of a block."""
 
@@ -43,6 +45,11 @@ DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.
 
 CUT_DENSITIES = tuple(i / 100 for i in range(1, 100))
 """Trims whose cuts are kept of every tensor."""
+
+
+def is_current(summary: Mapping[str, Any]) -> bool:
+    """Whether the summary of an analysis tells of statistics of this version."""
+    return summary.get("format_version") == FORMAT_VERSION
 
 
 def check_block_size(block_size: int) -> int:

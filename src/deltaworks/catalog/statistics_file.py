@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from blake3 import blake3
 from numpy.typing import NDArray
 
 from deltaworks.catalog.histogram import Histogram, kept_elements, pack_cut, place_cuts, surviving_energy
@@ -27,8 +28,10 @@ from deltaworks.catalog.statistics import (
     BlockStatistics,
     TensorStatistics,
 )
+from deltaworks.checkpoints.partial import lock, partial_path
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES
-from deltaworks.errors import CatalogError
+from deltaworks.checkpoints.transfer import read_available, write_all
+from deltaworks.errors import CatalogError, DamagedError
 
 # Arrow's own allocator keeps what it once had, which adds up over the tensors of a large model.
 pa.set_memory_pool(pa.system_memory_pool())
@@ -55,7 +58,9 @@ class StatisticsWriter:
 
     def __init__(self, path: Path, block_size: int) -> None:
         self._path = path
-        self._partial = path.with_name(f".{path.name}.{os.getpid()}")
+        self._partial = partial_path(path)
+        self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        lock(self._fd)
         metadata = {b"deltaworks": json.dumps({"version": FORMAT_VERSION, "block_size": block_size}).encode()}
         # Sketches do not compress, and are what planning reads most of.
         leaves = [f"{f.name}.list.element" if pa.types.is_nested(f.type) else f.name for f in SCHEMA]
@@ -98,21 +103,39 @@ class StatisticsWriter:
         """Write what is left, flush it and give the file its name."""
         self._flush(self._blocks)
         self._flush(self._totals)
+        self._file.add_key_value_metadata({_DIGEST: _NO_DIGEST})
         self._file.close()
-        with self._partial.open("rb") as f:
-            os.fsync(f.fileno())
+        place = _digest_place(self._fd)
+        if place is None:
+            raise CatalogError(f"{self._partial} lacks the place of its digest; is this another Parquet library?")
+        write_all(self._fd, _hash_but(self._fd, place).encode(), place)
+        os.fsync(self._fd)
         self._partial.replace(self._path)
 
     def abandon(self) -> None:
         """Leave nothing behind; harmless after `commit`."""
+        if self._fd < 0:
+            return
         self._file.close()
         self._partial.unlink(missing_ok=True)
+        os.close(self._fd)
+        self._fd = -1
 
     def _flush(self, rows: list["_Row"]) -> None:
         if rows:
             self._file.write_table(pa.Table.from_batches([_batch(rows)], SCHEMA), row_group_size=1 << 30)
 
 
+_MEND = "analyze the expert again with --force"
+_WITHOUT_DIGEST = 3
+"""The version before, which had no digest and is otherwise the same."""
+_DIGEST_BYTES = 64
+_DIGEST, _NO_DIGEST = b"deltaworks_blake3", b"0" * _DIGEST_BYTES
+_DIGEST_KEY = _DIGEST + bytes((0x18, _DIGEST_BYTES))
+"""A key in Thrift's compact protocol, the mark of a second field of text, and the size of that."""
+_TAIL_BYTES = 8
+"""The end of a Parquet file: the size of the footer before it, and four letters."""
+_CHUNK = 1 << 20
 _Floats = NDArray[np.float32]
 _Row = tuple[tuple[str, int, int], NDArray[np.float64], NDArray[np.float64], _Floats, _Floats, Histogram, list[int]]
 _ROWS = 512
@@ -160,20 +183,65 @@ def open_statistics(path: Path) -> Iterator[tuple[pq.ParquetFile, int]]:
     """A statistics file, and its block size.
 
     Raises:
-        CatalogError: it is damaged or of another version.
+        DamagedError: it is damaged or of another version.
     """
     try:
+        has_digest = check_digest(path)
         with pq.ParquetFile(path) as file:
             about = json.loads((file.schema_arrow.metadata or {})[b"deltaworks"])
-            if about["version"] != FORMAT_VERSION:
-                raise CatalogError(
-                    f"{path} has statistics of version {about['version']}; analyze the expert again with --force"
-                )
+            if about["version"] not in (FORMAT_VERSION, _WITHOUT_DIGEST):
+                raise DamagedError(f"{path} has statistics of version {about['version']}; {_MEND}")
+            if about["version"] == FORMAT_VERSION and not has_digest:
+                raise DamagedError(f"the statistics in {path} are damaged: their digest is gone; {_MEND}")
             yield file, int(about["block_size"])
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        raise CatalogError(
-            f"cannot read the statistics in {path}: {error}; analyze the expert again with --force"
-        ) from error
+    except (OSError, KeyError, ValueError, TypeError, pa.ArrowException) as error:
+        raise DamagedError(f"cannot read the statistics in {path}: {error}; {_MEND}") from error
+
+
+def check_digest(path: Path) -> bool:
+    """Make sure that a statistics file holds what was written.
+
+    Returns:
+        Whether it has a digest; files of version 3 have none.
+
+    Raises:
+        DamagedError: it holds something else.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        fd = file.fileno()
+        place = _digest_place(fd)
+        if place is None:
+            return False
+        kept = bytearray(_DIGEST_BYTES)
+        read_available(fd, kept, place)
+        if _hash_but(fd, place).encode() != kept:
+            raise DamagedError(f"the statistics in {path} are damaged: their digest differs; {_MEND}")
+    return True
+
+
+def _digest_place(fd: int) -> int | None:
+    """Where the digest stands in a Parquet file: in its footer, as the value of a key; None where there is none."""
+    size = os.fstat(fd).st_size
+    tail = bytearray(min(size, _TAIL_BYTES))
+    read_available(fd, tail, size - len(tail))
+    length = int.from_bytes(tail[:4], "little") + len(tail)
+    footer = bytearray(min(size, length))
+    read_available(fd, footer, size - len(footer))
+    found = footer.rfind(_DIGEST_KEY)
+    return None if found < 0 else size - len(footer) + found + len(_DIGEST_KEY)
+
+
+def _hash_but(fd: int, place: int) -> str:
+    """The BLAKE3 of an open file as it was before its digest was put in its place, in hex."""
+    hasher, size, buffer = blake3(max_threads=blake3.AUTO), os.fstat(fd).st_size, bytearray(_CHUNK)
+    for first, last in ((0, place), (place + _DIGEST_BYTES, size)):
+        if first:
+            hasher.update(_NO_DIGEST)
+        for start in range(first, last, _CHUNK):
+            part = memoryview(buffer)[: min(_CHUNK, last - start)]
+            hasher.update(part[: read_available(fd, part, start)])
+    return hasher.hexdigest()
 
 
 def pack_floats(rows: NDArray[Any]) -> pa.FixedSizeBinaryArray:

@@ -1,11 +1,10 @@
-"""What planning needs of the statistics of a delta, kept unpacked beside them in a file that is mapped, not read.
+"""What planning needs of the statistics of a delta, kept unpacked beside them and checked when it is read.
 
 The file, ``EXPERT-BASE.table``, is made from the statistics when it is first asked for, and made anew where they have
 changed since. It is a safetensors file; what else there is to say stands in one of its arrays, as JSON.
 """
 
 import json
-import mmap
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -16,17 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 
 from deltaworks.catalog.statistics import DENSITIES, FORMAT_VERSION
 from deltaworks.catalog.store import TABLE
 from deltaworks.checkpoints.dtypes import DTYPES, F32, F64
 from deltaworks.checkpoints.header import read_header, write_header
-from deltaworks.checkpoints.reader import ByteCounter, RangeReader
+from deltaworks.checkpoints.partial import lock, partial_path
+from deltaworks.checkpoints.reader import ByteCounter, RangeReader, page_aligned
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES
 from deltaworks.errors import CheckpointError
 
-_VERSION = 1
+_VERSION = 2
 _KEEP_BITS = 44
 """Of a key for a tensor and a number of its elements."""
 _BLOCKS = {
@@ -35,7 +36,8 @@ _BLOCKS = {
 }  # fmt: skip
 _ARRAYS = {"cut_keys": DTYPES["I64"], "cuts": DTYPES["I64"], **_BLOCKS}
 """The larger their elements are, the earlier they come, so that all lie where theirs may."""
-_ABOUT = "about"
+_ABOUT, _DIGEST = "about", "blake3"
+"""The last arrays: what else there is to say, as JSON; and the digest of all that comes before it."""
 _NUMPY = {"F64": "<f8", "F32": "<f4", "I64": "<i8"}
 _WIDTHS = {"survives": len(DENSITIES), "sketch": BUCKETS, "sample": SAMPLES, "cuts": 4}
 
@@ -148,27 +150,37 @@ def _stamp(statistics: Path) -> list[int]:
 
 def _map(path: Path) -> _Unpacked:
     with RangeReader(path, ByteCounter()) as reader:
-        header = read_header(reader)
-        mapped = mmap.mmap(reader.fileno(), 0, access=mmap.ACCESS_READ)
-    arrays = {n: np.frombuffer(mapped, _NUMPY[d.name], header[n].count, header[n].offset) for n, d in _ARRAYS.items()}
+        header, size = read_header(reader), reader.size
+        # Read and not mapped: every byte is looked at for the digest, and a map would hold a descriptor.
+        content = page_aligned(1, size)[0, :size]
+        reader.read_into(content, 0)
+    content.flags.writeable = False
+    end = header[_DIGEST].offset
+    if blake3(content[:end].data).digest() != content[end:].tobytes():
+        raise CheckpointError(f"{path} is damaged")
+    arrays = {n: np.frombuffer(content, _NUMPY[d.name], header[n].count, header[n].offset) for n, d in _ARRAYS.items()}
     start, count = header[_ABOUT].offset, header[_ABOUT].nbytes
-    return json.loads(mapped[start : start + count]), {
+    return json.loads(content[start : start + count].tobytes()), {
         name: flat.reshape(-1, _WIDTHS[name]) if name in _WIDTHS else flat for name, flat in arrays.items()
     }
 
 
 def _write(path: Path, about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write a table; nothing stands under its name before all of it is on the device."""
-    partial = path.with_name(f".{path.stem}-{threading.get_ident()}{TABLE}.{os.getpid()}")
+    partial = partial_path(path.with_stem(f"{path.stem}-{threading.get_ident()}"))
     text = json.dumps(about).encode()
     kinds = [(name, dtype, arrays[name].shape) for name, dtype in _ARRAYS.items()]
-    header, _ = write_header([*kinds, (_ABOUT, DTYPES["U8"], (len(text),))])
+    u8 = DTYPES["U8"]
+    header, _ = write_header([*kinds, (_ABOUT, u8, (len(text),)), (_DIGEST, u8, (blake3.digest_size,))])
+    data = (np.ascontiguousarray(arrays[n], _NUMPY[d.name]).reshape(-1).view(np.uint8) for n, d in _ARRAYS.items())
+    hasher = blake3()
     try:
         with partial.open("wb") as file:
-            file.write(header)
-            for name, dtype in _ARRAYS.items():
-                file.write(np.ascontiguousarray(arrays[name], _NUMPY[dtype.name]).data)
-            file.write(text)
+            lock(file.fileno())
+            for part in (header, *data, text):
+                hasher.update(part)
+                file.write(part)
+            file.write(hasher.digest())
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

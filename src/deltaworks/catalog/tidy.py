@@ -1,8 +1,6 @@
 """What the catalog keeps and nobody needs any more."""
 
-import os
 import re
-import shutil
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +8,11 @@ from pathlib import Path
 from deltaworks.catalog.models import Model
 from deltaworks.catalog.register import untouched
 from deltaworks.catalog.store import KEPT, Catalog
+from deltaworks.checkpoints.partial import is_abandoned, is_partial
 from deltaworks.errors import CatalogError
 
-_PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)")
+_OWN = re.compile(r"\.?[0-9a-f]{1,24}-[0-9a-f]{1,24}")
+"""How the names of files begin that the catalog writes: with the fingerprints of an expert and its base."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,8 @@ def find_waste(catalog: Catalog) -> list[Waste]:
     known = {m.fingerprint[:24] for m in catalog.models()}
     found = []
     for path in _files(catalog):
-        partial = _PARTIAL.fullmatch(path.name)
-        if partial is not None:
-            if not _is_running(int(partial["process"])):
+        if is_partial(path):
+            if is_abandoned(path):
                 found.append(_waste(path, "left half-written"))
         elif not known.issuperset(_owners(path)):
             found.append(_waste(path, "of a model that is registered no longer"))
@@ -60,34 +59,42 @@ def remove(waste: Collection[Waste]) -> int:
     """Delete; returns the bytes that were freed."""
     for item in waste:
         item.path.unlink(missing_ok=True)
-    for folder in {f for item in waste for f in (*item.path.parents, item.path.with_suffix(KEPT))}:
-        if folder.suffix == KEPT and folder.is_dir() and not any(p for p in folder.rglob("*") if not p.is_dir()):
-            shutil.rmtree(folder)  # of empty folders
+    kept = {f for item in waste for f in (_kept_folder(item.path), item.path.with_suffix(KEPT)) if f is not None}
+    for folder in kept:
+        if folder.is_dir() and not folder.is_symlink():
+            for path in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
+                _remove_empty(path)
+            _remove_empty(folder)
     return sum(item.nbytes for item in waste)
 
 
+def _remove_empty(folder: Path) -> None:
+    if not folder.is_symlink() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def _files(catalog: Catalog, folders: Sequence[str] = ("statistics", "layers")) -> Iterator[Path]:
+    """The files that the catalog put into some of its folders; what anybody else put there is left alone."""
     for folder in folders:
         if (catalog.path / folder).is_dir():
             for path in sorted((catalog.path / folder).iterdir()):
-                # Beside layers, a folder of the expert's small files.
-                yield from sorted(p for p in path.rglob("*") if not p.is_dir()) if path.is_dir() else (path,)
+                if path.is_symlink() or _OWN.match(path.name) is None:
+                    continue
+                if not path.is_dir():
+                    yield path
+                elif path.suffix == KEPT:  # beside layers, a folder of the expert's small files
+                    yield from sorted(p for p in path.rglob("*") if p.is_symlink() or not p.is_dir())
+
+
+def _kept_folder(path: Path) -> Path | None:
+    """The folder of an expert's small files that holds a file, if it is one of those."""
+    return next((p for p in path.parents if p.suffix == KEPT and _OWN.match(p.name)), None)
 
 
 def _owners(path: Path) -> list[str]:
     """The starts of the fingerprints of the expert and the base that a file is of."""
-    return next((p for p in path.parents if p.suffix == KEPT), path).stem.split("-")
+    return (_kept_folder(path) or path).stem.split("-")
 
 
 def _waste(path: Path, why: str) -> Waste:
-    return Waste(path, path.stat().st_size, why)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return Waste(path, path.lstat().st_size, why)

@@ -20,11 +20,11 @@ def make_progress(*, quiet: bool, computes: bool = True) -> Reports:
     """What the user should see of long work.
 
     Args:
-        quiet: Nothing.
+        quiet: Nothing but what must be read.
         computes: Kernels will run.
     """
     if quiet:
-        return Silent()
+        return Quiet()
     shown: Reports = _bar() if sys.stderr.isatty() else Lines()
     if computes and not compiled_before():
         shown.note("compiling kernels for this machine; this happens once and takes some seconds")
@@ -87,6 +87,14 @@ def make_steps(kernel: str, *, quiet: bool) -> Callable[[str], None]:
             sys.stderr.write(f"{time.monotonic() - started:4.0f} s  {text}\n")
 
     return step
+
+
+class Quiet(Silent):
+    """Shows nothing but what the user must read."""
+
+    def warn(self, text: str) -> None:
+        """Print a line."""
+        sys.stderr.write(f"note: {text}\n")
 
 
 class Lines:

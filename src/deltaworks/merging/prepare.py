@@ -1,21 +1,24 @@
 """Everything a plan needs to be true first: models registered and unchanged, deltas analyzed, trims placed."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from deltaworks.catalog.cuts import find_cuts
 from deltaworks.catalog.histogram import KEEP_ALL, Cut, Interval
 from deltaworks.catalog.models import Kind, Model
 from deltaworks.catalog.register import check_same_tensors, check_unchanged, ensure_registered, find_registered
+from deltaworks.catalog.statistics import is_current
 from deltaworks.catalog.storage import is_far, read_cost
 from deltaworks.catalog.store import Catalog
 from deltaworks.catalog.tables import DeltaTable, read_table
 from deltaworks.checkpoints.quantized import check_not_quantized, has_quantization_config, quantization
 from deltaworks.checkpoints.sidecars import chat_template, vocabulary
-from deltaworks.errors import CatalogError, ChangedError, CheckpointError, NonFiniteError, RecipeError
+from deltaworks.errors import CatalogError, ChangedError, CheckpointError, DamagedError, NonFiniteError, RecipeError
 from deltaworks.layers.file import LayerIndex
 from deltaworks.merging.accounting import plan_notes
 from deltaworks.merging.budget import Budget, parse_budget
@@ -28,7 +31,9 @@ from deltaworks.merging.plan_schema import check_inputs
 from deltaworks.merging.planner import DEFAULT_SHARD_BYTES, Trim, make_plan
 from deltaworks.merging.recipe import Recipe
 from deltaworks.merging.weighing import Weighed
-from deltaworks.progress import Progress, Silent
+from deltaworks.progress import Progress, Silent, warn
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,8 @@ def prepare_plan(
     prepared = Prepared(catalog, recipe, options, relative_to=relative_to, progress=progress, weighs=budget is not None)
     plan = prepared.plan(recipe, budget)
     for note in plan.notes[len(prepared.notes) :]:
-        (progress or Silent()).note(note)
+        if note not in prepared.layer_notes:
+            (progress or Silent()).note(note)
     keep_plan(catalog, plan)
     return plan
 
@@ -107,6 +113,7 @@ class Prepared:
     Attributes:
         models: the model behind every reference.
         notes: what the user should know of the models, whatever the plan; `progress` was told already.
+        layer_notes: which layers are damaged and not used; likewise. Complete when there is a plan within a budget.
 
     Raises:
         As `prepare_plan`.
@@ -129,6 +136,7 @@ class Prepared:
         if weighs:
             _check_stand_in(catalog, recipe, stand_in, relative_to)
         self.notes: list[str] = []
+        self.layer_notes: list[str] = []
         self.models, stand_in = _models(catalog, recipe, stand_in, relative_to, self._progress)
         _check_bases(catalog, recipe, self.models)
         self._compare_parents(recipe)
@@ -195,7 +203,8 @@ class Prepared:
         """A plan of this recipe, made to keep within a budget."""
         if self._weighed is None or self._weighed[0] is not full:
             self._weighed = (full, Weighed(full, self.knowledge(full), fair=self._fair, balanced=self._balanced))
-        return self._weighed[1].within(budget.of(full.expert_bytes))
+        planned = self._weighed[1].within(budget.of(full.expert_bytes))
+        return replace(planned, notes=(*planned.notes, *self.layer_notes))
 
     def knowledge(self, plan: Plan) -> Knowledge:
         """What the catalog knows of a plan's inputs."""
@@ -207,11 +216,12 @@ class Prepared:
         layers = {e: index for e, index in found.items() if index is not None}
         return Knowledge(models, deltas, read_cost(self._catalog, expert), self._overlaps, layers)
 
-    def _analyze(self, expert: str, base: str) -> None:
-        """Have the catalog know a delta, and find its statistics."""
+    def _analyze(self, expert: str, base: str, *, again: bool = False) -> None:
+        """Have the catalog know a delta, and find its statistics; measure it `again` where they are damaged."""
         prints = self.models[expert].fingerprint, self.models[base].fingerprint
         known = self._catalog.find_analysis(*prints)
-        if known is None:
+        is_old = known is not None and not is_current(known[2]) and not self.models[expert].is_gone
+        if known is None or is_old or again:
             from deltaworks.catalog.analyze import analyze  # noqa: PLC0415  # slow to import, seldom needed
 
             analyze(
@@ -220,6 +230,7 @@ class Prepared:
                 self.models[base],
                 block_size=self._options.block_size,
                 threads=self._options.threads,
+                force=again,
                 progress=self._progress,
             )
             known = self._catalog.find_analysis(*prints)
@@ -236,8 +247,24 @@ class Prepared:
         """What the statistics say; the same object each time, by which cosines between experts are remembered."""
         pair = expert, base
         if pair not in self._tables:
-            self._tables[pair] = read_table(self._statistics[pair])
+            self._tables[pair] = self._mending(pair, lambda: read_table(self._statistics[pair]))
         return self._tables[pair]
+
+    def _mending(self, pair: tuple[str, str], read: Callable[[], T]) -> T:
+        """What reading the statistics of a delta gives; where they are damaged, they are made anew from its expert.
+
+        Raises:
+            DamagedError: they are damaged, and the expert's weight files are gone.
+        """
+        try:
+            return read()
+        except DamagedError as error:
+            model = self.models[pair[0]]
+            if model.is_gone:
+                raise
+            self._progress.note(f"{error}: measuring {model.name} again")
+            self._analyze(*pair, again=True)
+            return read()
 
     def _find_layers(self, expert: str, base: str) -> LayerIndex | None:
         file = self._catalog.layers_file(self.models[expert].fingerprint, self.models[base].fingerprint)
@@ -247,7 +274,10 @@ class Prepared:
             index = LayerIndex(file)
             _ = index.residuals  # read here, beside those of other experts
         except CatalogError as error:
-            self._progress.note(f"the layers of {self.models[expert].name} are not used: {error}")
+            if self._options.layers or self.models[expert].is_gone:
+                raise
+            self.layer_notes.append(f"the layers of {self.models[expert].name} are not used: {error}")
+            warn(self._progress, self.layer_notes[-1])
             return None
         return index
 
@@ -263,7 +293,8 @@ class Prepared:
         for (expert, base), places in by_delta.items():
             wanted = [(trims[i].tensor, trims[i].keep) for i in places]
             known = self._table(expert, base).cuts
-            found = find_cuts(self._catalog, self.models[expert], self.models[base], wanted, known)
+            find = partial(find_cuts, self._catalog, self.models[expert], self.models[base], wanted, known)
+            found = self._mending((expert, base), find)
             for i, cut in zip(places, found, strict=True):
                 cuts[i] = cut
         return cuts
