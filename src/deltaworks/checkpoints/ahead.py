@@ -4,9 +4,12 @@ import os
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from itertools import islice
 from pathlib import Path
 
 _PIECE = 4 << 20
+_MOST_FILES = 32
+"""Open at once; others may need what the system allows to be open."""
 
 
 def fetch_ahead(files: Mapping[Path, int], most: int | None = None) -> None:
@@ -24,7 +27,9 @@ def fetch_ahead(files: Mapping[Path, int], most: int | None = None) -> None:
 
 def _fetch(files: Mapping[Path, int], most: int | None) -> None:
     with suppress(OSError), ExitStack() as stack:
-        opened = [(stack.enter_context(path.open("rb")).fileno(), first) for path, first in files.items()]
+        opened = [
+            (stack.enter_context(path.open("rb")).fileno(), first) for path, first in islice(files.items(), _MOST_FILES)
+        ]
         left = [(fd, range(first, os.fstat(fd).st_size, _PIECE)) for fd, first in opened]
         before, fetched = None, 0
         for i in range(max((len(pieces) for _, pieces in left), default=0)):

@@ -6,12 +6,13 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.cached import PAGE, cached_bytes
+from deltaworks.checkpoints.descriptors import OpenFile
 from deltaworks.errors import BudgetError, CheckpointError
 
 
@@ -81,9 +82,11 @@ class RangeReader:
     def __init__(self, path: Path, counter: ByteCounter, *, direct: bool = False, wanted: int | None = None) -> None:
         self.path = path
         self._counter = counter
-        self._direct_fd, self._goes_direct, self._asks = -1, False, False
+        self._direct: OpenFile | None = None
+        self._opened_direct: OpenFile | None = None
+        self._asks = False
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._file = OpenFile(path)
         except OSError as error:
             raise CheckpointError(f"cannot open {path}: {error.strerror}") from error
         if direct:
@@ -91,26 +94,22 @@ class RangeReader:
 
     def _open_direct(self, wanted: int) -> None:
         # Asking before every read is for files of which a part is cached.
-        self._asks = bool(cached_bytes(self._fd, 0, wanted))
+        with self._file.descriptor() as fd:
+            self._asks = bool(cached_bytes(fd, 0, wanted))
         with suppress(OSError, AttributeError):  # the file system cannot, or the system has no such flag
-            self._direct_fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            self._direct = self._opened_direct = OpenFile(self.path, os.O_DIRECT)
             # What is left for the page cache is ends of ranges, a page each: nothing beyond will be wanted.
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
-        self._goes_direct = self._direct_fd >= 0
+            self._file.read_randomly()
 
     @property
     def goes_direct(self) -> bool:
         """Whether what the page cache lacks is read around it."""
-        return self._goes_direct
-
-    def fileno(self) -> int:
-        """The file descriptor of the open file, which goes through the page cache."""
-        return self._fd
+        return self._direct is not None
 
     @property
     def size(self) -> int:
         """Size of the file in bytes."""
-        return os.fstat(self._fd).st_size
+        return self._file.size
 
     def read_into(self, buffer: NDArray[np.uint8], offset: int) -> None:
         """Fill `buffer` (uint8, contiguous) from `offset`.
@@ -120,7 +119,7 @@ class RangeReader:
             BudgetError: the counter has a limit, and this would exceed it.
         """
         self._counter.reserve(len(buffer))
-        self._read(self._fd, buffer.data, offset)
+        self._read(self._file, buffer.data, offset)
 
     def read_row(self, row: NDArray[np.uint8], place: int, offset: int, nbytes: int) -> None:
         """Fill `nbytes` of `row` from `place` on with the file's from `offset` on.
@@ -137,41 +136,49 @@ class RangeReader:
         # To the first whole page, and to the end of the last.
         lead, end = -offset % PAGE, (offset + nbytes) // PAGE * PAGE - offset
         askew = (place - offset) % PAGE
-        if not self._goes_direct or lead >= end or askew or self._is_cached(offset, nbytes):
-            self._read(self._fd, part.data, offset)
+        direct = self._direct
+        if direct is None or lead >= end or askew or self._is_cached(offset, nbytes):
+            self._read(self._file, part.data, offset)
             return
         try:
             if self._counter.is_limited:
-                self._read(self._direct_fd, part[lead:end].data, offset + lead)
-                self._read(self._fd, part[:lead].data, offset)
-                self._read(self._fd, part[end:].data, offset + end)
+                self._read(direct, part[lead:end].data, offset + lead)
+                self._read(self._file, part[:lead].data, offset)
+                self._read(self._file, part[end:].data, offset + end)
             else:
                 before = offset % PAGE
                 whole = row[place - before : place + -(-(offset + nbytes) // PAGE) * PAGE - offset]
-                self._read(self._direct_fd, whole.data, offset - before, (before, before + nbytes))
+                self._read(direct, whole.data, offset - before, (before, before + nbytes))
         except _UnalignedError:
-            self._goes_direct = False
-            self._read(self._fd, part.data, offset)
+            self._direct = None
+            self._read(self._file, part.data, offset)
 
-    def announce(self, place: int, offset: int, nbytes: int) -> int:
+    def announce(self, place: int, offset: int, nbytes: int) -> "Announced":
         """Announce a read that others do, to byte `place` of a row of `page_aligned`.
 
         What they read they report to `count`, and what they could not they leave to `finish_row`.
 
         Returns:
-            The file descriptor from which it is best read.
+            What it is best read from, until that is released.
 
         Raises:
             BudgetError: see `read_into`.
+            CheckpointError: the file cannot be opened again.
         """
-        fd = self.announce_cached(nbytes)
-        askew = (place | offset | nbytes) % PAGE
-        return fd if askew or not self._goes_direct or self._is_cached(offset, nbytes) else self._direct_fd
+        self._counter.reserve(nbytes)
+        askew, direct = (place | offset | nbytes) % PAGE, self._direct
+        return self._announced(self._file if askew or direct is None or self._is_cached(offset, nbytes) else direct)
 
-    def announce_cached(self, nbytes: int) -> int:
+    def announce_cached(self, nbytes: int) -> "Announced":
         """The same for a read through the page cache, to anywhere."""
         self._counter.reserve(nbytes)
-        return self._fd
+        return self._announced(self._file)
+
+    def _announced(self, file: OpenFile) -> "Announced":
+        try:
+            return Announced(file.try_acquire(), file)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
 
     def count(self, nbytes: int) -> None:
         """Take note of bytes that were read from a descriptor of `announce`."""
@@ -179,26 +186,38 @@ class RangeReader:
 
     def finish_row(self, row: NDArray[np.uint8], place: int, offset: int, nbytes: int, done: int) -> None:
         """Read what is left of an announced read of which `done` bytes are there; see `read_row`."""
-        self._read(self._fd, row[place + done : place + nbytes].data, offset + done)
+        self._read(self._file, row[place + done : place + nbytes].data, offset + done)
 
     def _is_cached(self, offset: int, nbytes: int) -> bool:
-        return self._asks and (cached_bytes(self._fd, offset, nbytes) or 0) >= nbytes
+        if not self._asks:
+            return False
+        with self._file.descriptor() as fd:
+            return (cached_bytes(fd, offset, nbytes) or 0) >= nbytes
 
-    def _read(self, fd: int, view: memoryview, offset: int, wanted: tuple[int, int] | None = None) -> None:
+    def _read(self, file: OpenFile, view: memoryview, offset: int, wanted: tuple[int, int] | None = None) -> None:
         """Fill a view, or at least the part of it from one byte to another; only that is counted."""
-        first, last = wanted or (0, len(view))
+        try:
+            with file.descriptor() as fd:
+                self._fill(fd, view, offset, wanted or (0, len(view)), is_direct=file is self._direct)
+        except _UnalignedError:
+            raise
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
+
+    def _fill(self, fd: int, view: memoryview, offset: int, wanted: tuple[int, int], *, is_direct: bool) -> None:
+        first, last = wanted
         done = 0
         while done < last:
             try:
                 got = os.preadv(fd, [view[done:]], offset + done)
             except OSError as error:
-                if error.errno == errno.EINVAL and fd == self._direct_fd and not done:
+                if error.errno == errno.EINVAL and is_direct and not done:
                     raise _UnalignedError from error
                 raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
             self._counter.add(max(0, min(done + got, last) - max(done, first)))
             done += got
             # Around the page cache, only the end of the file is no multiple of a page.
-            if got == 0 or (done < last and fd == self._direct_fd and got % PAGE):
+            if got == 0 or (done < last and is_direct and got % PAGE):
                 raise CheckpointError(
                     f"{self.path} ends at byte {offset + done}, inside a tensor; it was cut short: fetch it again"
                 )
@@ -211,10 +230,9 @@ class RangeReader:
 
     def close(self) -> None:
         """Close the file; reading afterwards is an error."""
-        for fd in (self._fd, self._direct_fd):
-            if fd >= 0:
-                os.close(fd)
-        self._fd = self._direct_fd = -1
+        self._file.close()
+        if self._opened_direct is not None:
+            self._opened_direct.close()
 
     def __enter__(self) -> Self:
         return self
@@ -223,6 +241,23 @@ class RangeReader:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Announced(NamedTuple):
+    """What an announced read is read from.
+
+    Attributes:
+        fd: the descriptor; -1 where all that may be open are in use. Reading then fails, and is left to `finish_row`.
+        file: the open file.
+    """
+
+    fd: int
+    file: OpenFile
+
+    def release(self) -> None:
+        """End the use of the descriptor."""
+        if self.fd >= 0:
+            self.file.release()
 
 
 class _UnalignedError(OSError):

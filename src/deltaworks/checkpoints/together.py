@@ -11,7 +11,7 @@ from numba import types
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.jit import inner, kernel
-from deltaworks.checkpoints.reader import RangeReader
+from deltaworks.checkpoints.reader import Announced, RangeReader
 
 _pread: Any = types.ExternalFunction("pread", types.intp(types.intc, types.intp, types.intp, types.intp))
 
@@ -41,9 +41,14 @@ def read_together(ranges: Sequence[RowRange], raw: NDArray[np.uint8]) -> None:
     """
     if not ranges:
         return
-    fds = np.array([r.reader.announce_cached(r.nbytes) for r in ranges])
     places, got = np.array([r[1:] for r in ranges]), np.empty(len(ranges), np.int64)
-    _read_ranges(fds, places, raw, got)
+    announced: list[Announced] = []
+    try:
+        announced.extend(r.reader.announce_cached(r.nbytes) for r in ranges)
+        _read_ranges(np.array([a.fd for a in announced]), places, raw, got)
+    finally:
+        for one in announced:
+            one.release()
     for own, done in zip(ranges, np.maximum(got, 0).tolist(), strict=True):
         own.reader.count(done)
         if done < own.nbytes:

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import typer
 
+from deltaworks.checkpoints.descriptors import raise_limit
 from deltaworks.cli import demo, lineage, merges, models, placements, plans, serving, show, surrogates
 from deltaworks.errors import DeltaworksError
 
@@ -39,6 +40,7 @@ def main() -> None:
     # Planning has threads of its own; those of a BLAS, which NumPy has yet to load, would only get in their way.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _return_large_buffers()
+    raise_limit()
     try:
         app()
     except DeltaworksError as error:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from deltaworks.checkpoints.dtypes import DTYPES
 from deltaworks.checkpoints.jit import kernel
+from deltaworks.checkpoints.reader import Announced
 from deltaworks.checkpoints.together import read_bytes
 from deltaworks.layers.checksum import checksum_of
 from deltaworks.layers.file import SHIFTS, LayeredTensor, LayerFile, Places
@@ -70,23 +71,30 @@ class BlockReader:
         inputs = [self._inputs[k] for k in which]
         count = inputs[0].file.count(inputs[0].tensor, block)
         place, ranges = layers_start(count), self._places.ranges[chosen, block]
-        fds = [i.file.reader.announce(place, *own) for i, own in zip(inputs, ranges.tolist(), strict=True)]
-        got, sound = np.empty(len(fds), np.int64), np.empty(len(fds), np.bool_)
-        _open_rows(
-            np.array(fds),
-            ranges,
-            self._places.checksums[chosen, block],
-            self._places.checked[chosen, block],
-            self._places.ends[chosen, block],
-            self._depths[chosen, block],
-            self._shifts[chosen],
-            count,
-            place,
-            rows,
-            raw,
-            got,
-            sound,
-        )
+        got, sound = np.empty(len(which), np.int64), np.empty(len(which), np.bool_)
+        announced: list[Announced] = []
+        try:
+            announced.extend(
+                i.file.reader.announce(place, *own) for i, own in zip(inputs, ranges.tolist(), strict=True)
+            )
+            _open_rows(
+                np.array([a.fd for a in announced]),
+                ranges,
+                self._places.checksums[chosen, block],
+                self._places.checked[chosen, block],
+                self._places.ends[chosen, block],
+                self._depths[chosen, block],
+                self._shifts[chosen],
+                count,
+                place,
+                rows,
+                raw,
+                got,
+                sound,
+            )
+        finally:
+            for one in announced:
+                one.release()
         for own, row, nbytes, is_sound in zip(inputs, rows, np.maximum(got, 0).tolist(), sound.tolist(), strict=True):
             own.file.reader.count(nbytes)
             if not is_sound:
