@@ -1,6 +1,8 @@
 """What the catalog keeps is checked before it is believed: one flipped bit never gives a silently different merge."""
 
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -270,7 +272,7 @@ def test_what_another_host_is_writing_is_no_waste(root: Path, monkeypatch: pytes
     from deltaworks.checkpoints import partial
 
     with Catalog(root / "catalog") as catalog:
-        monkeypatch.setattr(partial.os, "getpid", lambda: 2**22 + 1)
+        monkeypatch.setattr(os, "getpid", lambda: 2**22 + 1)
         monkeypatch.setattr(partial, "_place", lambda: "0123abcd")
         statistics = StatisticsWriter(catalog.statistics_file("a" * 64, "b" * 64), 4096)
         layers = LayerWriter(catalog.layers_file("a" * 64, "b" * 64), 1, 0, 4096)
@@ -281,7 +283,7 @@ def test_what_another_host_is_writing_is_no_waste(root: Path, monkeypatch: pytes
         assert all(f.is_file() for f in files)
         assert find_waste(catalog) == []
         for fd in (statistics._fd, layers._fd):  # as if it were killed
-            __import__("fcntl").flock(fd, __import__("fcntl").LOCK_UN)
+            fcntl.flock(fd, fcntl.LOCK_UN)
         assert {w.path for w in find_waste(catalog)} == set(files)
         statistics.abandon()
         layers.abandon()

@@ -7,7 +7,7 @@ changed since. It is a safetensors file; what else there is to say stands in one
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -172,12 +172,15 @@ def _write(path: Path, about: Mapping[str, Any], arrays: Mapping[str, NDArray[An
     kinds = [(name, dtype, arrays[name].shape) for name, dtype in _ARRAYS.items()]
     u8 = DTYPES["U8"]
     header, _ = write_header([*kinds, (_ABOUT, u8, (len(text),)), (_DIGEST, u8, (blake3.digest_size,))])
-    data = (np.ascontiguousarray(arrays[n], _NUMPY[d.name]).reshape(-1).view(np.uint8) for n, d in _ARRAYS.items())
+    data: Iterator[NDArray[np.uint8]] = (
+        np.ascontiguousarray(arrays[n], _NUMPY[d.name]).reshape(-1).view(np.uint8) for n, d in _ARRAYS.items()
+    )
     hasher = blake3()
     try:
         with partial.open("wb") as file:
             lock(file.fileno())
-            for part in (header, *data, text):
+            parts: list[bytes | memoryview] = [header, *(d.data for d in data), text]
+            for part in parts:
                 hasher.update(part)
                 file.write(part)
             file.write(hasher.digest())
