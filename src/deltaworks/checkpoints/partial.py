@@ -1,5 +1,6 @@
 """Files on their way to their name: called so that no two processes meet, and locked while they are written."""
 
+import errno
 import fcntl
 import os
 import re
@@ -17,12 +18,17 @@ def partial_path(path: Path) -> Path:
 
 
 def lock(fd: int) -> None:
-    """Hold the lock of a partial file until its descriptor is closed.
+    """Hold the lock of a partial file until its descriptor is closed, where the file system has locks.
 
     Raises:
-        OSError: the file system has no locks, or another process writes this file.
+        BlockingIOError: another process writes this file.
     """
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Without locks nobody can tell that the file is abandoned either, so it is never taken for that.
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
+            raise
 
 
 def is_partial(path: Path) -> bool:
