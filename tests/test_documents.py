@@ -155,6 +155,8 @@ def test_only_regular_files_of_bounded_size_are_read(tmp_path: Path, monkeypatch
         ("big", "it has more than 100 bytes"),
         ("missing", "missing: cannot be read as a profile: No such file"),
         (300 * "x", "File name too long"),
+        (5000 * "x", r"^.{,125}: cannot be read as a profile: File name too long"),
+        ("a\nb", r"/a\\nb': cannot be read as a profile: No such file"),
         ("a\0b", "no file can be called so"),
         ("latin", "line 2 is not text in UTF-8"),
     ):

@@ -26,6 +26,9 @@ YAML_BYTES = 8 << 20
 """The largest YAML document that is read: about a minute's work for the parser. Larger ones should be JSON."""
 
 
+_LONGEST_PATH = 1000
+
+
 def read_bytes(path: Path, what: str, error: type[DeltaworksError], limit: int = DOCUMENT_BYTES) -> bytes:
     """All bytes of a regular file.
 
@@ -38,7 +41,7 @@ def read_bytes(path: Path, what: str, error: type[DeltaworksError], limit: int =
     Raises:
         DeltaworksError: as ``error``: it is missing, unreadable, too large, or no regular file.
     """
-    start = f"{path}: cannot be read as {what}"
+    start = f"{_shown(path)}: cannot be read as {what}"
     try:
         _check_regular(path.stat(), start, error)
         # Without O_NONBLOCK a named pipe that has taken the file's place since would hang here.
@@ -53,6 +56,12 @@ def read_bytes(path: Path, what: str, error: type[DeltaworksError], limit: int =
     if found.st_size > limit or len(content) > limit:
         raise error(f"{start}: it has more than {limit:,} bytes, which is the most that is read")
     return content
+
+
+def _shown(path: Path) -> str:
+    """A path as errors name it: as it is, unless it is too long for a name or has characters that cannot be printed."""
+    text = str(path)
+    return text if len(text) <= _LONGEST_PATH and text.isprintable() else quoted(text)
 
 
 def read_text(path: Path, what: str, error: type[DeltaworksError], limit: int = DOCUMENT_BYTES) -> str:

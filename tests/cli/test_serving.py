@@ -124,6 +124,10 @@ def test_other_flags_of_the_server(shell: Shell) -> None:
         (("w.json", *P, "--slots", 4, "--block-size", 10), "block_size 10 is none that vLLM takes"),
         (("w.json", *P, "--slots", 4, "--max-model-len", 200_000), "more than the 131,072"),
         (("w.json", *P, "--slots", 4, "--max-model-len", 1), "every prompt has"),
+        (("w.json", *P, "--slots", 10**12), "slots: expected at most 1,000,000"),
+        (("w.json", *P, "--slots", 4, "--served", 10**30), "served: expected at most 1,000,000"),
+        (("w.json", *P, "--slots", 4, "--kv-tokens", 10**30), "kv_tokens: expected a number of at most"),
+        (("w.json", *P, "--slots", 4, "--scrape-period", "nan"), "scrape_period_s: expected a number of at least 0"),
     ],
 )
 def test_mistakes_are_told(shell: Shell, arguments: tuple[Any, ...], said: str) -> None:

@@ -42,6 +42,7 @@ def question(**keys: Any) -> str:
         ('{"id": "\\ud800", "slots": 4}', "\ud800", "half of a surrogate pair"),
         ('{"id": 7, "workload": ' + 5000 * "[", 7, "nested more than 100 deep"),
         (b'{"id": "\xff", "slots": 4}', "\ufffd", "not text in UTF-8"),
+        (question(slots=None), 7, "slots is missing"),
         (question(slots=0), 7, "slots: expected at least 1, not 0"),
         (question(slots=1e30), 7, "slots: expected a number of at most 1,000,000"),
         (question(max_rank="x"), 7, "max_rank: expected a number"),

@@ -1,6 +1,7 @@
 """Placements of changed workloads, what-if, advice, and the simpler ways beside ours."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from deltaworks.serving.judge import parse_goal
 from deltaworks.serving.placement import place
 from deltaworks.serving.simulate import Configuration, simulate
 from deltaworks.serving.what_if import what_if
+from deltaworks.serving.workload import parse_workload
 
 LENGTHS = {"distribution": "fixed", "input_mean": 100, "output_mean": 50}
 
@@ -141,3 +143,12 @@ def test_a_tiny_workload_on_several_types_needs_no_bound() -> None:
     asker = judge(workload([{"name": "a", "count": 3, "rank": 8, "rate": 0.01}]), 0.1, (), SMALL, SMALL)
     assert len(place(asker, [2.0, 1.0]).gpus) == 1
     assert asker.runs < 20
+
+
+def test_what_was_assumed_or_left_out_is_noted() -> None:
+    assumed = {"step.context": "steps.csv has no column 'context'", "step.lora": "no step shows it"}
+    rows = [{"time": t, "adapter": "a", "prompt_tokens": 9, "output_tokens": 3} for t in (1, 2, 99)]
+    asker = judge(parse_workload({"duration": 60, "requests": rows}, Path()), 0.1, (), replace(SMALL, assumed=assumed))
+    said = describe(asker, place(asker), {}, {}, None)["notes"]
+    assert "1 of 3 requests of the trace come after the duration of 60 s and are left out" in said
+    assert any(note.startswith("2 costs of small, such as step.context, were not measured") for note in said)

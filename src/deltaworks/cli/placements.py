@@ -48,7 +48,9 @@ def place(
     ] = "gpus",
     gpus: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="How many GPUs there are, for --objective latency.", show_default=False),
+        typer.Option(
+            min=1, max=10_000, metavar="N", help="How many GPUs there are, for --objective latency.", show_default=False
+        ),
     ] = None,
     headroom: Annotated[
         str, typer.Option(metavar="SHARE", help="How much more traffic every GPU must be able to take.")

@@ -14,15 +14,13 @@ from deltaworks.errors import DeltaworksError, WorkloadError
 from deltaworks.serving.limits import check_lengths
 from deltaworks.serving.profile import Profile
 from deltaworks.serving.schema import check_keys, whole
-from deltaworks.serving.simulate import Configuration, simulate
+from deltaworks.serving.simulate import MOST, Configuration, simulate
 from deltaworks.serving.workload import workload_from
 
 KEYS = ("id", "workload", "slots", "max_rank", "served", "client_max_outstanding")
 BATCH_BYTES = 1 << 30
 """The largest batch that is read."""
 _AHEAD = 8
-_MOST = 1_000_000
-"""The largest slots, rank, adapters and outstanding requests that are tried."""
 
 
 _AMBIGUOUS = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
@@ -72,10 +70,10 @@ def _answer(line: str | bytes, number: int, folder: Path, profile: Profile) -> d
         name = _id_of(line)
         asked = check_keys(_parsed(line, where), KEYS, where)
         for key in ("workload", "slots"):
-            if key not in asked:
+            if key not in asked or (key == "slots" and asked[key] is None):
                 raise WorkloadError(f"{where}: {key} is missing")  # noqa: TRY301  # an answer like any other
         chosen = {
-            key: whole(asked[key], f"{where}: {key}", most=_MOST) for key in KEYS[2:] if asked.get(key) is not None
+            key: whole(asked[key], f"{where}: {key}", most=MOST) for key in KEYS[2:] if asked.get(key) is not None
         }
         workload = workload_from(asked["workload"], folder, where)
         check_lengths(workload, [profile])

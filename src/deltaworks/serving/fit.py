@@ -23,7 +23,7 @@ from deltaworks.serving.profile import (
 )  # fmt: skip
 from deltaworks.serving.schema import check_keys, number, whole
 from deltaworks.serving.server import F64
-from deltaworks.serving.simulate import Configuration
+from deltaworks.serving.simulate import MOST, Configuration
 from deltaworks.serving.tables import TABLES, Table, read_table
 from deltaworks.serving.workload import workload_from
 
@@ -378,5 +378,5 @@ def _run(raw: Any, folder: Path, where: str) -> Run:
         for name, value in check_keys(raw["measured"], list(SPREAD), "measured").items()
     }
     limits = ("slots", "max_rank", "served", "client_max_outstanding")
-    asked = Configuration(**{key: whole(raw[key], key, 1, 1_000_000) for key in limits if raw.get(key) is not None})
+    asked = Configuration(**{key: whole(raw[key], key, 1, MOST) for key in limits if raw.get(key) is not None})
     return Run(workload_from(raw["workload"], folder, where), asked, measured)

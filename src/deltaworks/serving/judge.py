@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from deltaworks.errors import PlacementError, did_you_mean
+from deltaworks.errors import PlacementError, did_you_mean, quoted
 from deltaworks.serving.estimate import FEATURES, Traffic, estimate, traffic_of
 from deltaworks.serving.limits import check_one_model
 from deltaworks.serving.parts import Part, part_of
@@ -98,6 +98,8 @@ def parse_goal(text: str) -> Goal:
         limit = float(value) * (1000 if unit == "s" else 1)
     except ValueError:
         raise PlacementError(f"{text!r}: {value!r} is no number") from None
+    if not 0 < limit < float("inf"):
+        raise PlacementError(f"{quoted(text)}: a latency is more than 0, and finite")
     return Goal(quantity, statistic, limit)
 
 

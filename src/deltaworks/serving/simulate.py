@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from deltaworks.errors import WorkloadError
+from deltaworks.errors import WorkloadError, quoted
 from deltaworks.serving import censored, server, starvation, twin
 from deltaworks.serving.idle import alone
 from deltaworks.serving.limits import cut_to_length, is_beyond
@@ -23,6 +23,8 @@ SHORT = 0.1
 
 LABEL_SETS = 1 << 19
 _UNLIMITED = 1 << 62
+MOST = 1_000_000
+"""The largest number in a configuration: memory grows with slots and adapters."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ def simulate(
     slots, max_rank = configuration.slots, _rank(workload, configuration)
     if slots < 1:
         raise WorkloadError(f"slots: expected at least 1, not {slots}")
+    for name, value in vars(configuration).items():
+        if value is not None and value > MOST:
+            raise WorkloadError(f"{name}: expected at most {MOST:,}, not {quoted(value)}")
     served = max(len(workload.adapters), slots) if configuration.served is None else configuration.served
     if served < slots:
         raise WorkloadError(

@@ -11,7 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from deltaworks.errors import ProfileError
+from deltaworks.documents import load_json
+from deltaworks.errors import ProfileError, quoted
 from deltaworks.serving.estimate import FEATURES, Traffic, estimate
 from deltaworks.serving.profile import Profile
 from deltaworks.serving.tree import Tree, parse_tree
@@ -80,15 +81,15 @@ def load_surrogate(path: Path) -> Surrogate:
         ProfileError: the file is malformed, or of another version.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path, "a surrogate", ProfileError)
         if content["schema"] != SCHEMA or list(content["features"]) != list(_NAMES):
             raise ProfileError(f"{path}: is a surrogate of another version; train it again")
         return Surrogate(
             content["profile"], content["profile_digest"], parse_tree(content["throughput_share"], _NAMES),
             parse_tree(content["starved"], _NAMES), content["accuracy"],
         )  # fmt: skip
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
-        raise ProfileError(f"{path}: cannot be read as a surrogate: {error}") from None
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise ProfileError(f"{path}: cannot be read as a surrogate: {quoted(str(error))}") from None
 
 
 def save_surrogate(surrogate: Surrogate, path: Path) -> None:

@@ -47,13 +47,7 @@ def instant(raw: Any) -> int | float:
         raise ValueError(f"{quoted(raw)} is no time")  # noqa: TRY004  # one error for all that is no time
     match = _DATE.fullmatch(raw.strip()) if isinstance(raw, str) else None
     if match is None:
-        try:
-            value = float(raw)
-        except (ValueError, OverflowError):
-            raise ValueError(f"{quoted(raw)} is no time") from None
-        if not math.isfinite(value):
-            raise ValueError(f"{quoted(raw)} is no time")
-        return value
+        return _number_or_date(raw)
     year, month, day, hour, minute, second = (int(part or 0) for part in match.groups()[:6])
     offset = timedelta(hours=int(match[10] or 0), minutes=int(match[11] or 0)) * (-1 if match[9] == "-" else 1)
     try:
@@ -61,6 +55,22 @@ def instant(raw: Any) -> int | float:
     except ValueError as error:
         raise ValueError(f"{quoted(raw)} is no time: {error}") from None
     return whole // timedelta(seconds=1) * _NANOSECOND + int((match[7] or "").ljust(9, "0")[:9])
+
+
+def _number_or_date(raw: str | float) -> int | float:
+    """A number, or a date in one of the rarer forms of ISO 8601, as `instant` gives them."""
+    try:
+        value = float(raw)
+    except OverflowError:
+        value = math.inf
+    except ValueError:
+        try:
+            return instant(datetime.fromisoformat(str(raw).strip()))
+        except ValueError:
+            raise ValueError(f"{quoted(raw)} is no time") from None
+    if not math.isfinite(value):
+        raise ValueError(f"{quoted(raw)} is no time")
+    return value
 
 
 def seconds(values: F64, unit: str, *, shifted: bool) -> F64:

@@ -104,7 +104,7 @@ def trace_of(rows: Iterable[Mapping[str, Any]], where: str, form: str | None = N
         raise WorkloadError(
             f"{where}: the trace format {quoted(form)} is none of {', '.join(FORMATS)}{did_you_mean(form, FORMATS)}"
         )
-    if unit is not None and unit not in trace_times.UNITS:
+    if unit is not None and (not isinstance(unit, str) or unit not in trace_times.UNITS):
         raise WorkloadError(f"{where}: the unit {quoted(unit)} is none of {', '.join(trace_times.UNITS)}")
     columns = _Columns(where, form)
     for index, row in enumerate(rows, 1):
