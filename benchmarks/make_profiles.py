@@ -26,7 +26,7 @@ nominal output that completed requests generated."""
 
 CPU = "tiny-llama-cpu"
 SCALES = {
-    "step.decode_prefill": 1e-5, "step.eager": 3, "step.lora": 2, "step.adapter": 0.2, "step.adapter_rank": 0.012,
+    "step.decode_prefill": 5e-5, "step.eager": 3, "step.lora": 2, "step.adapter": 0.2, "step.adapter_rank": 0.012,
     "step.lora_decode": 0.02, "step.lora_prefill": 0.03, "step.adapter_token": 0.0001, "step.slot_token": 0.0001,
     "step.small_slot": 0.03, "step.small_adapter": 0.1, "scheduler.skipped": 0.0003,
     "loading.slot": 4, "front_end.request": 5, "front_end.first_request": 80, "front_end.label_set": 0.015,
