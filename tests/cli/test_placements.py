@@ -166,7 +166,7 @@ def test_the_rules_can_be_read(shell: Shell) -> None:
     (("place", "w.json", *P, "--profile", "qwen-2.5-7b-h100-64gb"), "adapters of one base model cannot be served on"),
     (("place", "w.json", *P, "--profile", "qwen-2.5-7b-h100-64gb", "--what-if"), "give profiles of one model"),
     (("place", "w.json", *P, *P), "two of the profiles are called 'llama-3.1-8b-h100-64gb'"),
-    (("advise", *P, "--rank", "8", "--rate", "1", "--input-mean", "1e8"), "rejects prompts of 131,072 tokens"),
+    (("advise", *P, "--rank", "8", "--rate", "1", "--input-mean", "1e7"), "rejects prompts of 131,072 tokens"),
     (("advise", *P, "--rank", "9999", "--rate", "1"), "vLLM serves ranks up to 512"),
     (("advise", *P, "--rank", "8", "--rate", "500"), "cannot serve even one adapter"),
 ])  # fmt: skip
