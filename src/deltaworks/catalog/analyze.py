@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from deltaworks.catalog.distance import FAR_FROM_BASE, far_from
 from deltaworks.catalog.histogram import BINS, Histogram
 from deltaworks.catalog.layering import LayerBuffers, Layering
 from deltaworks.catalog.models import Model
@@ -45,8 +46,6 @@ from deltaworks.progress import Progress, Silent
 _USUAL_BLOCK = 1 << 20
 _BLOCKS_A_MODEL = 256
 _UNFINISHED = 4
-FAR_FROM_BASE = 1.0
-"""Relative norm of a delta from which on an expert is no plausible fine-tune: two unrelated models differ by 1.4."""
 
 
 def default_block_size(base: Model) -> int:
@@ -92,6 +91,7 @@ def analyze(
     force: bool = False,
     layers: bool = False,
     progress: Progress | None = None,
+    warns: bool = True,
 ) -> dict[str, Any]:
     """Measure the delta of `expert` against `base` and keep it, unless the catalog has it already.
 
@@ -104,6 +104,7 @@ def analyze(
         force: measure again.
         layers: keep the delta itself as well, in layers.
         progress: told of the bytes read.
+        warns: note where the expert is too far from the base to be a fine-tune of it.
 
     Returns:
         The summary: `format_version` (of the statistics), `block_size`, `tensors`, `elements`, `zeros` (elements whose
@@ -158,11 +159,8 @@ def analyze(
             progress.finish()
     result = stages.summary.result(block_size, counter.value, path.stat().st_size)
     catalog.save_analysis(expert.fingerprint, base.fingerprint, block_size, path, result)
-    if result["relative_norm"] > FAR_FROM_BASE:
-        progress.note(
-            f"{expert.name} differs from {base.name} by {result['relative_norm']:.0%} of its norm;"
-            " is it a fine-tune of it?"
-        )
+    if warns and result["relative_norm"] > FAR_FROM_BASE:
+        progress.note(far_from(expert.name, base.name, result["relative_norm"]))
     return result | (_layers_bytes(layers_file) if layers else {})
 
 

@@ -1,6 +1,5 @@
 """Everything a plan needs to be true first: models registered and unchanged, deltas analyzed, trims placed."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,7 +16,6 @@ from deltaworks.catalog.storage import is_far, read_cost
 from deltaworks.catalog.store import Catalog
 from deltaworks.catalog.tables import DeltaTable, read_table
 from deltaworks.checkpoints.quantized import check_not_quantized, has_quantization_config, quantization
-from deltaworks.checkpoints.sidecars import chat_template, vocabulary
 from deltaworks.errors import CatalogError, ChangedError, CheckpointError, DamagedError, NonFiniteError, RecipeError
 from deltaworks.layers.file import LayerIndex
 from deltaworks.merging.accounting import plan_notes
@@ -25,11 +23,13 @@ from deltaworks.merging.budget import Budget, parse_budget
 from deltaworks.merging.candidate import Knowledge, no_stand_in
 from deltaworks.merging.contributions import Overlaps
 from deltaworks.merging.custom_code import settle_code
+from deltaworks.merging.effects import Compared, Effect, effect_of
 from deltaworks.merging.parents import Parent, check_sense, compare_configs, compare_tokens
 from deltaworks.merging.plan import Plan, keep_plan
 from deltaworks.merging.plan_schema import check_inputs
 from deltaworks.merging.planner import DEFAULT_SHARD_BYTES, Trim, make_plan
 from deltaworks.merging.recipe import Recipe
+from deltaworks.merging.tokenizers import choose_template, choose_tokenizer
 from deltaworks.merging.weighing import Weighed
 from deltaworks.progress import Progress, Silent, warn
 
@@ -92,6 +92,8 @@ def prepare_plan(
     budget = options.budget or (parse_budget(recipe.budget) if recipe.budget is not None else None)
     prepared = Prepared(catalog, recipe, options, relative_to=relative_to, progress=progress, weighs=budget is not None)
     plan = prepared.plan(recipe, budget)
+    if refusal := prepared.refusal(recipe, plan):
+        raise RecipeError(refusal)
     for note in plan.notes[len(prepared.notes) :]:
         if note not in prepared.layer_notes:
             (progress or Silent()).note(note)
@@ -161,6 +163,7 @@ class Prepared:
                 pool = ThreadPoolExecutor()
                 self._layers = {pair[0]: pool.submit(self._find_layers, *pair) for pair in self._bases.items()}
                 pool.shutdown(wait=False)
+        self._equal = self._compare_weights(recipe)
 
     def _compare_parents(self, recipe: Recipe) -> None:
         """Note in what else than weights the models differ; refuse those whose weights mean different things."""
@@ -175,9 +178,29 @@ class Prepared:
         if not self._options.allow_mismatch:
             check_sense(senseless)
 
+    def _compare_weights(self, recipe: Recipe) -> frozenset[str]:
+        """Note models that hold the same weights, or weights too far from each other; those that equal the base."""
+        if recipe.method.name == "passthrough":
+            return frozenset()
+        leader = recipe.base_model or recipe.models()[0]
+        merged = {reference: self.models[reference] for reference in recipe.models()}
+        compared = Compared(self._catalog, merged, leader, self._bases, self.models, reads=not self._statistics)
+        for note in compared.notes(has_base=recipe.base_model is not None):
+            self._note(note)
+        return compared.alike_with(recipe.base_model)
+
     def _note(self, text: str) -> None:
         self.notes.append(text)
         self._progress.note(text)
+
+    def refusal(self, recipe: Recipe, plan: Plan) -> str | None:
+        """Why it makes no sense to run a plan of `recipe`; None where it does."""
+        return self._effect(recipe, plan).futile
+
+    def _effect(self, recipe: Recipe, plan: Plan) -> Effect:
+        place = {m.reference: i for i, m in enumerate(plan.models)}
+        base = place[recipe.base_model] if recipe.base_model else None
+        return effect_of(plan, base, frozenset(place[r] for r in self._equal))
 
     def plan(self, recipe: Recipe, budget: Budget | None) -> Plan:
         """The plan of `recipe`, which names the same models, within a budget or without."""
@@ -188,12 +211,14 @@ class Prepared:
             self.models,
             self._cuts,
             bases=self._bases,
-            tokenizer=_tokenizer(recipe, named),
-            chat_template=_template(recipe, named),
+            tokenizer=choose_tokenizer(recipe, named),
+            chat_template=choose_template(recipe, named),
             shard_bytes=options.shard_bytes,
             seed=options.seed,
         )
-        full = replace(full, notes=(*self.notes, *full.notes, *plan_notes(full)))
+        effect = self._effect(recipe, full)
+        futile = [effect.futile] if effect.futile else []
+        full = replace(full, notes=(*self.notes, *full.notes, *plan_notes(full), *effect.notes, *futile))
         references = [m.reference for m in full.models]
         leader = references.index(recipe.base_model or recipe.models()[0])
         full = settle_code(full, [self.models[r] for r in references], leader, trust=options.trust_remote_code)
@@ -232,6 +257,7 @@ class Prepared:
                 threads=self._options.threads,
                 force=again,
                 progress=self._progress,
+                warns=False,  # the notes of plans say it, whenever the delta was analyzed
             )
             known = self._catalog.find_analysis(*prints)
             assert known is not None
@@ -450,34 +476,3 @@ def _registered_base(
         return None
     models[base.name] = check_unchanged(catalog, base, progress)
     return base.name
-
-
-def _tokenizer(recipe: Recipe, models: Mapping[str, Model]) -> str | None:
-    source = recipe.tokenizer_source
-    if source is None:
-        return None
-    donor = recipe.base_model if source == "base" else next(iter(models)) if source == "union" else source
-    if donor is None:
-        raise RecipeError("tokenizer_source: base needs a base_model")
-    if donor not in models:
-        raise RecipeError(f"tokenizer_source: {donor!r} is not one of the models of the recipe")
-    wanted = vocabulary(models[donor].path)
-    for reference, model in models.items():
-        if vocabulary(model.path) != wanted:
-            raise RecipeError(
-                f"tokenizer_source: {reference!r} has another vocabulary than {donor!r}; rows of embeddings cannot be"
-                " matched up here: align the vocabularies first"
-            )
-    return donor
-
-
-def _template(recipe: Recipe, models: Mapping[str, Model]) -> str | None:
-    wanted = recipe.chat_template
-    if wanted is None:
-        return None
-    if wanted == "auto":
-        found = Counter(t.strip() for m in models.values() if (t := chat_template(m.path)))
-        return found.most_common(1)[0][0] if found else None
-    if "{" not in wanted:
-        raise RecipeError(f"chat_template: expected a Jinja template or 'auto', not {wanted!r}")
-    return wanted

@@ -1,0 +1,113 @@
+"""Merges that would change nothing, or mix what does not belong together, say so."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from families import Array, random_tensors, recipe, shapes, tuned, write_model
+from merges import merge
+
+from deltaworks.catalog.analyze import analyze
+from deltaworks.catalog.register import register
+from deltaworks.catalog.store import Catalog
+from deltaworks.errors import RecipeError
+from deltaworks.merging.budget import parse_budget
+from deltaworks.merging.manifest import read_manifest
+from deltaworks.merging.plan import load_plan
+from deltaworks.merging.prepare import MergeOptions
+from deltaworks.merging.snapshot import PLAN
+
+BASE = random_tensors(0, shapes())
+MODELS: dict[str, dict[str, Array]] = {
+    "base": BASE,
+    "expert0": tuned(1, BASE),
+    "expert1": tuned(2, BASE),
+    "copy": tuned(1, BASE),
+    "same": BASE,
+    "wide": {n: v.astype(np.float32) for n, v in BASE.items()},
+    "alien": {n: -v for n, v in BASE.items()},  # as far away as no fine-tune
+}
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Path:
+    for name, tensors in MODELS.items():
+        # Copies in other files have other fingerprints.
+        write_model(tmp_path / name, tensors, 2 if name in ("copy", "same") else 1)
+    return tmp_path
+
+
+IDLE = "expert0 has no part in the merge: its weight"
+PLAIN = ("expert0", "expert1")
+NOTES: list[tuple[str, tuple[str, ...], dict[str, str], str, list[str]]] = [
+    ("task_arithmetic", PLAIN, {}, "weight: 0.5", []),
+    ("ties", PLAIN, {}, "weight: 0.5, density: 0.5", []),
+    ("linear", PLAIN, {}, "weight: 0.5", []),
+    ("task_arithmetic", ("expert0", "same"), {}, "weight: 0.5", ["same holds the same weights as base, so"]),
+    ("ties", ("expert0", "wide"), {}, "weight: 0.5, density: 0.5", ["wide holds the same weights as base"]),
+    ("task_arithmetic", ("expert0", "copy"), {}, "weight: 0.5", ["expert0 and copy hold the same weights, so"]),
+    ("linear", ("expert0", "copy", "expert1"), {}, "weight: 0.5", ["expert0 and copy hold the same weights"]),
+    ("task_arithmetic", PLAIN, {"expert0": "weight: 0.0", "expert1": "weight: 1"}, "", [IDLE]),
+    ("linear", PLAIN, {"expert0": "weight: 0.0", "expert1": "weight: 1"}, "", [IDLE]),
+    ("ties", PLAIN, {"expert0": "weight: 1, density: 0", "expert1": "weight: 1"}, "", [IDLE]),
+    ("task_arithmetic", ("expert0", "alien"), {}, "weight: 0.5", ["alien differs from base by"]),
+    ("linear", ("expert0", "alien"), {}, "weight: 0.5", ["alien differs from expert0 by"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("history", ["new", "analyzed", "budget"])
+@pytest.mark.parametrize(("method", "listed", "own", "parameters", "expected"), NOTES)
+def test_silent_failures_are_named(
+    catalog: Catalog,
+    family: Path,
+    history: str,
+    method: str,
+    listed: tuple[str, ...],
+    own: dict[str, str],
+    parameters: str,
+    expected: list[str],
+) -> None:
+    if history == "analyzed":
+        base = register(catalog, "base", str(family / "base"))
+        for name in listed:
+            analyze(catalog, register(catalog, name, str(family / name), "base"), base)
+    text = recipe(method, family, own, base=method != "linear", listed=listed, parameters=parameters)
+    options = MergeOptions(budget=parse_budget("60%"), base=str(family / "base")) if history == "budget" else None
+    if history != "new" and "from expert0" in str(expected):
+        expected = ["alien differs from base by"]  # whose base is known now
+    result = merge(catalog, text, family / "out", options)
+    assert len(result.notes) == len(expected)
+    assert all(note.startswith(start) for note, start in zip(result.notes, expected, strict=True))
+    assert read_manifest(family / "out")["notes"] == list(result.notes)
+    assert load_plan(family / "out" / PLAN).notes == result.notes
+    assert all(note in (family / "out" / "README.md").read_text() for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("method", "listed", "parameters", "message"),
+    [
+        ("task_arithmetic", PLAIN, "weight: 0", "the merge would be base itself"),
+        ("ties", PLAIN, "weight: 1, lambda: 0", "the merge would be base itself"),
+        ("dare_linear", PLAIN, "weight: 1, density: 0", "the merge would be base itself"),
+        ("sce", PLAIN, "select_topk: 0", "the merge would be base itself"),
+        ("task_arithmetic", ("same", "wide"), "weight: 1", "the merge would be base itself"),
+        ("slerp", ("expert0",), "t: 0", "the merge would be base itself"),
+        ("slerp", ("same",), "t: 0.5", "the merge would be base itself"),
+        ("linear", PLAIN, "weight: 0, normalize: false", "every weight is 0"),
+    ],
+)
+def test_a_merge_that_would_be_its_base_is_refused(
+    catalog: Catalog, family: Path, method: str, listed: tuple[str, ...], parameters: str, message: str
+) -> None:
+    text = recipe(method, family, base=method != "linear", listed=listed, parameters=parameters)
+    with pytest.raises(RecipeError, match=message):
+        merge(catalog, text, family / "out")
+
+
+def test_a_model_that_differs_in_one_element_is_no_copy(catalog: Catalog, family: Path) -> None:
+    tensors: dict[str, Any] = {n: v.copy() for n, v in BASE.items()}
+    tensors["model.norm.weight"][-1] += 1
+    write_model(family / "same", tensors, 2)
+    text = recipe("task_arithmetic", family, listed=("expert0", "same"), parameters="weight: 0.5")
+    assert merge(catalog, text, family / "out").notes == ()
