@@ -13,10 +13,9 @@ from deltaworks.catalog.register import register
 from deltaworks.catalog.store import Catalog
 from deltaworks.errors import RecipeError
 from deltaworks.merging.budget import parse_budget
-from deltaworks.merging.manifest import read_manifest
+from deltaworks.merging.manifest import PLAN, read_manifest
 from deltaworks.merging.plan import load_plan
 from deltaworks.merging.prepare import MergeOptions
-from deltaworks.merging.snapshot import PLAN
 
 BASE = random_tensors(0, shapes())
 MODELS: dict[str, dict[str, Array]] = {
@@ -111,3 +110,14 @@ def test_a_model_that_differs_in_one_element_is_no_copy(catalog: Catalog, family
     write_model(family / "same", tensors, 2)
     text = recipe("task_arithmetic", family, listed=("expert0", "same"), parameters="weight: 0.5")
     assert merge(catalog, text, family / "out").notes == ()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_are_told_elsewhere(catalog: Catalog, family: Path, value: float) -> None:
+    for name, row in (("base", 0), ("expert0", slice(None))):
+        tensors = {n: v.copy() for n, v in MODELS[name].items()}
+        for tensor in tensors.values():
+            tensor[row] = value
+        write_model(family / name, tensors)
+    text = recipe("task_arithmetic", family, listed=PLAIN, parameters="weight: 0.5")
+    merge(catalog, text, family / "out", MergeOptions(allow_nonfinite=True))

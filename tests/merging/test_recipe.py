@@ -200,3 +200,18 @@ def test_gradients() -> None:
     assert chosen.at("a.mlp.b", 0.5) == 0.5
     assert chosen.at("other", 0.5) == 7
     assert parse_setting({"filter": "mlp", "value": 1}, float, "w").at("other", 0) is None
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("lora: {path: b}", r"models\[0\].model.lora: {'path': 'b'} applies an adapter to a model"),
+        ("override_architecture: X", r"models\[0\].model.override_architecture: 'X' reads a model as another"),
+        ("typo: 1", r"unknown key 'models\[0\].model.typo'"),
+    ],
+)
+def test_nothing_beside_a_model_is_dropped(more: str, message: str) -> None:
+    text = f"merge_method: passthrough\nmodels:\n- model: {{model: {{path: a}}, {more}}}\n"
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(text)
+    assert parse_recipe(text.replace(more, "lora: null")).models() == ["a"]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from deltaworks.checkpoints.checkpoint import EMBEDDINGS, HEAD
 from deltaworks.checkpoints.header import TensorInfo
+from deltaworks.errors import quoted
 
 LAYER = re.compile(r"(?P<stack>(?:^|.*?\.)(?:layers|layer|h|blocks|block)\.)(?P<index>\d+)(?P<rest>\..*)")
 """Name of a tensor inside a layer: the prefix of its stack of layers, the layer's number, and the rest."""
@@ -18,6 +19,7 @@ _WRAPPERS = {
     "_orig_mod", "module", "model", "transformer", "language_model", "text_model", "base_model", "backbone",
     "llm", "bert", "roberta", "gpt_neox", "thinker", "decoder",
 }  # fmt: skip
+_LONGEST = 120
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 _FUSED_EXPERTS = re.compile(r"\.experts\.(?:gate_up_proj|down_proj|gate_proj|up_proj)(?:\.weight)?$")
 
@@ -63,7 +65,7 @@ def explain_difference(first: Named, second: Named) -> str | None:
     for names, has, lacks in ((extra[0], first, second), (extra[1], second, first)):
         if names:
             count = f"{len(names)} tensor" + ("s" if len(names) > 1 else "")
-            texts.append(f"{has.name} has {count} that {lacks.name} lacks, first {names[0]}")
+            texts.append(f"{has.name} has {count} that {lacks.name} lacks, first {_shown(names[0])}")
     if len(texts) == 1 and all(LAYER.fullmatch(n) for n in (*extra[0], *extra[1])) and _is_deeper(first, second):
         return f"{texts[0]}; take the layers that both have with slices"
     return f"{', and '.join(texts)}; only models with the same tensors can be merged"
@@ -76,7 +78,7 @@ def shapes_differ(tensor: str, first: tuple[str, Sequence[int]], second: tuple[s
         tensor.endswith((*EMBEDDINGS, HEAD)) and len(shape) == len(its) and tuple(shape[1:]) == tuple(its[1:])
     )
     return (
-        f"tensor {tensor!r} is {list(shape)} in {one} and {list(its)} in {other};"
+        f"tensor {quoted(tensor)} is {list(shape)} in {one} and {list(its)} in {other};"
         " models can be merged only where shapes agree" + (" (align their vocabularies first)" if is_vocabulary else "")
     )
 
@@ -116,7 +118,7 @@ def _prefixed(plain: Named, other: Named) -> str | None:
             beside = len(theirs) - len(names)
             more = f", beside {beside} others" if beside else ""
             return (
-                f"{other.name} has the same tensors as {plain.name} under {prefix!r}{more};"
+                f"{other.name} has the same tensors as {plain.name} under {quoted(prefix)}{more};"
                 " rename them, or save both models with the same version of transformers, first"
             )
     return None
@@ -132,7 +134,8 @@ def _renamed(first: Named, second: Named) -> str | None:
         if their_stripped[key] == name:
             continue
         return (
-            f"{second.name} has the same tensors as {first.name} under other names ({name} is {their_stripped[key]}"
+            f"{second.name} has the same tensors as {first.name} under other names ({_shown(name)} is"
+            f" {_shown(their_stripped[key])}"
             " there); rename them, or save both models with the same version of transformers, first"
         )
     return None
@@ -147,6 +150,11 @@ def _fused(first: Named, second: Named) -> str | None:
                 " save both models with the same version of transformers first"
             )
     return None
+
+
+def _shown(name: str) -> str:
+    """A tensor's name in a message; a hostile one is quoted and cut."""
+    return name if len(name) <= _LONGEST and name.isprintable() else quoted(name)
 
 
 def _weights(model: Named) -> list[str]:

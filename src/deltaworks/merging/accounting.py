@@ -5,7 +5,7 @@ from typing import Any
 
 from deltaworks.catalog.models import Model
 from deltaworks.checkpoints.comparison import is_recomputed
-from deltaworks.errors import CheckpointError
+from deltaworks.errors import CheckpointError, quoted
 from deltaworks.merging.methods.copying import Copy
 from deltaworks.merging.plan import Plan, PlannedTensor
 
@@ -61,7 +61,7 @@ def account_for(
                 else None
             )
             if reason is None:
-                raise CheckpointError(f"{model.name} has the tensor {name}, which the merge does not use")
+                raise CheckpointError(f"{model.name} has the tensor {quoted(name)}, which the merge does not use")
             left_out.setdefault(reason, []).append(name)
         rows.append(
             {

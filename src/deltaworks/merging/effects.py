@@ -57,16 +57,18 @@ class Sample:
         hasher = blake3()
         for name, values in self.tensors.items():
             hasher.update(name.encode())
-            hasher.update((values + np.float32(0)).tobytes())  # the two zeros are the same
+            with np.errstate(all="ignore"):
+                hasher.update((values + np.float32(0)).tobytes())  # the two zeros are the same
         return hasher.hexdigest()
 
     def distance(self, base: "Sample") -> float | None:
         """The norm of the difference from a base, relative to that of the base; None where nothing can be compared."""
         common = [n for n, v in self.tensors.items() if n in base.tensors and base.tensors[n].shape == v.shape]
         pairs = [(self.tensors[n].astype(np.float64), base.tensors[n].astype(np.float64)) for n in common]
-        delta = math.fsum(float(np.square(a - b).sum()) for a, b in pairs)
-        norm = math.fsum(float(np.square(b).sum()) for _, b in pairs)
-        return math.sqrt(delta / norm) if norm > 0 and math.isfinite(delta) else None
+        with np.errstate(all="ignore"):  # NaN and infinity are told elsewhere
+            delta = sum(float(np.square(a - b).sum()) for a, b in pairs)
+            norm = sum(float(np.square(b).sum()) for _, b in pairs)
+        return math.sqrt(delta / norm) if norm > 0 and math.isfinite(delta) and math.isfinite(norm) else None
 
 
 def _read(source: Source, tensor: TensorInfo, first: int, count: int) -> NDArray[np.float32]:
@@ -160,7 +162,7 @@ class Compared:
         for reference, model in self._merged.items():
             known, base = self._summary(reference), self._bases.get(reference)
             key: object = model.fingerprint
-            if known is not None and _is_zero_delta(known[1]) and base in self._merged:
+            if known is not None and _is_zero_delta(known[1]) and base is not None and base in self._merged:
                 key = self._merged[base].fingerprint
             elif known is not None:
                 key = blake3(known[0].read_bytes()).hexdigest()
@@ -198,7 +200,7 @@ class Compared:
 
 
 def _is_zero_delta(summary: Mapping[str, Any]) -> bool:
-    return summary["elements"] > 0 and summary["zeros"] == summary["elements"]
+    return bool(summary["elements"] > 0 and summary["zeros"] == summary["elements"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -292,6 +292,11 @@ class _Reader:
 
     def _reference(self, raw: Any, where: str) -> str:
         if isinstance(raw, dict) and isinstance(raw.get("model"), dict) and "path" in raw["model"]:
+            self._check_keys(raw, ("model", "lora", "override_architecture"), f"{where}.")
+            for key, what in (("lora", "applies an adapter to a model; fold the adapter in first"),
+                              ("override_architecture", "reads a model as another architecture")):  # fmt: skip
+                if raw.get(key) is not None:
+                    raise RecipeError(f"{where}.{key}: {quoted(raw[key])} {what}, that is not done here")
             raw = raw["model"]
         if isinstance(raw, dict) and raw.keys() <= {"path", "revision"} and isinstance(raw.get("path"), str):
             raw = raw["path"] + (f"@{raw['revision']}" if raw.get("revision") else "")
