@@ -11,8 +11,9 @@ from deltaworks.catalog.store import KEPT, Catalog
 from deltaworks.checkpoints.partial import is_abandoned, is_partial
 from deltaworks.errors import CatalogError
 
-_OWN = re.compile(r"\.?[0-9a-f]{1,24}-[0-9a-f]{1,24}")
-"""How the names of files begin that the catalog writes: with the fingerprints of an expert and its base."""
+_OWN = re.compile(r"\.?[0-9a-f]{1,24}-[0-9a-f]{1,24}|\..+\.(?:parquet|table|layers)\.\d")
+"""What names of files begin with that the catalog writes: the fingerprints of an expert and its base; and what the
+names of files look like that are on their way to such a name."""
 
 
 @dataclass(frozen=True, slots=True)
