@@ -39,17 +39,23 @@ class Sample:
     """
 
     def __init__(self, model: Model) -> None:
-        floats = [t for t in model.checkpoint.tensors.values() if t.dtype.is_float and t.count]
-        # Vectors are the norms of layers, which are alike in all models.
-        chosen = sorted([t for t in floats if len(t.shape) > 1] or floats, key=lambda t: t.name)
-        step = max(1, len(chosen) // _TENSORS)
+        floats = sorted(
+            (t for t in model.checkpoint.tensors.values() if t.dtype.is_float and t.count), key=lambda t: t.name
+        )
         self.tensors: dict[str, NDArray[np.float32]] = {}
+        self._stands_for: dict[str, float] = {}
         if model.is_gone:
             return
         with Source(model, ByteCounter()) as source:
-            for tensor in chosen[::step][:_TENSORS]:
-                first = (tensor.count - min(_ELEMENTS, tensor.count)) // 2 // 8 * 8
-                self.tensors[tensor.name] = _read(source, tensor, first, min(_ELEMENTS, tensor.count - first))
+            # Vectors, most of them scales of norms, are numbers of another size than those of matrices.
+            for group in ([t for t in floats if len(t.shape) > 1], [t for t in floats if len(t.shape) <= 1]):
+                chosen = group[:: max(1, len(group) // _TENSORS)][:_TENSORS]
+                share = sum(t.count for t in group) / max(1, sum(t.count for t in chosen))
+                for tensor in chosen:
+                    first = (tensor.count - min(_ELEMENTS, tensor.count)) // 2 // 8 * 8
+                    values = _read(source, tensor, first, min(_ELEMENTS, tensor.count - first))
+                    self.tensors[tensor.name] = values
+                    self._stands_for[tensor.name] = tensor.count / values.size * share
 
     @property
     def digest(self) -> str:
@@ -64,10 +70,12 @@ class Sample:
     def distance(self, base: "Sample") -> float | None:
         """The norm of the difference from a base, relative to that of the base; None where nothing can be compared."""
         common = [n for n, v in self.tensors.items() if n in base.tensors and base.tensors[n].shape == v.shape]
-        pairs = [(self.tensors[n].astype(np.float64), base.tensors[n].astype(np.float64)) for n in common]
+        delta = norm = 0.0
         with np.errstate(all="ignore"):  # NaN and infinity are told elsewhere
-            delta = sum(float(np.square(a - b).sum()) for a, b in pairs)
-            norm = sum(float(np.square(b).sum()) for _, b in pairs)
+            for name in common:
+                a, b = (sample.tensors[name].astype(np.float64) for sample in (self, base))
+                delta += float(np.square(a - b).sum()) * self._stands_for[name]
+                norm += float(np.square(b).sum()) * self._stands_for[name]
         return math.sqrt(delta / norm) if norm > 0 and math.isfinite(delta) and math.isfinite(norm) else None
 
 
@@ -235,7 +243,7 @@ def effect_of(plan: Plan, base: int | None, equal: frozenset[int]) -> Effect:
         return Effect(tuple(notes), "every weight is 0, so every element of the merge would be 0; give weights")
     if (
         base is not None
-        and tensors
+        and any(len(t.inputs) > 1 for t in tensors)  # the base alone may be meant
         and all(_is_base(t.operation, [i.model for i in t.inputs], base, equal) for t in tensors)
     ):
         name = plan.models[base].name
@@ -255,9 +263,9 @@ def _takes_part(operation: Operation, k: int) -> bool:
         return operation.t != (0 if k else 1)
     if isinstance(operation, SelectedSum):
         return k == 0 or operation.topk > 0
-    if isinstance(operation, DeltaSum):
+    if isinstance(operation, DeltaSum) and k > 0:
         thinned = operation.sparsify is not Sparsify.NONE and operation.densities[k - 1] <= 0
-        return k == 0 or (operation.weights[k - 1] != 0 and operation.scale != 0 and not thinned)
+        return operation.weights[k - 1] != 0 and operation.scale != 0 and not thinned
     return True
 
 
