@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from families import recipe, write_family
@@ -305,3 +306,29 @@ def test_a_sweep_plans_every_point_of_a_grid(shell: Shell, tmp_path: Path) -> No
     assert "is no axis" in shell.error("sweep", "ties.yml", "--set", "density")
     assert "no model 'expert9'" in shell.error("sweep", "ties.yml", "--set", "expert9:weight=1")
     assert "unknown parameter 'densty'" in shell.error("sweep", "ties.yml", "--set", "densty=1")
+
+
+def commands() -> list[tuple[str, Any]]:
+    """Every command by its full name, those of groups too."""
+    from typer.main import get_command
+
+    from deltaworks.cli.main import app
+
+    found: list[tuple[str, Any]] = []
+
+    def walk(name: str, command: Any) -> None:
+        if hasattr(command, "commands"):
+            for key, own in command.commands.items():
+                walk(f"{name} {key}".strip(), own)
+        else:
+            found.append((name, command))
+
+    walk("", get_command(app))
+    return found
+
+
+def test_every_command_takes_the_common_options() -> None:
+    assert {"merge", "simulate", "surrogate show", "list", "gc"} <= {name for name, _ in commands()}
+    for name, command in commands():
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {"--json", "--catalog", "--quiet", "-q"} <= options, name

@@ -180,9 +180,9 @@ def surviving_energy(
 
 
 def _energy(bins: NDArray[np.uint16]) -> NDArray[np.float64]:
-    """The square of the magnitude in the middle of each bin."""
+    """The square of the magnitude in the middle of each bin; of infinity and NaN, that of the largest float32."""
     bits = (bins.astype(np.uint32) >> 1 << 16) + (bins & 1).astype(np.uint32) * np.uint32(0x8000)
-    return np.square(bits.view(np.float32).astype(np.float64))
+    return np.square(np.minimum(bits, np.uint32(0x7F7FFFFF)).view(np.float32).astype(np.float64))
 
 
 @inner

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deltaworks.cli.options import AsJson, CatalogPath, print_json
+from deltaworks.cli.options import AsJson, CatalogPath, Quiet, print_json
 from deltaworks.units import format_bytes, format_error
 
 
@@ -16,6 +16,7 @@ def attach(app: typer.Typer) -> None:
 def lineage(
     what: Annotated[str, typer.Argument(metavar="NAME|OUT", help="A catalog name, or a merged model's folder.")],
     catalog: CatalogPath = None,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Tell what a merged model was made from, or what was made from a model.
@@ -23,6 +24,7 @@ def lineage(
     For a merged model: its recipe, plan and budget, every expert with the blocks it gave, and what was made from it in
     turn. For a model of the catalog: every merged model that it is part of, and how much each would change without it.
     """
+    del quiet  # every command takes it; this one reports no progress
     from deltaworks.catalog.register import find_model
     from deltaworks.catalog.store import Catalog
     from deltaworks.merging.lineage import model_lineage, snapshot_lineage

@@ -156,6 +156,7 @@ def gc(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and keep it.")] = False,
     catalog: CatalogPath = None,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Free what the catalog keeps and nobody needs.
@@ -164,6 +165,7 @@ def gc(
     left, and rows of the catalog that are damaged. Layers of experts that are still there go where they are asked for;
     `deltaworks analyze NAME --layers` builds them again. So do plans that no recorded merged model was made by.
     """
+    del quiet  # every command takes it; this one reports no progress
     from deltaworks.catalog.models import Kind
     from deltaworks.catalog.register import find_model, untouched
     from deltaworks.catalog.store import Catalog
@@ -214,8 +216,9 @@ def gc(
     typer.echo(f"{'would free' if dry_run else 'freed'} {format_bytes(nbytes)} in {len(waste)} files{plans_too}")
 
 
-def list_(catalog: CatalogPath = None, as_json: AsJson = False) -> None:
+def list_(catalog: CatalogPath = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """List what the catalog holds: models, analyses, merged snapshots."""
+    del quiet  # every command takes it; this one reports no progress
     from rich.console import Console
     from rich.table import Table
 

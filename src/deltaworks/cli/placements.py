@@ -360,10 +360,12 @@ def advise(
         list[str] | None,
         typer.Option(metavar="GOAL", help="A latency to keep, like ttft_p99=2s.", show_default=False),
     ] = None,
+    catalog: CatalogPath = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Say how many adapters of a rank and a rate fit on one GPU, with how many slots, and what they cost there."""
+    del catalog  # every command takes it; this one needs nothing of it
     from deltaworks.cli.progress import make_counter
     from deltaworks.errors import PlacementError
     from deltaworks.serving.advice import alike, best_row, capacities, overheads

@@ -22,9 +22,11 @@ def diff(
     a: Annotated[str, typer.Argument(metavar="A", help=_PLAN)],
     b: Annotated[str, typer.Argument(metavar="B", help=_PLAN)],
     catalog: CatalogPath = None,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Tell what differs between two plans: settings, models, tensors, and the blocks that only one of them reads."""
+    del quiet  # every command takes it; this one reports no progress
     from deltaworks.catalog.store import Catalog
     from deltaworks.merging.difference import difference
     from deltaworks.merging.stored import find_plan

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deltaworks.cli.options import AsJson, ProfileName, Quiet, Threads, print_json
+from deltaworks.cli.options import AsJson, CatalogPath, ProfileName, Quiet, Threads, print_json
 from deltaworks.units import format_time
 
 if TYPE_CHECKING:
@@ -104,10 +104,12 @@ def simulate(
         ),
     ] = None,
     threads: Threads = None,
+    catalog: CatalogPath = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what a vLLM server would do with a workload of LoRA adapters: throughput, TTFT, ITL, who starves."""
+    del catalog  # every command takes it; this one needs nothing of it
     from deltaworks.cli.progress import make_counter
     from deltaworks.errors import WorkloadError
     from deltaworks.serving.profile import find_profile, with_flags
@@ -223,10 +225,12 @@ def profile(
         typer.Option("--table", metavar="DIR", help="A folder of measurement tables, see docs/profiles.md."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="P", help="Where to write the profile.")],
+    catalog: CatalogPath = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Fit a profile of one engine, model and GPU from measurement tables."""
+    del catalog  # every command takes it; this one needs nothing of it
     import json
 
     from deltaworks.cli.progress import make_counter

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deltaworks.cli.options import AsJson, CatalogPath, print_json
+from deltaworks.cli.options import AsJson, CatalogPath, Quiet, print_json
 from deltaworks.units import format_bytes, format_error
 
 
@@ -19,9 +19,11 @@ def show(
         str, typer.Argument(metavar="NAME|PLAN|OUT", help="A catalog name, a plan file, or a merged model.")
     ],
     catalog: CatalogPath = None,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what is known of a registered model, a plan file or a merged model."""
+    del quiet  # every command takes it; this one reports no progress
     # Plans take kernels, which are slow to import: here only where there is one.
     from deltaworks.catalog.register import find_model
     from deltaworks.catalog.store import Catalog

@@ -56,8 +56,9 @@ def train(
 
 
 @group.command()
-def show(*, profile: ProfileName, catalog: CatalogPath = None, as_json: AsJson = False) -> None:
+def show(*, profile: ProfileName, catalog: CatalogPath = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Print a surrogate's trees as rules, what each feature means, and how far off they are."""
+    del quiet  # every command takes it; this one reports no progress
     from deltaworks.catalog.store import default_path
     from deltaworks.errors import ProfileError
     from deltaworks.serving.estimate import FEATURES

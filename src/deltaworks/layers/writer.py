@@ -77,7 +77,7 @@ class LayerWriter:
         """Enter what layers leave of some blocks: sketches, [DEPTH - 1, BUCKETS], and samples, [DEPTH - 1, SAMPLES]."""
         norms = np.sqrt(np.square(sketches).sum(axis=1, keepdims=True))
         own = self._residuals[record]
-        own["sketch"] = np.divide(sketches, norms, out=np.zeros_like(sketches), where=norms > 0)
+        own["sketch"] = np.divide(sketches, norms, out=np.zeros_like(sketches), where=(norms > 0) & np.isfinite(norms))
         own["sample"] = samples
 
     def commit(self, tensors: Sequence[LayeredTensor], about: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from deltaworks.merging.methods.ranked_mask import LARGEST_ROWS_BLOCK, LONGEST_R
 from deltaworks.merging.methods.sce import SelectedSum
 from deltaworks.merging.methods.spherical import Slerp
 from deltaworks.merging.methods.weighted import WeightedSum
+from deltaworks.merging.normalized import check_range, check_sum, normalizable, rescaled
 from deltaworks.merging.output_config import describe_output
 from deltaworks.merging.parameters import Setting, resolve
 from deltaworks.merging.plan import InputTensor, Plan, PlannedModel, PlannedTensor
@@ -181,7 +182,7 @@ def _resolve(recipe: Recipe, tensor: TensorRecipe, name: str, model: int | None 
 def _number(recipe: Recipe, tensor: TensorRecipe, name: str, model: int | None = None) -> float:
     value = _resolve(recipe, tensor, name, model)
     assert value is not None
-    return float(value)
+    return check_range(float(value), name, tensor.name)
 
 
 def _numbers(recipe: Recipe, tensor: TensorRecipe, name: str, models: Sequence[int]) -> tuple[float, ...]:
@@ -255,9 +256,7 @@ def _plan_tensor(
     if recipe.method.name == "linear":
         weights = _numbers(recipe, tensor, "weight", range(len(inputs)))
         normalize = bool(_resolve(recipe, tensor, "normalize"))
-        if normalize and sum(weights) == 0:
-            raise RecipeError(f"the weights at tensor {tensor.name!r} sum to zero, so they cannot be normalized")
-        operation = WeightedSum(weights, normalize)
+        operation = WeightedSum(normalizable(weights, tensor.name) if normalize else weights, normalize)
     elif recipe.method.name == "passthrough":
         factor = _resolve(recipe, tensor, "scale", 0)
         if factor is None and dtype == sources[0].dtype:
@@ -287,13 +286,18 @@ def _delta_sum(
     seed: int,
 ) -> DeltaSum:
     method = recipe.method.name
+    weights, normalize = _numbers(recipe, tensor, "weight", experts), bool(_resolve(recipe, tensor, "normalize"))
+    if normalize and method in _CONSENSUS:
+        weights = rescaled(weights)
+    elif normalize:
+        check_sum(weights, tensor.name)
     operation = DeltaSum(
-        weights=_numbers(recipe, tensor, "weight", experts),
+        weights=weights,
         densities=_numbers(recipe, tensor, "density", experts),
         sparsify=_SPARSIFY.get(method, Sparsify.NONE),
         rescale=bool(_resolve(recipe, tensor, "rescale")),
         consensus=method in _CONSENSUS,
-        normalize=bool(_resolve(recipe, tensor, "normalize")),
+        normalize=normalize,
         scale=_number(recipe, tensor, "lambda"),
     )
     if operation.sparsify.trims:
