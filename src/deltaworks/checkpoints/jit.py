@@ -139,7 +139,7 @@ forget_stale_kernels(Path(__file__).parents[1])
 
 
 def compiled_before(name: str = "codec.decode") -> bool:
-    """Whether a compiled kernel lies on disk for this user; if not, the first call takes some seconds.
+    """Whether a compiled kernel lies on disk for this user; if not, the first calls take half a minute or more.
 
     Args:
         name: Its module's and its own, as Numba names its files.

@@ -71,8 +71,8 @@ Layers = Annotated[
     typer.Option(
         "--layers/--no-layers",
         help="Read experts from the catalog's layers where it has them (analyze --layers), or never. With a budget they"
-        " are used unless told otherwise; without one they are less than half of the bytes, with the same result, for"
-        " more processor time.  [default: with a budget, or from slow storage]",
+        " are used unless told otherwise; without one they are 38 to 46% of the bytes of BF16 weights, with the same"
+        " result, for more processor time.  [default: with a budget, or from slow storage]",
         show_default=False,
     ),
 ]

@@ -287,7 +287,9 @@ def _exact(judge: Any, found: int) -> dict[str, Any]:
     try:
         from deltaworks.serving.exact import fewest_gpus
     except ImportError:
-        raise PlacementError("--exact needs OR-Tools; install it with: pip install 'deltaworks[exact]'") from None
+        raise PlacementError(
+            "--exact needs OR-Tools; install it in a checkout of deltaworks with: pip install '.[exact]'"
+        ) from None
     return {"gpus": fewest_gpus(judge, 0, found)}
 
 

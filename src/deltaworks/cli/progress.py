@@ -14,6 +14,7 @@ from deltaworks.units import format_bytes
 _FIRST_LINE_AFTER = 2.0
 _LINE_EVERY = 5.0
 _WARM_UP = 20.0
+_COMPILING = "compiling {} for this machine, once for this version; this takes about half a minute to a minute"
 
 
 def make_progress(*, quiet: bool, computes: bool = True) -> Reports:
@@ -27,7 +28,7 @@ def make_progress(*, quiet: bool, computes: bool = True) -> Reports:
         return Quiet()
     shown: Reports = _bar() if sys.stderr.isatty() else Lines()
     if computes and not compiled_before():
-        shown.note("compiling kernels for this machine; this happens once and takes some seconds")
+        shown.note(_COMPILING.format("kernels"))
     return shown
 
 
@@ -52,7 +53,7 @@ def make_counter(label: str, total: int | None, kernel: str, *, quiet: bool) -> 
         yield lambda _: None
         return
     if not compiled_before(kernel):
-        sys.stderr.write("note: compiling the twin for this machine; this happens once and takes some seconds\n")
+        sys.stderr.write(f"note: {_COMPILING.format('the twin')}\n")
     if sys.stderr.isatty():
         from deltaworks.cli.bar import counting
 
@@ -80,7 +81,7 @@ def make_steps(kernel: str, *, quiet: bool) -> Callable[[str], None]:
     """
     started = time.monotonic()
     if not quiet and not compiled_before(kernel):
-        sys.stderr.write("note: compiling the twin for this machine; this happens once and takes some seconds\n")
+        sys.stderr.write(f"note: {_COMPILING.format('the twin')}\n")
 
     def step(text: str) -> None:
         if not quiet and time.monotonic() - started > _FIRST_LINE_AFTER:

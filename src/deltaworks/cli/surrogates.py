@@ -37,7 +37,9 @@ def train(
     try:
         from deltaworks.serving import training
     except ImportError:
-        raise ProfileError("training needs scikit-learn; install it with: pip install 'deltaworks[train]'") from None
+        raise ProfileError(
+            "training needs scikit-learn; install it in a checkout of deltaworks with: pip install '.[train]'"
+        ) from None
 
     chosen = find_profile(profile)
     with Catalog(catalog) as opened:
