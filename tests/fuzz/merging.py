@@ -2,8 +2,11 @@
 
 import json
 import random
+import shutil
+import sqlite3
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +14,21 @@ import numpy as np
 from blake3 import blake3
 from families import CONFIG, random_tensors, write_model
 
+from deltaworks.catalog.rows import checksum, columns
+from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.checkpoint import open_checkpoint
 from deltaworks.checkpoints.quantized import quantization
 from deltaworks.checkpoints.reader import ByteCounter
 from deltaworks.checkpoints.sidecars import chat_template, vocabulary, write_chat_template
+from deltaworks.errors import DeltaworksError, VerificationError
 from deltaworks.merging.card import model_card
 from deltaworks.merging.execute import output_shards
-from deltaworks.merging.lineage import taken_of
+from deltaworks.merging.lineage import snapshot_lineage, taken_of
+from deltaworks.merging.manifest import MANIFEST, read_manifest
+from deltaworks.merging.owned_folder import JOURNAL, OwnedFolder
 from deltaworks.merging.plan import load_plan, save_plan
 from deltaworks.merging.recipe import load_recipe
+from deltaworks.merging.verify import verify
 from deltaworks.reports.plans import plan_facts
 from fuzz.harness import Target
 from fuzz.mutate import as_json, as_yaml
@@ -245,6 +254,101 @@ TOKENIZERS: list[Any] = [
     {"added_tokens": None, "model": {"type": "Unigram", "vocab": [["a", -1.5], ["b", -2.0]]}},
 ]
 
+# Snapshots and the catalog
+
+MANIFEST_SEED = {
+    "deltaworks_manifest": 1, "plan_digest": "ab" * 32, "method": "ties", "seed": 0,
+    "inputs": [
+        {"reference": "./base", "name": "base", "role": "base", "fingerprint": "cd" * 32, "nbytes": 400},
+        {"reference": "./a", "name": "a", "role": "expert", "fingerprint": "ef" * 32, "nbytes": 400},
+    ],
+    "fingerprint": "12" * 32, "shards": [{"file": "model.safetensors", "bytes": 4, "blake3": "34" * 32}],
+    "files": {"config.json": "56" * 32}, "budget_bytes": None, "expert_bytes": 400, "expert_bytes_planned": 80,
+    "predicted_error": 0.0, "error_bound": None, "expert_bytes_read": 80, "base_bytes_read": 80,
+    "versions": {"deltaworks": "0.1.0"},
+}  # fmt: skip
+
+
+JOURNAL_SEED = {
+    "deltaworks_staging": 1, "plan": "ab" * 32, "files": ["config.json", "model.safetensors"],
+    "shards": {"model.safetensors": "cd" * 32}, "expert_bytes": {"model.safetensors": 80},
+}  # fmt: skip
+
+
+def _read_manifest(content: bytes, folder: Path) -> None:
+    out = folder / "out"
+    out.mkdir(exist_ok=True)
+    (out / MANIFEST).write_bytes(content)
+    (out / "config.json").write_text("{}")
+    manifest = read_manifest(out)
+    with Catalog(folder / "catalog") as catalog:
+        snapshot_lineage(catalog, out, manifest, None)
+    with suppress(VerificationError):  # its files are none of those that the manifest lists
+        verify(out)
+
+
+def _read_journal(content: bytes, folder: Path) -> None:
+    staging = folder / ".staging"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    (staging / JOURNAL).write_bytes(content)
+    OwnedFolder(staging).close()
+
+
+ROWS = {
+    "config": [CONFIG, None],
+    "shards": [{"name": "model.safetensors", "size": 80, "mtime_ns": 1, "ctime_ns": 1, "inode": 7}],
+    "tensors": [["a.weight", "F32", [2, 2], "model.safetensors", 64, 16]],
+    "manifest": MANIFEST_SEED,
+    "summary": {"nonfinite": [], "elements": 4, "zeros": 0, "relative_norm": 0.1},
+    "cut": [1065353216, 0, 1, 4],
+    "kind": "base",
+}
+"""What columns of the catalog hold; each is replaced by a mutation, under a checksum that fits."""
+_ROW = {
+    "models": ("m", "base", "m", "/m", None, 0, "ab" * 32, "shards", "tensors", "config"),
+    "snapshots": ("/out", "ab" * 32, "manifest"),
+    "analyses": ("ab" * 32, "cd" * 32, 4096, "x.parquet", "summary"),
+    "cuts": ("ab" * 32, "cd" * 32, "t", 2, "cut"),
+}
+
+
+def _read_rows(content: bytes, folder: Path) -> None:
+    text = content.decode(errors="replace")
+    with Catalog(folder / "rows") as catalog:
+        (folder / "rows" / "statistics" / "x.parquet").touch()
+        try:
+            tree = json.loads(text)
+        except (ValueError, RecursionError):
+            tree = None
+        cells = {k: json.dumps(v) for k, v in tree.items()} if isinstance(tree, dict) else dict.fromkeys(ROWS, text)
+        if tree:
+            cells["kind"] = str(tree.get("kind")) if isinstance(tree, dict) else "base"
+        with sqlite3.connect(catalog.database) as db:
+            for table, row in _ROW.items():
+                values = [cells.get(v, "null") if isinstance(v, str) and v in ROWS else v for v in row]
+                values = [v.encode(errors="replace").decode() if isinstance(v, str) else v for v in values]
+                marks = ", ".join("?" * (len(values) + 1))
+                db.execute(f"DELETE FROM {table}")
+                db.execute(
+                    f"INSERT INTO {table}({columns(table)}) VALUES ({marks})", (*values, checksum(table, values))
+                )
+        db.close()
+        refused = None
+        for read in (
+            catalog.models,
+            catalog.snapshots,
+            lambda: catalog.find_analysis("ab" * 32, "cd" * 32),
+            lambda: catalog.find_cuts("ab" * 32, "cd" * 32),
+        ):
+            try:
+                read()
+            except DeltaworksError as error:
+                refused = error
+        if refused is not None:
+            raise refused
+
+
 TARGETS = [
     Target("recipe", lambda: RECIPES, _read_recipe, as_yaml),
     Target("recipe-text", lambda: RECIPE_TEXTS, _read_recipe),
@@ -258,4 +362,7 @@ TARGETS = [
            _in_model("tokenizer_config.json", _template)),
     Target("template-text", lambda: ["{% for m in messages %}{{ m }}\nü{% endfor %}".encode()],
            _in_model("chat_template.jinja", _template)),
+    Target("manifest", lambda: [MANIFEST_SEED], _read_manifest),
+    Target("journal", lambda: [JOURNAL_SEED], _read_journal),
+    Target("catalog-rows", lambda: [ROWS], _read_rows),
 ]  # fmt: skip

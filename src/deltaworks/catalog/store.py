@@ -328,7 +328,8 @@ class Catalog:
         for _, _, block_size, name, summary in self._sound("analyses", "WHERE expert = ? AND base = ?", expert, base):
             file = self.path / "statistics" / name
             if file.is_file():
-                return block_size, file, json.loads(summary)
+                found = _object(summary)
+                return None if found is None else (block_size, file, found)
         return None
 
     def save_cuts(self, expert: str, base: str, cuts: Mapping[tuple[str, int], Sequence[int]]) -> None:
@@ -339,7 +340,8 @@ class Catalog:
     def find_cuts(self, expert: str, base: str) -> dict[tuple[str, int], list[int]]:
         """Every remembered cut of a delta, packed, by tensor and number of kept elements; no damaged ones."""
         rows = self._sound("cuts", "WHERE expert = ? AND base = ?", expert, base)
-        return {(tensor, keep): json.loads(cut) for _, _, tensor, keep, cut in rows}
+        parsed = {(tensor, keep): _cut(cut) for _, _, tensor, keep, cut in rows}
+        return {key: cut for key, cut in parsed.items() if cut is not None}
 
     # Storages
 
@@ -414,13 +416,18 @@ class Catalog:
         rows = self._rows(
             f"SELECT committed_at, {columns('snapshots')} FROM snapshots ORDER BY committed_at, rowid"  # noqa: S608
         )
-        for _, *row in rows:
-            if not is_sound("snapshots", row):
+        manifests = [_object(row[3]) for row in rows]
+        for (_, *row), manifest in zip(rows, manifests, strict=True):
+            if not is_sound("snapshots", row) or manifest is None or not isinstance(manifest.get("inputs"), list):
                 raise CatalogError(
                     f"the row {row_name('snapshots', row)} of {self.database} is damaged; drop it with `deltaworks gc`"
                     " and enter that merged model again: deltaworks verify OUT"
                 )
-        return [(Path(path), digest, json.loads(manifest), when) for when, path, digest, manifest, _ in rows]
+        return [
+            (Path(path), digest, manifest, when)
+            for (when, path, digest, *_), manifest in zip(rows, manifests, strict=True)
+            if manifest is not None
+        ]
 
     # Merges that are not finished
 
@@ -478,8 +485,26 @@ def _model(row: tuple[Any, ...]) -> Model | None:
             kind == Kind.ADAPTER,
         )
         return Model(name, Kind(kind), source, base, bool(declared), fingerprint, checkpoint)
-    except (ValueError, TypeError, LookupError):
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    """The JSON object in a cell; None where it does not parse as one, as in rows from before there were checksums."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _cut(text: str) -> list[int] | None:
+    """A packed cut in a cell; None where it does not parse as one."""
+    try:
+        cut = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return cut if isinstance(cut, list) and len(cut) == 4 and all(type(n) is int for n in cut) else None
 
 
 @lru_cache(maxsize=16)
