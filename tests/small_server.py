@@ -4,12 +4,14 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from deltaworks.serving.judge import Demand, Judge, parse_goal
+from deltaworks.serving.parts import part_of
 from deltaworks.serving.placement import Placement
 from deltaworks.serving.profile import FrontEnd, KvCache, LoadTime, Profile, ServerFlags, StepTime
-from deltaworks.serving.workload import Workload, parse_workload
+from deltaworks.serving.workload import Workload, parse_workload, requests_of
 
 SMALL = Profile(
     "small", "vLLM 0.11.0", "org/model", "g", KvCache(6000, 10, 5, 1000),
@@ -40,8 +42,11 @@ def check_placement(asker: Judge, found: Placement) -> None:
             served[piece.adapter] = served.get(piece.adapter, 0.0) + piece.share
             intervals.setdefault(piece.adapter, []).append((piece.start, piece.start + piece.share))
             assert asker.demand.workload.adapters[piece.adapter].rank <= asker.rank_of(gpu.part)
-        answer = asker.ask(gpu.part, gpu.kind, gpu.slots, 1 + asker.demand.headroom)
-        assert not gpu.part or (not answer["starved"] and not answer["memory_error"])
+        for factor in {1.0, 1 + asker.demand.headroom} if gpu.part else ():
+            answer = asker.ask(gpu.part, gpu.kind, gpu.slots, factor)
+            assert not answer["memory_error"]
+            assert not answer["starved_adapters"]
+            assert all(goal.met(answer) for goal in asker.demand.goals)
     assert sorted(served) == list(range(len(asker.demand.workload.adapters)))
     assert all(share == pytest.approx(1.0) for share in served.values())
     for own in intervals.values():
@@ -50,3 +55,10 @@ def check_placement(asker: Judge, found: Placement) -> None:
         assert bounds[-1][1] == pytest.approx(1.0)
         assert all(a[1] == pytest.approx(b[0]) for a, b in itertools.pairwise(bounds))
     assert found.lower_bound <= len(found.gpus)
+    # Every request is offered once.
+    whole = requests_of(asker.demand.workload)
+    parts = [requests_of(part_of(asker.demand.workload, gpu.part)) for gpu in found.gpus if gpu.part]
+    own = whole.adapter < len(asker.demand.workload.adapters)
+    for column in ("prompt", "output", "arrival_s"):
+        offered = np.concatenate([getattr(part, column) for part in parts])
+        assert np.array_equal(np.sort(offered), np.sort(getattr(whole, column)[own]))

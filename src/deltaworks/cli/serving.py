@@ -172,11 +172,12 @@ def _answer(answer: dict[str, Any], profile: str, slots: int) -> None:
     if answer["memory_error"]:
         typer.echo(f"{profile} with {slots} slots: out of memory, the server does not start")
         return
+    # Those with the most waiting requests first.
+    starved = sorted(answer["starved_adapters"], key=lambda name: -answer["adapters"][name]["waiting"])
     server = f"{profile} with {slots} slots, {answer['kv_tokens']:,} KV tokens"
-    if answer["starved"]:
-        listed = _listed(answer["starved_adapters"])
+    if starved:
         asked = sum(a["arrived"] > 0 for a in answer["adapters"].values())
-        typer.echo(f"STARVED: {listed} ({len(answer['starved_adapters']):,} of {asked:,} that ask); {server}\n")
+        typer.echo(f"STARVED: {_listed(starved)} ({len(starved):,} of {asked:,} that ask); {server}\n")
     else:
         typer.echo(f"{server}: not starved\n")
     spreads = {"TTFT": answer["ttft_ms"], "ITL": answer["itl_ms"], "TPOT": answer["tpot_ms"]}
@@ -191,8 +192,7 @@ def _answer(answer: dict[str, Any], profile: str, slots: int) -> None:
     ]
     if answer["ttft_ms"] != answer["ttft_completed_ms"]:
         rows.insert(2, ("  completed", _spread(answer["ttft_completed_ms"])))
-    behind = sorted((a["served_share"], name) for name, a in answer["adapters"].items() if a["arrived"])
-    rows += [("behind", _behind(name, answer["adapters"][name])) for share, name in behind[:5] if share < 0.9]
+    rows += [("behind", _behind(name, answer["adapters"][name])) for name in starved[:5]]
     for label, value in rows:
         typer.echo(f"{label:<12}{value}")
     for note in answer["notes"]:

@@ -1,0 +1,114 @@
+"""What no number of GPUs can do is said before any search, with what can be done."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_server import LENGTHS, SMALL, check_placement, judge, workload
+
+from deltaworks.errors import ImpossibleError
+from deltaworks.serving.feasible import check_possible
+from deltaworks.serving.judge import Goal, Judge, parse_goal
+from deltaworks.serving.parts import Piece
+from deltaworks.serving.placement import place
+from deltaworks.serving.simulate import Configuration, simulate
+from deltaworks.serving.workload import parse_workload, requests_of
+
+ONE = [{"name": "a", "count": 4, "rank": 8, "rate": 0.5}]
+
+
+@pytest.mark.parametrize(("goals", "lengths", "said"), [
+    (("itl_mean=1ms",), LENGTHS, r"itl_mean=1.0 ms cannot be kept: .* idle small it is 6.4 ms"),
+    (("itl_p99=1ms",), LENGTHS, r"itl_p99=1.0 ms cannot be kept: .* it is 6.4 ms"),
+    (("tpot_p50=1ms",), LENGTHS, r"tpot_p50=1.0 ms cannot be kept: .* it is 6.4 ms"),
+    (("ttft_p99=1ms",), LENGTHS, r"ttft_p99=1.0 ms cannot be kept: .* it is 15.4 ms"),
+    (("ttft_p50=1s", "ttft_mean=2ms"), LENGTHS, "ttft_mean=2.0 ms cannot be kept"),
+    ((), {"distribution": "fixed", "input_mean": 6000, "output_mean": 50}, r"a-0: 100% of its tokens .* 5,920 tokens"),
+    ((), {"distribution": "fixed", "input_mean": 50, "output_mean": 1e6}, "a-0: 100% of its tokens"),
+])  # fmt: skip
+def test_the_impossible_is_said(goals: tuple[str, ...], lengths: dict[str, Any], said: str) -> None:
+    asker = judge(workload(ONE, lengths=lengths), 0.1, goals)
+    with pytest.raises(ImpossibleError, match=said):
+        place(asker)
+    assert asker.runs < 200
+
+
+def test_there_are_more_gpus_than_make_sense() -> None:
+    """One request at a time is fast enough and two are not: a GPU must be idle nearly always."""
+    asker = judge(workload([{"name": "a", "count": 4, "rank": 8, "rate": 10.0}]), 0.1, ("itl_p99=6.5ms",))
+    with pytest.raises(ImpossibleError, match=r"even on \d+ GPUs the goals are not kept: .* itl_p99 is "):
+        place(asker)
+    assert asker.runs < 200
+
+
+def test_what_is_said_to_be_possible_is() -> None:
+    asker = judge(workload([{"name": "a", "rank": 8, "rate": 0.1}]), 0.1, ("ttft_p50=16ms", "itl_mean=6.6ms"))
+    check_placement(asker, place(asker))
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.tuples(st.sampled_from([8, 32]), st.sampled_from([0.05, 1.0, 8.0])), min_size=1, max_size=4),
+    st.sampled_from([1, 3, 600, 2500]), st.sampled_from([1, 2, 40, 300]), st.integers(1, 6),
+)  # fmt: skip
+def test_no_server_is_faster_than_single_requests(
+    adapters: list[tuple[int, float]], prompt: int, output: int, slots: int
+) -> None:
+    """A goal that the twin sees kept is never called impossible."""
+    asked = parse_workload({
+        "duration": 60, "lengths": {"distribution": "fixed", "input_mean": prompt, "output_mean": output},
+        "adapters": [{"name": f"a{i}", "rank": rank, "rate": rate} for i, (rank, rate) in enumerate(adapters)],
+    }, Path())  # fmt: skip
+    answer = simulate(asked, SMALL, Configuration(slots))
+    for quantity in ("ttft", "itl", "tpot"):
+        for statistic in ("mean", "p50", "p99"):
+            value = answer[f"{quantity}_ms"][statistic]
+            if value is not None:
+                goal = Goal(quantity, statistic, value * 1.000001)
+                check_possible(asked, [SMALL], [goal], [requests_of(asked)])
+
+
+def answer_of(**changed: Any) -> dict[str, Any]:
+    usual = {"requests": {"arrived": 4}, "offered_output_tps": 5.0, "duration_s": 10.0}
+    return usual | {f"{q}_ms": {"mean": None, "p50": None, "p99": None} for q in ("ttft", "itl", "tpot")} | changed
+
+
+@pytest.mark.parametrize(("goal", "changed", "met"), [
+    ("ttft_p99=1s", {"ttft_ms": {"p99": 1000.0}}, True),
+    ("ttft_p99=1s", {"ttft_ms": {"p99": 1000.1}}, False),
+    ("ttft_p99=1s", {}, False),
+    ("itl_mean=1s", {}, False),
+    ("tpot_p50=1s", {}, False),
+    ("ttft_p99=1s", {"requests": {"arrived": 0}}, True),
+    ("itl_mean=1s", {"requests": {"arrived": 0}}, True),
+    # Answers of one token have no gaps, but they have a first token.
+    ("itl_mean=1s", {"offered_output_tps": 0.4}, True),
+    ("ttft_p99=1s", {"offered_output_tps": 0.4}, False),
+])  # fmt: skip
+def test_nothing_observed_is_no_goal_kept(goal: str, changed: dict[str, Any], met: bool) -> None:
+    assert parse_goal(goal).met(answer_of(**changed)) is met
+
+
+def test_a_share_without_requests_proves_nothing() -> None:
+    asker = judge(workload([{"name": "a", "rank": 8, "rate": 0.02}, {"name": "still", "rank": 8, "rate": 0.0}]))
+    whole, still = (Piece(0),), (Piece(1),)
+    assert asker.passes(whole, 0, 1)
+    assert asker.passes(still, 0, 1)
+    pieces = [(Piece(0, 1 / 64, i / 64),) for i in range(64)]
+    arrived = [asker.ask(part, 0, 1)["requests"]["arrived"] for part in pieces]
+    assert sum(arrived) == asker.ask(whole, 0, 1)["requests"]["arrived"]
+    assert any(arrived)
+    assert all(asker.passes(part, 0, 1) == bool(n) for part, n in zip(pieces, arrived, strict=True) if n == 0)
+
+
+@pytest.mark.parametrize("duration", [10, 20, 60, 600])
+def test_the_duration_decides_little(duration: float) -> None:
+    """Answers of 7 s and more, on as many GPUs in 10 s as in 10 minutes."""
+    lengths = {"distribution": "lognormal", "input_mean": 50, "input_sd": 20, "output_mean": 900, "output_sd": 300}
+    adapters = [{"name": "think", "count": 8, "rank": 8, "rate": 0.25}]
+    asker: Judge = judge(workload(adapters, lengths=lengths, duration=duration))
+    found = place(asker)
+    check_placement(asker, found)
+    assert (len(found.gpus), found.lower_bound) == (2, 2)

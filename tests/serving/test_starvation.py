@@ -1,0 +1,161 @@
+"""Who starves, and how long waits are that are not over."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_server import LENGTHS, SMALL
+
+from deltaworks.serving.censored import statistics
+from deltaworks.serving.simulate import BASE_MODEL, Configuration, simulate
+from deltaworks.serving.workload import parse_workload
+
+seconds = st.lists(st.floats(0.001, 1000, allow_subnormal=False), min_size=0, max_size=40)
+
+
+@given(seconds, seconds)
+def test_censored_statistics_are_never_below_the_times_so_far(over: list[float], waiting: list[float]) -> None:
+    found = statistics(np.array(over), np.array(waiting))
+    times = np.array(over + waiting)
+    if not times.size:
+        assert found == {"mean": None, "p50": None, "p99": None}
+        return
+    plain = {"mean": times.mean(), "p50": np.percentile(times, 50), "p99": np.percentile(times, 99)}
+    for name, value in found.items():
+        assert value is not None
+        assert value >= 1000 * plain[name] * (1 - 1e-9)
+        assert value <= 1000 * times.max() * (1 + 1e-9)
+        if not waiting:
+            assert value == 1000 * plain[name]
+
+
+@given(st.lists(st.floats(1, 1000), min_size=1, max_size=40), st.lists(st.floats(0, 0.5), max_size=40))
+def test_requests_that_arrived_a_moment_ago_change_nothing(over: list[float], waiting: list[float]) -> None:
+    found = statistics(np.array(over), np.array(waiting))
+    assert found["mean"] == pytest.approx(1000 * np.mean(over))
+    for name, percent in (("p50", 50), ("p99", 99)):
+        low, high = (np.percentile(over, percent, method=method) for method in ("lower", "higher"))
+        assert found[name] is not None
+        assert 1000 * low * (1 - 1e-9) <= found[name] <= 1000 * high * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("over", "waiting", "mean", "median"), [
+    ([1.0, 3.0], [], 2.0, 2.0),
+    # The one that waits is as likely to wait 3 s as 5 s.
+    ([1.0, 3.0, 5.0], [2.0], (1 + 1.5 * 3 + 1.5 * 5) / 4, 3.0),
+    # Nothing longer was seen: the longest time stands for all that wait.
+    ([1.0], [7.0, 9.0], (1 + 9 + 9) / 3, 9.0),
+    ([], [4.0], 4.0, 4.0),
+])  # fmt: skip
+def test_the_kaplan_meier_estimate(over: list[float], waiting: list[float], mean: float, median: float) -> None:
+    found = statistics(np.array(over), np.array(waiting))
+    assert found["mean"] == pytest.approx(1000 * mean)
+    assert found["p50"] == pytest.approx(1000 * median)
+
+
+def request(time: float, adapter: str, prompt: int = 100, output: int = 50) -> dict[str, Any]:
+    return {"time": time, "adapter": adapter, "prompt_tokens": prompt, "output_tokens": output}
+
+
+def ask(rows: list[dict[str, Any]], duration: float, slots: int = 1, **changed: Any) -> dict[str, Any]:
+    workload = parse_workload({"duration": duration, "requests": rows}, Path())
+    return simulate(workload, SMALL, Configuration(slots, **changed))
+
+
+# A request every tenth of a second, of three tenths each: the adapter never leaves the only slot.
+BUSY = [request(i / 10, "busy") for i in range(6000)]
+
+
+@pytest.mark.parametrize(("what", "rows", "starved"), [
+    ("nobody waits", [request(t, "a") for t in range(0, 600, 5)], []),
+    ("one request waits from the first minute on", [*BUSY, request(60, "cold")], ["cold"]),
+    ("one request waits for more than a tenth of the run", [*BUSY, request(530, "cold")], ["cold"]),
+    ("one request waits for less than that", [*BUSY, request(550, "cold")], []),
+    ("one request arrived a moment ago", [*BUSY, request(599.5, "cold")], []),
+    ("most were served before the slot was taken",
+     [*(request(t / 10, "cold") for t in range(100)), *(request(11 + r["time"], "busy") for r in BUSY[:5890]),
+      request(300, "cold")], []),
+    ("a fifth comes after the slot was taken",
+     [*(request(t, "cold") for t in range(40)), *(request(41 + r["time"], "busy") for r in BUSY[:5590]),
+      *(request(100 + t, "cold") for t in range(10))], ["cold"]),
+    ("an answer is longer than the run", [request(0, "a", 10, 5000), request(590, "b", 10, 5000)], []),
+    ("requests are too long for the KV cache", [request(1, "a"), request(2, "b", 9000)], ["b"]),
+    ("one of many is too long", [*(request(t, "a") for t in range(600)), request(300, "a", 9000)], []),
+    ("the base model's own requests need no slot", [*BUSY, request(60, "")], []),
+    ("all are asked for too much", [request(t / 150, f"a{t % 2}") for t in range(90000)], ["a0", "a1"]),
+    ("the base model is asked for too much", [request(t / 150, "") for t in range(90000)], [BASE_MODEL]),
+], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+def test_who_starves(what: str, rows: list[dict[str, Any]], starved: list[str]) -> None:
+    answer = ask(sorted(rows, key=lambda row: row["time"]), 600)
+    assert answer["starved_adapters"] == starved, what
+    assert answer["starved"] == bool(starved)
+    assert [name for name, adapter in answer["adapters"].items() if adapter["starved"]] == starved
+
+
+def test_waiting_counts_in_latencies() -> None:
+    waits = ask(sorted([*BUSY, *(request(60 + t, "cold") for t in range(200))], key=lambda row: row["time"]), 600)
+    assert waits["adapters"]["cold"] == {
+        "arrived": 200, "completed_share": 0.0, "served_share": 0.0, "waiting": 200, "rejected": 0,
+        "oldest_wait_s": 540.0, "starved": True,
+    }  # fmt: skip
+    assert not waits["starved_server"]
+    assert waits["ttft_completed_ms"]["p99"] < 1000
+    assert waits["ttft_ms"]["p99"] > 300_000
+
+
+def test_dropped_requests_are_not_served() -> None:
+    rows = [request(t / 150, "a") for t in range(90000)]
+    answer = ask(rows, 600, client_max_outstanding=10)
+    assert answer["adapters"]["a"]["oldest_wait_s"] < 60
+    assert answer["adapters"]["a"]["rejected"] > 9000
+    assert answer["starved_adapters"] == ["a"]
+    assert answer["ttft_ms"]["p99"] == 600_000
+
+
+def test_a_preempted_request_waits_since_then() -> None:
+    """Ten answers grow until the KV cache is full; the last is sent back and waits for the others to end."""
+    rows = [request(t / 100, "a", 100, 560) for t in range(10)]
+    answer = ask(rows, 4.0)
+    assert answer["preemptions"] > 0
+    adapter = answer["adapters"]["a"]
+    assert adapter["waiting"] > 0
+    assert 0 < adapter["oldest_wait_s"] < 2.0
+    assert 0.7 < adapter["served_share"] < 1.0
+
+
+@pytest.mark.parametrize(("duration", "output", "short"), [(600, 50, False), (300, 5000, True), (1, 50, True)])
+def test_a_run_that_is_short_against_one_answer_says_so(duration: float, output: int, short: bool) -> None:
+    answer = ask([request(0, "a", 100, output)], duration)
+    assert answer["short"] is short
+    assert len(answer["notes"]) == short
+    assert all("short against one answer" in note for note in answer["notes"])
+
+
+groups = st.lists(
+    st.fixed_dictionaries({
+        "count": st.integers(1, 8), "rank": st.sampled_from([8, 16]), "rate": st.sampled_from([0.0, 0.01, 0.3, 6.0]),
+    }),
+    min_size=1, max_size=3,
+)  # fmt: skip
+
+
+@given(groups, st.integers(1, 12), st.integers(0, 3))
+def test_what_starves_waits(adapters: list[dict[str, Any]], slots: int, seed: int) -> None:
+    content = {"duration": 60, "lengths": LENGTHS, "adapters": adapters, "seed": seed}
+    answer = simulate(parse_workload(content, Path()), SMALL, Configuration(slots))
+    entries = answer["adapters"]
+    assert answer["starved"] == bool(answer["starved_adapters"])
+    assert answer["starved_adapters"] == [name for name, entry in entries.items() if entry["starved"]]
+    for count in ("arrived", "waiting", "rejected"):
+        assert sum(entry[count] for entry in entries.values()) == answer["requests"][count]
+    for entry in entries.values():
+        assert entry["waiting"] > 0 or entry["oldest_wait_s"] == 0
+        assert not entry["starved"] or (entry["oldest_wait_s"] > 6 and entry["served_share"] <= 0.9001)
+        assert entry["completed_share"] <= 1 >= entry["served_share"]
+    for name in ("mean", "p50", "p99"):
+        plain = answer["ttft_completed_ms"][name]
+        if not answer["requests"]["waiting"] + answer["requests"]["running"]:
+            assert answer["ttft_ms"][name] == plain
