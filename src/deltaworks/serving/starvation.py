@@ -3,7 +3,10 @@
 An adapter starves when a tenth of the tokens asked of it are refused, or belong to requests that wait in the queue when
 time is up while the oldest of them has waited for more than a tenth of the run. A queue that holds a share s of what
 came in a run of T seconds began to form about s * T seconds ago, so in a plain overload both conditions say the same.
-Requests that are being served when time is up count against nobody, however long their answers are.
+It starves as well when it is let in so seldom that a tenth of what it asks in the second half of the run waits for a
+first token for more than a tenth of the run, even if its queue happens to be empty when time is up; the crowd of
+requests at the start of a run is no sign of that. Requests that are being served when time is up count against nobody,
+however long their answers are.
 """
 
 from typing import NamedTuple
@@ -19,7 +22,7 @@ STARVED_DEFICIT = 0.1
 an adapter in ours."""
 
 STARVED_WAIT = 0.1
-"""The share of the duration for which the oldest waiting request of a starving adapter has waited at least."""
+"""The share of the duration for which requests of a starving adapter wait at least."""
 
 
 class Service(NamedTuple):
@@ -92,16 +95,20 @@ def service(
     of = state.state[:arrived]
     waiting, rejected = waiting_requests(state)[:arrived], of == server.REJECTED
     # A preempted request waits since then, if it has its first token already; else since it arrived.
-    begun = np.isnan(first_token_s[:arrived])
-    since = np.where(begun, arrival_s[:arrived], state.preempted_s[:arrived])
+    silent = np.isnan(first_token_s[:arrived])
+    since = np.where(silent, arrival_s[:arrived], state.preempted_s[:arrived])
     oldest_wait_s = np.zeros(groups)
     np.maximum.at(oldest_wait_s, adapter[waiting], duration_s - since[waiting])
-    made = tokens_made(state, duration_s)[:arrived] + np.where(begun, 0, state.prompt[:arrived])
+    made = tokens_made(state, duration_s)[:arrived] + np.where(silent, 0, state.prompt[:arrived])
     refused_of = np.bincount(refused.adapter, minlength=groups)
     missing_of = np.bincount(refused.adapter, refused.tokens.astype(np.float64), groups).astype(np.int64)
     offered = total(slice(None), tokens) + missing_of
     unserved = total(rejected, tokens) + missing_of
-    queued = np.where(oldest_wait_s > STARVED_WAIT * duration_s, total(waiting, tokens), 0)
+    long_s = STARVED_WAIT * duration_s
+    queued = np.where(oldest_wait_s > long_s, total(waiting, tokens), 0)
+    late = arrival_s[:arrived] >= duration_s / 2
+    first_s = np.where(silent, duration_s, first_token_s[:arrived]) - arrival_s[:arrived]
+    slow, recent = total(late & (first_s > long_s) & ~rejected, tokens), total(late, tokens)
     return Service(
         arrived=total(slice(None)) + refused_of,
         completed=total(of == server.COMPLETED),
@@ -109,7 +116,8 @@ def service(
         rejected=total(rejected) + refused_of,
         oldest_wait_s=oldest_wait_s,
         served_share=np.where(offered > 0, total(slice(None), made) / np.maximum(offered, 1), 1.0),
-        starved=(offered > 0) & (unserved + queued >= STARVED_DEFICIT * offered),
+        starved=(unserved + queued >= STARVED_DEFICIT * np.maximum(offered, 1))
+        | (slow >= STARVED_DEFICIT * np.maximum(recent, 1)),
     )
 
 
