@@ -1,6 +1,6 @@
 """Workloads that nobody would write: an answer that adds up, or one sentence, soon and in little memory.
 
-``DELTAWORKS_EXAMPLES`` is how many workloads each command is tried on (20 by default).
+``DELTAWORKS_EXAMPLES`` is how many workloads each command is tried on (20 by default, 4 for `advise`).
 """
 
 import json
@@ -22,8 +22,9 @@ from deltaworks.serving.placement import place
 from deltaworks.serving.simulate import Configuration, simulate
 from deltaworks.serving.workload import parse_workload
 
+EXAMPLES = int(os.environ.get("DELTAWORKS_EXAMPLES", "20"))
 hostile = settings(
-    max_examples=int(os.environ.get("DELTAWORKS_EXAMPLES", "20")), deadline=None,
+    max_examples=EXAMPLES, deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )  # fmt: skip
 
@@ -130,7 +131,7 @@ def test_place(content: dict[str, Any], headroom: float, slo: list[str]) -> None
         assert not gpu["adapters"] or math.isfinite(gpu["predicted"]["offered_tps"])
 
 
-@hostile
+@settings(hostile, max_examples=EXAMPLES if "DELTAWORKS_EXAMPLES" in os.environ else 4)
 @given(mostly(1, 8, 64, 512), mostly(1e-6, 0.05, 2.0, 90.0), lengths, goals)
 def test_advise(rank: Any, rate: Any, given_lengths: dict[str, Any], slo: list[str]) -> None:
     try:

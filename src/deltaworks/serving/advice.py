@@ -87,8 +87,13 @@ def capacities(
             "kv_tokens": answer["kv_tokens"],
         }
 
-    with ThreadPoolExecutor(cpu_count()) as pool:
-        rows = [found for found in pool.map(row, listed) if found is not None]
+    rows, workers = [], cpu_count() or 1
+    with ThreadPoolExecutor(workers) as pool:
+        for at in range(0, len(listed), workers):
+            rows += [found for found in pool.map(row, listed[at : at + workers]) if found is not None]
+            # More slots cannot serve more than the most that are tried.
+            if any(found["adapters"] >= MOST_ADAPTERS * (1 - _PRECISION) for found in rows):
+                break
     # A slot for each adapter is all they can use: one row beyond the most adapters is enough.
     most_adapters = max((found["adapters"] for found in rows), default=0)
     enough = [i for i, found in enumerate(rows) if found["slots"] >= most_adapters]
