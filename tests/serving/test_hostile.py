@@ -155,6 +155,6 @@ def test_a_wrong_rate_is_named(value: Any) -> None:
     if value == 0 and not isinstance(value, bool):
         assert parse_workload(content, Path()).adapters[0].rate == ((0.0, 0.0),)
         return
-    with pytest.raises(DeltaworksError, match="rate|requests") as caught:
+    with pytest.raises(DeltaworksError, match=r"rate|requests") as caught:
         parse_workload(content, Path())
     check_sentence(caught.value)
