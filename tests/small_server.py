@@ -58,7 +58,7 @@ def check_placement(asker: Judge, found: Placement) -> None:
     # Every request is offered once.
     whole = requests_of(asker.demand.workload)
     parts = [requests_of(part_of(asker.demand.workload, gpu.part)) for gpu in found.gpus if gpu.part]
-    own = whole.adapter < len(asker.demand.workload.adapters)
+    chosen = whole.adapter < len(asker.demand.workload.adapters)
     for column in ("prompt", "output", "arrival_s"):
         offered = np.concatenate([getattr(part, column) for part in parts])
-        assert np.array_equal(np.sort(offered), np.sort(getattr(whole, column)[own]))
+        assert np.array_equal(np.sort(offered), np.sort(getattr(whole, column)[chosen]))
