@@ -171,7 +171,7 @@ class Capacities:
         if not part:
             return True
         factor = 1.0 + judge.demand.headroom
-        ranked = judge.slots(part, kind)[: _TRIES * (2 if judge.demand.goals else 1)]
+        ranked = judge.promising(part, kind, _TRIES * (2 if judge.demand.goals else 1))
         return any(strain < 2 and judge.serves(part, kind, slots, factor) for strain, slots in ranked)
 
     def _sample(self, mix: F64, share: float) -> Part:

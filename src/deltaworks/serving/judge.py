@@ -185,6 +185,12 @@ class Judge:
             found.append(((starved, round(float(cost), 3), bool(crowded), used), max(used, float(wait)), slots))
         return [(strain, slots) for _, strain, slots in sorted(found)]
 
+    def promising(self, part: Part, kind: int, tries: int) -> list[tuple[float, int]]:
+        """The most promising numbers of slots, as `slots` has them, and at last the largest: it shuts out the fewest."""
+        ranked = self.slots(part, kind)
+        largest = max(ranked, key=lambda item: item[1], default=None)
+        return ranked[:tries] + ([largest] if largest is not None and largest not in ranked[:tries] else [])
+
     def ask(self, part: Part, kind: int, slots: int, factor: float = 1.0) -> dict[str, Any]:
         """The twin's answer for a GPU, at ``factor`` times the traffic."""
         rank = self.rank_of(part)
@@ -231,7 +237,7 @@ class Judge:
         """
         if not part:
             return 1
-        for strain, slots in self.slots(part, kind)[:tries]:
+        for strain, slots in self.promising(part, kind, tries):
             if strain <= HOPELESS and self.passes(part, kind, slots):
                 return slots
         return None
