@@ -186,7 +186,7 @@ class Judge:
         return [(strain, slots) for _, strain, slots in sorted(found)]
 
     def promising(self, part: Part, kind: int, tries: int) -> list[tuple[float, int]]:
-        """The most promising numbers of slots, as `slots` has them, and at last the largest: it shuts out the fewest."""
+        """The most promising numbers of slots, as `slots` has them, then the largest: it shuts out the fewest."""
         ranked = self.slots(part, kind)
         largest = max(ranked, key=lambda item: item[1], default=None)
         return ranked[:tries] + ([largest] if largest is not None and largest not in ranked[:tries] else [])
