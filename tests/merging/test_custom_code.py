@@ -12,7 +12,8 @@ from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.sidecars import sidecar_names
 from deltaworks.errors import CheckpointError
 from deltaworks.merging.manifest import read_manifest
-from deltaworks.merging.prepare import MergeOptions
+from deltaworks.merging.prepare import MergeOptions, prepare_plan
+from deltaworks.merging.recipe import parse_recipe
 from deltaworks.merging.snapshot import verify
 
 AUTO_MAP = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XForCausalLM"}
@@ -78,6 +79,53 @@ def test_code_that_cannot_be_copied(
     with pytest.raises(CheckpointError, match=message):
         merge(catalog, text(family), tmp_path / "out", TRUST)
     merge(catalog, text(family), tmp_path / "out")
+
+
+IMPORTS: list[tuple[str, str, set[str]]] = [
+    ("modeling_x.py", "from .layers_x import Layer", {"layers_x.py"}),
+    ("modeling_x.py", "    from .layers_x import(Layer)", {"layers_x.py"}),
+    ("modeling_x.py", "from . import layers_x as own, kernels_x", {"layers_x.py", "kernels_x.py"}),
+    ("modeling_x.py", "from .import layers_x", {"layers_x.py"}),
+    ("modeling_x.py", "from . import (  # both\n    layers_x,\n    kernels_x,\n)", {"layers_x.py", "kernels_x.py"}),
+    ("modeling_x.py", "from . import layers_x, \\\n    kernels_x", {"layers_x.py", "kernels_x.py"}),
+    ("modeling_x.py", "from .parts.inner import a", {"parts/inner.py"}),
+    ("modeling_x.py", "from .parts import inner", {"parts/inner.py", "parts/__init__.py"}),
+    ("parts/inner.py", "from ..layers_x import a", {"layers_x.py"}),
+    ("parts/inner.py", "from .. import layers_x, kernels_x", {"layers_x.py", "kernels_x.py"}),
+    ("parts/inner.py", "from .other import a", {"parts/other.py"}),
+    ("parts/inner.py", "from ...layers_x import a", set()),
+    ("modeling_x.py", "from ..layers_x import a", set()),
+    ("modeling_x.py", "from layers_x import a\nimport kernels_x  # from .layers_x import b", set()),
+]
+
+
+@pytest.mark.parametrize(("file", "code", "expected"), IMPORTS)
+def test_relative_imports_are_followed(
+    catalog: Catalog, tmp_path: Path, family: Path, file: str, code: str, expected: set[str]
+) -> None:
+    base = family / "base"
+    (base / "parts").mkdir()
+    for name in ("layers_x.py", "kernels_x.py", "parts/__init__.py", "parts/inner.py", "parts/other.py"):
+        (base / name).write_text("")
+    (base / file).write_text(code)
+    named = {"auto_map": {"AutoModel": f"{file.removesuffix('.py').replace('/', '.')}.X"}}
+    (base / "config.json").write_text(json.dumps(CONFIG | named))
+    (base / "tokenizer_config.json").write_text("{}")
+    merge(catalog, text(family), tmp_path / "out", TRUST)
+    assert {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.py")} == expected | {file}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["\n", " ", "from ", "from .", ".", "from . import (", "from . import (a\n", "#", "\\\n", "from .a" + " " * 99],
+)
+def test_looking_for_imports_takes_time_linear_in_the_size_of_a_file(
+    catalog: Catalog, tmp_path: Path, family: Path, line: str
+) -> None:
+    # With quadratic time, each of these would take hours.
+    (family / "base" / "modeling_x.py").write_text(line * ((1 << 20) // len(line)))
+    plan = prepare_plan(catalog, parse_recipe(text(family)), TRUST)
+    assert plan.code is not None
 
 
 def test_code_in_another_repository_is_only_named(catalog: Catalog, tmp_path: Path, family: Path) -> None:

@@ -120,6 +120,41 @@ def test_what_no_config_can_describe_is_refused(config: dict[str, Any], message:
         follow({"num_hidden_layers": 4} | config, (0, 4), (1, 4), layers=4)
 
 
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"decoder_sparse_step": 0}, "decoder_sparse_step is 0; expected a whole number from 1 on"),
+    ({"decoder_sparse_step": None}, "decoder_sparse_step is None; expected a whole number from 1 on"),
+    ({"mlp_only_layers": 1}, "mlp_only_layers is 1; expected a list of numbers of layers"),
+    ({"first_k_dense_replace": "3"}, "first_k_dense_replace is '3'; expected a number of layers"),
+    ({"attention_types": [1]}, r"attention_types is \[1\]; expected a list of pairs"),
+    ({"attention_types": None}, "attention_types is None; expected a list of pairs"),
+    ({"attention_types": [[["global"], 10**15]]}, "attention_types is .*; expected a list of pairs"),
+]
+
+
+@pytest.mark.parametrize(("config", "message"), WRONG)
+def test_a_setting_of_another_model_that_no_loader_takes_is_named(config: dict[str, Any], message: str) -> None:
+    own = {
+        "num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [0], "first_k_dense_replace": 1,
+        "attention_types": [[["global", "local"], 2]],
+    }  # fmt: skip
+    with pytest.raises(RecipeError, match=f"config.json of b: {message}"):
+        follow(own, (0, 2), (1, 4), layers=4, other=own | config)
+
+
+def test_a_window_without_a_first_layer_leaves_the_kinds_of_layers_unknown() -> None:
+    config = {
+        "model_type": "qwen2", "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 8,
+        "max_window_layers": None,
+    }  # fmt: skip
+    assert follow(config, (0, 2), (1, 4), layers=4) == config | {"num_hidden_layers": 5}
+
+
+def test_a_count_of_layers_that_no_model_has_is_passed_over() -> None:
+    config = {"num_hidden_layers": 10**15, "layer_types": [S, F]}
+    expected = {"num_hidden_layers": 3, "layer_types": [S, F, F]}
+    assert follow(config, (0, 2), (1, 2), layers=2) == expected
+
+
 def test_a_model_without_the_list_is_named() -> None:
     a, b = {"num_hidden_layers": 2, "layer_types": [S, F]}, {"num_hidden_layers": 2}
     with pytest.raises(RecipeError, match="of b has no layer_types with an entry a layer"):

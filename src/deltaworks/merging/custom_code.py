@@ -17,9 +17,15 @@ from deltaworks.merging.plan import Plan
 _KEYS = ("auto_map", "custom_pipelines")
 _SIDECARS = ("tokenizer_config.json", "processor_config.json", "*preprocessor_config.json")
 _MODULE = re.compile(r"\w+(?:\.\w+)*")
+_COMMENT_OR_CONTINUATION = re.compile(r"#[^\n]*|\\\r?\n")
 _IMPORT = re.compile(
-    r"^\s*(?:from\s+\.([\w.]+)\s+import\b|import\s+\.([\w.]+)|from\s+\.\s+import\s+([\w, ]+))", re.MULTILINE
+    r"^[ \t]*+from[ \t]*+(\.++)[ \t]*+((?:(?!import\b)\w[\w.]*+)?+)[ \t]*+import\b[ \t]*+(?:\(([^()]*+)\)|([^\n(]*+))",
+    re.MULTILINE,
 )
+"""A relative import: its dots, its module, and the names in parentheses or without.
+
+Quantifiers are possessive, so that the time is linear in the size of the file, whatever it holds.
+"""
 _MOST_CODE = 8 << 20
 """Bytes of a file that are looked through for imports."""
 
@@ -135,14 +141,34 @@ def _files(model: Model, references: Sequence[str]) -> list[str]:
             )
         with path.open("rb") as file:
             text = file.read(_MOST_CODE).decode(errors="replace")
-        package = Path(name).parent
-        for match in _IMPORT.finditer(text):
-            modules = [match[1] or match[2]] if match[1] or match[2] else re.findall(r"\w+", match[3])
-            for module in modules:
-                imported = (package / f"{module.replace('.', '/')}.py").as_posix()
-                if own_file(model.path / imported, model.path) is not None:
-                    waiting.append(imported)
+        waiting += [
+            imported
+            for imported in _imported(text, name)
+            if imported not in found and own_file(model.path / imported, model.path) is not None
+        ]
     return sorted(found)
+
+
+def _imported(text: str, name: str) -> Iterator[str]:
+    """The files that the relative imports in a Python file may name, as paths in the model folder.
+
+    Args:
+        text: what the file holds.
+        name: its path in the model folder.
+    """
+    for dots, module, listed, plain in _IMPORT.findall(_COMMENT_OR_CONTINUATION.sub(" ", text)):
+        package = name.split("/")[:-1]
+        up = len(dots) - 1
+        if up > len(package):
+            continue  # above the model folder
+        target = [*package[: len(package) - up], *filter(None, module.split("."))]
+        if target:
+            yield "/".join(target) + ".py"
+        # The module may be a package; what is imported from it may be a module in it.
+        yield "/".join([*target, "__init__.py"])
+        for item in (listed or plain).split(","):
+            if words := item.split():
+                yield "/".join([*target, f"{words[0]}.py"])
 
 
 def _file(model: Model, module: str) -> str:

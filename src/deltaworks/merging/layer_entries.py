@@ -1,4 +1,4 @@
-"""What `config.json` says of single layers, taken along when slices put layers in another order."""
+"""Rewrite the entries of `config.json` that describe single layers, for slices that put layers in another order."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from deltaworks.errors import RecipeError
-from deltaworks.merging.nested_config import Path, at, text_paths
+from deltaworks.errors import RecipeError, quoted
+from deltaworks.merging.nested_config import KeyPath, at, text_paths
 
+_MOST_LAYERS = 1 << 16
+"""A configuration that counts more layers than that is wrong; lists with an entry for each would fill the memory."""
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers", "decoder_layers")
 _NOT_PER_LAYER = re.compile(
     r"architectures|.*_token_ids?|.*_ids|.*tokens|.*_range|.*_limit|.*_shape|.*_section|.*_sections|languages"
@@ -117,8 +119,7 @@ def follow_layers(
     if target.get("num_nextn_predict_layers") and all(index < before for (_, index), *_ in taken):
         target["num_nextn_predict_layers"] = 0
     if "attention_types" in target and "attention_layers" not in target:
-        kinds = layers.of(lambda s: [k for ks, n in s.config.get("attention_types", ()) for _ in range(n) for k in ks])
-        target["attention_types"] = [[[kind], 1] for kind in kinds]
+        target["attention_types"] = [[[kind], 1] for kind in layers.of(_attention_types)]
     return notes
 
 
@@ -131,7 +132,13 @@ class _Source:
     def count(self) -> int:
         return _count(self.config, _place(self.model)[1], self.model.layers)
 
-    def entries(self, path: Path, key: str) -> list[Any] | None:
+    def wrong(self, key: str, expected: str) -> RecipeError:
+        """The error about a setting whose value no loader can take."""
+        return RecipeError(
+            f"config.json of {self.model.name}: {key} is {quoted(self.config.get(key), 60)}; expected {expected}"
+        )
+
+    def entries(self, path: KeyPath, key: str) -> list[Any] | None:
         """The entry of each layer under a key, as the configuration has it or as the family derives it."""
         value = at(self.config, path).get(key)
         if isinstance(value, str | list) and key in (*_CYCLES, *_PATTERN_TEXTS) and value:
@@ -166,21 +173,24 @@ class _Layers:
             own = known[first]
             for other, place in others:
                 its = known[other]
-                if own is not None and its is not None and own[index : index + 1] != its[place : place + 1]:
+                if own is None or its is None or index >= len(own) or place >= len(its):
+                    continue
+                if own[index] != its[place]:
                     names = [self.sources[r].model.name for r in (first, other)]
+                    kinds = [quoted(kind, 60) for kind in (own[index], its[place])]
                     notes.append(
-                        f"layer {number} merges layers of different kinds: {key} is {own[index]!r} for layer {index} of"
-                        f" {names[0]} and {its[place]!r} for layer {place} of {names[1]}; the output takes {names[0]}'s"
+                        f"layer {number} merges layers of different kinds: {key} is {kinds[0]} for layer {index} of"
+                        f" {names[0]} and {kinds[1]} for layer {place} of {names[1]}; the output takes {names[0]}'s"
                     )
                     return
 
 
-def _place(model: LayeredConfig) -> tuple[Path, list[str]]:
+def _place(model: LayeredConfig) -> tuple[KeyPath, list[str]]:
     """Where a configuration keeps the number of layers, and under which keys."""
     for known in (lambda n: n == model.layers, lambda _: True):
         for path in reversed(text_paths(model.config)):
             part = at(model.config, path)
-            keys = [k for k in _COUNTS if type(part.get(k)) is int and known(part[k])]
+            keys = [k for k in _COUNTS if type(part.get(k)) is int and 0 <= part[k] <= _MOST_LAYERS and known(part[k])]
             if keys:
                 return path, keys
     return text_paths(model.config)[-1], []
@@ -196,6 +206,8 @@ def derived(config: Mapping[str, Any], key: str, count: int) -> list[Any] | None
     if key == "layer_types" and kind in ("qwen2", "qwen3"):
         slides = config.get("use_sliding_window") and config.get("sliding_window") is not None
         first = config.get("max_window_layers", 28)
+        if slides and type(first) is not int:
+            return None
         return [_SLIDING[0] if slides and i >= first else _SLIDING[1] for i in range(count)]
     rule = _RULES.get(str(kind))
     if rule is None or rule.key != key:
@@ -206,7 +218,7 @@ def derived(config: Mapping[str, Any], key: str, count: int) -> list[Any] | None
     return [rule.inside if (i + 1) % period else rule.last for i in range(count)]
 
 
-def _entries(target: dict[str, Any], layers: _Layers, path: Path, before: int, notes: list[str]) -> None:
+def _entries(target: dict[str, Any], layers: _Layers, path: KeyPath, before: int, notes: list[str]) -> None:
     """Rewrite everything in a configuration, and in those nested in it, that has an entry a layer."""
     leaders = {t[0][0] for t in layers.taken}
     found = {k: v for r in leaders for k, v in at(layers.sources[r].config, path).items()} | target
@@ -230,7 +242,7 @@ def _entries(target: dict[str, Any], layers: _Layers, path: Path, before: int, n
             continue
         if lost := next((layers.sources[r] for r, v in own.items() if v is None), None):
             if at(lost.config, path).get(key) == value:
-                continue  # as long as one model has layers by chance
+                continue  # the list's length equals the layer count by coincidence
             raise RecipeError(
                 f"config.json of {lost.model.name} has no {key} with an entry a layer, as that of another model has;"
                 " save both with the same version of transformers first"
@@ -239,7 +251,7 @@ def _entries(target: dict[str, Any], layers: _Layers, path: Path, before: int, n
         layers.check_alike(key, lambda s, k=key: s.entries(path, k), notes)  # type: ignore[misc]
         if key not in found and entries == derived(target, key, len(entries)):
             continue  # the loader derives the same
-        is_text = isinstance(value, str)
+        is_text = isinstance(value, str) and all(isinstance(entry, str) for entry in entries)
         target[key] = (
             "".join(entries)
             if is_text
@@ -258,11 +270,12 @@ def _are_numbers(key: str, value: Any, count: int) -> bool:
     return bool(_NUMBERS_OF_LAYERS.fullmatch(key)) and in_order and first <= value[0] and value[-1] < count + first
 
 
-def _renumber(target: dict[str, Any], key: str, layers: _Layers, path: Path) -> None:
+def _renumber(target: dict[str, Any], key: str, layers: _Layers, path: KeyPath) -> None:
     first = 1 if key in _FROM_ONE else 0
 
     def is_listed(source: _Source) -> list[bool]:
-        listed = at(source.config, path).get(key) or ()
+        value = at(source.config, path).get(key)
+        listed = {n for n in value if type(n) is int} if isinstance(value, list) else set()
         return [i + first in listed for i in range(source.count)]
 
     target[key] = [i + first for i, listed in enumerate(layers.of(is_listed)) if listed]
@@ -273,13 +286,34 @@ def _first_dense(target: dict[str, Any], layers: _Layers) -> None:
     for key in _FIRST_DENSE:
         if type(target.get(key)) is not int:
             continue
-        dense = layers.of(lambda s, k=key: [i < (s.config.get(k) or 0) for i in range(s.count)])  # type: ignore[misc]
+        dense = layers.of(lambda s, k=key: _is_dense(s, k))  # type: ignore[misc]
         if True in dense[dense.index(False) :] if False in dense else False:
             raise RecipeError(
                 f"{key}: the slices put a layer without experts after one with experts, which config.json cannot"
                 " describe; take the first layers first"
             )
         target[key] = sum(dense)
+
+
+def _is_dense(source: _Source, key: str) -> list[bool]:
+    """Whether each layer of a model comes before those with experts."""
+    first = source.config.get(key)
+    if first is not None and type(first) is not int:
+        raise source.wrong(key, "a number of layers")
+    return [i < (first or 0) for i in range(source.count)]
+
+
+def _attention_types(source: _Source) -> list[Any]:
+    """The kind of each layer of a model, as GPT-Neo lists them: ``[[["global", "local"], 12]]``."""
+    kinds: list[Any] = []
+    value = source.config.get("attention_types")
+    for entry in value if isinstance(value, list) else [value]:
+        match entry:
+            case [list(cycle), int(times)] if cycle and 0 <= times <= _MOST_LAYERS:
+                kinds += cycle * times
+            case _:
+                raise source.wrong("attention_types", "a list of pairs of kinds of layers and how often they come")
+    return kinds
 
 
 def _periods(target: dict[str, Any], layers: _Layers, before: int) -> None:
@@ -303,5 +337,9 @@ def _periods(target: dict[str, Any], layers: _Layers, before: int) -> None:
 
 
 def _without_experts(source: _Source) -> list[bool]:
-    step, plain = source.config.get("decoder_sparse_step", 1), source.config.get("mlp_only_layers") or ()
+    step, plain = source.config.get("decoder_sparse_step", 1), source.config.get("mlp_only_layers") or []
+    if type(step) is not int or step < 1:
+        raise source.wrong("decoder_sparse_step", "a whole number from 1 on")
+    if not isinstance(plain, list):
+        raise source.wrong("mlp_only_layers", "a list of numbers of layers")
     return [i in plain or (i + 1) % step != 0 for i in range(source.count)]

@@ -1,4 +1,4 @@
-"""What a plan file must hold, checked before anything is made of it: types, ranges, and what must agree."""
+"""Check the content of a plan file before it is used: types, ranges, and members that must agree."""
 
 import math
 import re
@@ -18,13 +18,16 @@ _BYTES = 1 << 62
 """More than any storage holds."""
 _BLOCK = 1 << 22
 """Elements of the largest block."""
+_DIMENSIONS = 64
+"""The most that a tensor has; bounded before its elements are counted, as that product grows with every dimension."""
 _LARGEST = sys.float_info.max
+"""The largest finite number."""
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _KEY = re.compile(r"[0-9a-f]{1,16}")
 
 
 def check_plan(content: Mapping[str, Any]) -> None:
-    """Make sure that the content of a plan file has the members that a plan has, each of its type and in its range.
+    """Check that a plan file has every member of a plan, each of the right type and in range.
 
     Raises:
         PlanError: it does not; the message names the member.
@@ -52,7 +55,7 @@ def check_plan(content: Mapping[str, Any]) -> None:
             _check_number(value, "read_cost", 0)
     count = _check_models(content)
     _whole(content, "tokenizer", 0, count)
-    _check_told(content, count)
+    _check_descriptive_members(content, count)
     names: set[str] = set()
     for i, tensor in enumerate(_list(content, "tensors")):
         where = f"tensors[{i}]"
@@ -147,7 +150,7 @@ def _power_of_two(content: Mapping[str, Any], key: str) -> None:
 
 
 def _number(
-    content: Mapping[str, Any], key: str, low: float = -math.inf, high: float = math.inf, where: str = ""
+    content: Mapping[str, Any], key: str, low: float = -_LARGEST, high: float = _LARGEST, where: str = ""
 ) -> None:
     _check_number(_member(content, key, where), f"{where}{key}", low, high)
 
@@ -171,7 +174,7 @@ def _list(content: Mapping[str, Any], key: str, length: int | None = None, where
 
 
 def _numbers(
-    content: Mapping[str, Any], key: str, length: int, low: float = -math.inf, high: float = math.inf
+    content: Mapping[str, Any], key: str, length: int, low: float = -_LARGEST, high: float = _LARGEST
 ) -> list[Any]:
     values = _list(content, key, length, ".")
     for k, value in enumerate(values):
@@ -208,8 +211,8 @@ def _check_models(content: Mapping[str, Any]) -> int:
     return len(models)
 
 
-def _check_told(content: Mapping[str, Any], models: int) -> None:
-    """What a plan tells beside what it does: notes, the account of every model's tensors, custom code."""
+def _check_descriptive_members(content: Mapping[str, Any], models: int) -> None:
+    """Check the descriptive members: notes, the account of every model's tensors, and custom code."""
     for i, note in enumerate(_list(content, "notes") if "notes" in content else ()):
         if not isinstance(note, str):
             raise _wrong(f"notes[{i}]", "text", note)
@@ -234,10 +237,12 @@ def _check_tensor(tensor: Mapping[str, Any], models: Sequence[Mapping[str, Any]]
     if dtype is None:
         raise _wrong(".dtype", "an element type", tensor["dtype"])
     shape = _list(tensor, "shape", None, ".")
+    if len(shape) > _DIMENSIONS:
+        raise _wrong(".shape", f"at most {_DIMENSIONS} dimensions", len(shape))
     for n in shape:
         _check_whole(n, ".shape", 0, _BYTES)
     count = math.prod(shape)
-    if len(shape) > 64 or count >= _BYTES // 64:
+    if count >= _BYTES // 64:
         raise _wrong(".shape", "a shape that fits into a file", shape)
     inputs = _list(tensor, "inputs", None, ".")
     if not inputs:
