@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -257,14 +258,107 @@ def test_what_others_put_into_the_catalog_is_no_waste(root: Path) -> None:
             (catalog.path / folder / "my-data").mkdir()
             (catalog.path / folder / "my-data" / "data").write_text("keep")
         catalog._write("DELETE FROM models WHERE name = ?", [("expert0",)])
-        found = find_waste(catalog)
+        found = find_waste(catalog, unregistered_layers=True)
         assert {p.suffix for p in (w.path for w in found)} >= {".parquet", ".table", ".layers"}
         remove(found)
-        assert not find_waste(catalog)
+        assert not find_waste(catalog, unregistered_layers=True)
         remove(layers_of(catalog, [find_model(catalog, "expert1")]))
         assert (catalog.path / "layers" / "my-data" / "data").is_file()
     assert len(list((root / "catalog").rglob("notes.txt"))) == 2
     assert (root / "elsewhere" / "thesis.txt").is_file()
+
+
+PAIR = f"{'0' * 24}-{'1' * 24}"
+PARTIAL = "4194303-0123abcd"
+
+
+@pytest.mark.parametrize(
+    ("name", "is_made_by_the_catalog"),
+    [
+        (f"{PAIR}.parquet", True),
+        (f"{PAIR}.table", True),
+        (f".{PAIR}.parquet.{PARTIAL}", True),
+        (f".{PAIR}-140001.table.{PARTIAL}", True),
+        (f".{PAIR}.parquet.4194303", True),
+        ("2024-06-01.csv", False),
+        ("ab-cd-notes.txt", False),
+        ("be-fa.md", False),
+        (f"{PAIR}.parquet.bak", False),
+        (f"copy-{PAIR}.parquet", False),
+        (".backup.parquet.2024", False),
+        (f".backup.table.{PARTIAL}", False),
+        (f".{PAIR}.parquet.2024.old", False),
+    ],
+)
+def test_only_files_that_the_catalog_named_are_waste(tmp_path: Path, name: str, is_made_by_the_catalog: bool) -> None:
+    with Catalog(tmp_path / "catalog") as catalog:
+        (catalog.path / "statistics" / name).write_text("content")
+        assert [w.path.name for w in find_waste(catalog, unregistered_layers=True)] == [name] * is_made_by_the_catalog
+
+
+@pytest.mark.parametrize("lost", ["expert0", "base"])
+def test_gc_keeps_the_last_copy_of_an_expert_whose_row_was_lost(made: Path, root: Path, lost: str) -> None:
+    """One bit of a row flips while the expert's folder is gone: `gc`, as often as it is run, keeps its layers."""
+    shutil.copytree(made / "family", root / "family")
+    with Catalog(root / "catalog") as catalog:
+        for name in ("base", *EXPERTS):
+            base = None if name == "base" else "base"
+            register(catalog, name, str(root / "family" / name), base, replace_existing=True)
+        expert = find_model(catalog, "expert0")
+        kept = catalog.kept_files(expert.fingerprint)
+        assert kept is not None
+        (root / "family" / "expert0").rename(root / "backup")
+        catalog._write("UPDATE models SET source = source || 'x' WHERE name = ?", [(lost,)])
+    layers, shell = kept.with_suffix(".layers"), Shell(root)
+    before = {p: p.read_bytes() for p in (layers, *kept.iterdir())}
+    assert shell.json("gc")["damaged_rows"] == [f"models({lost})"]
+    said = shell.run("gc").stdout
+    found = shell.json("gc")
+    assert found["removed"] == []
+    listed = {entry["path"] for entry in found["unregistered_layers"]}
+    # Those that a registered expert needs are not offered for removal.
+    assert (f"kept  {layers.name}" in said) == (str(layers) in listed) == (lost == "expert0")
+    assert {p: p.read_bytes() for p in before} == before
+    with Catalog(root / "catalog") as catalog:
+        if lost == "expert0":  # from a backup, it is the same expert again
+            (root / "backup").rename(root / "family" / "expert0")
+            register(catalog, "expert0", str(root / "family" / "expert0"), "base")
+            shutil.rmtree(root / "family" / "expert0")
+        else:
+            register(catalog, "base", str(root / "family" / "base"))
+        merge(catalog, text_of(root), root / "out")
+
+
+def test_gc_removes_layers_of_unregistered_models_on_request(made: Path, root: Path) -> None:
+    shell = Shell(root)
+    with Catalog(root / "catalog") as catalog:
+        layers = catalog.layers_file(
+            find_model(catalog, "expert0").fingerprint, find_model(catalog, "base").fingerprint
+        )
+        catalog._write("DELETE FROM models WHERE name = ?", [("expert0",)])
+    shell.run("gc")
+    assert layers.is_file()
+    assert str(layers) in shell.json("gc", "--unregistered")["removed"]
+    assert not layers.exists()
+    assert not layers.with_suffix(".files").exists()
+
+
+def test_gc_keeps_layers_that_a_registered_expert_needs(made: Path, root: Path) -> None:
+    """Its base alone is unregistered, and its folder is gone: even on request its layers stay."""
+    with Catalog(root / "catalog") as catalog:
+        layers = catalog.layers_file(
+            find_model(catalog, "expert0").fingerprint, find_model(catalog, "base").fingerprint
+        )
+        catalog.save_model(
+            replace(
+                find_model(catalog, "expert0"),
+                checkpoint=replace(find_model(catalog, "expert0").checkpoint, path=root / "gone"),
+            )
+        )
+        catalog._write("DELETE FROM models WHERE name = ?", [("base",)])
+        found = {w.path for w in find_waste(catalog, unregistered_layers=True)}
+    assert layers not in found
+    assert len([p for p in found if p.suffix == ".layers"]) == 1
 
 
 def test_what_another_host_is_writing_is_no_waste(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,6 +163,34 @@ def test_a_catalog_of_the_version_before_is_taken_over(tmp_path: Path) -> None:
         assert not catalog.is_copy
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE models SET tensors = 'x'",
+        "UPDATE models SET shards = '[{}]'",
+        "UPDATE models SET kind = 'teapot'",
+        "UPDATE snapshots SET manifest = 'x'",
+        "UPDATE snapshots SET manifest = '{}'",
+        "UPDATE snapshots SET manifest = '{\"inputs\": [{}]}'",
+    ],
+)
+def test_a_row_that_was_damaged_before_it_had_a_checksum_can_be_dropped(tmp_path: Path, change: str) -> None:
+    path = _filled(tmp_path)
+    _execute(path, change)
+    with sqlite3.connect(path / "catalog.sqlite") as db:
+        for table in CHECKED:
+            db.execute(f"ALTER TABLE {table} DROP COLUMN checksum")
+        db.execute("DROP TABLE stagings")
+        db.execute("PRAGMA user_version = 2")
+    db.close()
+    with Catalog(path) as catalog:
+        with pytest.raises(CatalogError, match="drop it with `deltaworks gc`"):
+            (catalog.models(), catalog.snapshots())
+        assert len(catalog.drop_damaged()) == 1
+        assert catalog.damaged() == []
+        assert len(catalog.models()) + len(catalog.snapshots()) == 1
+
+
 def test_to_read_makes_no_catalog(tmp_path: Path) -> None:
     with Catalog.to_read(tmp_path / "none") as catalog:
         assert catalog.models() == []

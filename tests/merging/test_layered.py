@@ -240,7 +240,7 @@ def test_an_expert_that_is_gone_without_layers_is_missed(catalog: Catalog, famil
 def test_layers_are_dropped_and_built_again(catalog: Catalog, family: Path) -> None:
     shell = Shell(family)
     layers = sorted((catalog.path / "layers").glob("*.layers"))
-    (catalog.path / "layers" / ".half.layers.4194303").write_bytes(b"x")
+    (catalog.path / "layers" / f".{'0' * 24}-{'1' * 24}.layers.4194303").write_bytes(b"x")
     (catalog.path / "statistics" / f"{'0' * 24}-{'1' * 24}.parquet").write_bytes(b"x")
     assert {w.why for w in find_waste(catalog)} == {"left half-written", "of a model that is registered no longer"}
     would = shell.json("gc", "--layers", "--dry-run")

@@ -5,8 +5,8 @@ Every row that a merge depends on therefore carries a checksum of its other colu
 """
 
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
 from blake3 import blake3
 
@@ -58,10 +58,10 @@ CHECKED: Final[Mapping[str, tuple[str, ...]]] = {
     "plans": ("digest", "content"),
     "snapshots": ("path", "plan_digest", "manifest"),
 }  # fmt: skip
-"""The columns under each table's checksum; the first ones are what a row is called by."""
+"""The columns under each table's checksum; the leading columns identify a row in messages."""
 
 NAMED_BY: Final[Mapping[str, int]] = {"analyses": 2, "cuts": 4}
-"""How many columns name a row, where it is more than one."""
+"""Number of leading columns that identify a row, for tables where it is more than one."""
 
 Value = str | int | float | None
 
@@ -117,15 +117,26 @@ def update_schema(db: sqlite3.Connection) -> int:
     return version
 
 
-def damaged_rows(db: sqlite3.Connection) -> Iterator[tuple[str, int, str]]:
-    """Table, rowid and name of every row that is not what was written.
+def damaged_rows(
+    db: sqlite3.Connection, parses: Callable[[str, Sequence[Any]], bool]
+) -> Iterator[tuple[str, int, str]]:
+    """Find the damaged rows: those whose checksum differs, and those that do not parse in spite of it.
+
+    A row that was damaged before its table had checksums has a checksum that matches.
+
+    Args:
+        db: the database.
+        parses: given a table and the values of a row without its checksum, whether the row can be read.
+
+    Yields:
+        Table, rowid and name of each damaged row.
 
     Raises:
         sqlite3.Error: the database cannot be read.
     """
     for table in CHECKED:
         for rowid, *row in db.execute(f"SELECT rowid, {columns(table)} FROM {table}").fetchall():  # noqa: S608
-            if not is_sound(table, row):
+            if not (is_sound(table, row) and parses(table, row[:-1])):
                 yield table, rowid, row_name(table, row)
 
 

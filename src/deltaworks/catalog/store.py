@@ -201,19 +201,20 @@ class Catalog:
         return [row[:-1] for row in found if is_sound(table, row)]
 
     def damaged(self) -> list[str]:
-        """What is called by each row that is not what was written."""
+        """The names of the damaged rows."""
         return [name for _, _, name in self._damaged()]
 
     def drop_damaged(self) -> list[str]:
-        """Delete every row that is not what was written; returns their names."""
-        found = self._damaged()
-        for table, rowid, _ in found:
-            self._write(f"DELETE FROM {table} WHERE rowid = ?", [(rowid,)])  # noqa: S608  # a constant
+        """Delete the damaged rows, all or none; returns their names."""
+        with self.transaction():
+            found = self._damaged()
+            for table, rowid, _ in found:
+                self._write(f"DELETE FROM {table} WHERE rowid = ?", [(rowid,)])  # noqa: S608  # a constant
         return [name for _, _, name in found]
 
     def _damaged(self) -> list[tuple[str, int, str]]:
         try:
-            return list(damaged_rows(self._db))
+            return list(damaged_rows(self._db, _parses))
         except sqlite3.Error as error:
             raise self._failure("read", error) from error
 
@@ -416,9 +417,9 @@ class Catalog:
         rows = self._rows(
             f"SELECT committed_at, {columns('snapshots')} FROM snapshots ORDER BY committed_at, rowid"  # noqa: S608
         )
-        manifests = [_object(row[3]) for row in rows]
+        manifests = [_manifest(row[3]) for row in rows]
         for (_, *row), manifest in zip(rows, manifests, strict=True):
-            if not is_sound("snapshots", row) or manifest is None or not isinstance(manifest.get("inputs"), list):
+            if not is_sound("snapshots", row) or manifest is None:
                 raise CatalogError(
                     f"the row {row_name('snapshots', row)} of {self.database} is damaged; drop it with `deltaworks gc`"
                     " and enter that merged model again: deltaworks verify OUT"
@@ -496,6 +497,22 @@ def _object(text: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def _manifest(text: str) -> dict[str, Any] | None:
+    """The manifest in a cell; None where it does not parse as one."""
+    content = _object(text)
+    if content is None or not isinstance(content.get("inputs"), list):
+        return None
+    has_inputs = all(isinstance(i, dict) and isinstance(i.get("fingerprint"), str) for i in content["inputs"])
+    return content if has_inputs else None
+
+
+def _parses(table: str, row: Sequence[Any]) -> bool:
+    """Whether the values of a row, without its checksum, can be read; rows of other tables are made anew anyway."""
+    if table == "models":
+        return _model(tuple(row)) is not None
+    return table != "snapshots" or _manifest(row[2]) is not None
 
 
 def _cut(text: str) -> list[int] | None:

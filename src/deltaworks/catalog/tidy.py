@@ -1,4 +1,4 @@
-"""What the catalog keeps and nobody needs any more."""
+"""Find and delete files of the catalog that are no longer needed."""
 
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -11,9 +11,14 @@ from deltaworks.catalog.store import KEPT, Catalog
 from deltaworks.checkpoints.partial import is_abandoned, is_partial
 from deltaworks.errors import CatalogError
 
-_OWN = re.compile(r"\.?[0-9a-f]{1,24}-[0-9a-f]{1,24}|\..+\.(?:parquet|table|layers)\.\d")
-"""What names of files begin with that the catalog writes: the fingerprints of an expert and its base; and what the
-names of files look like that are on their way to such a name."""
+_PAIR = "[0-9a-f]{24}-[0-9a-f]{24}"
+_OWN = re.compile(
+    rf"{_PAIR}\.(?:parquet|table|layers|files)|\.{_PAIR}(?:-\d+)?\.(?:parquet|table|layers)\.\d+(?:-[0-9a-f]{{8}})?"
+)
+"""The names of all files and folders that the catalog makes: the fingerprints of an expert and its base, and an ending;
+or the partial form of that, see `deltaworks.checkpoints.partial`."""
+
+_UNREGISTERED = "of a model that is registered no longer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +30,51 @@ class Waste:
     why: str
 
 
-def find_waste(catalog: Catalog) -> list[Waste]:
-    """Statistics and layers of models that are registered no longer, and what processes that died left half-written."""
+def find_waste(catalog: Catalog, *, unregistered_layers: bool = False) -> list[Waste]:
+    """Find statistics of models that are no longer registered, and partial files of processes that died.
+
+    Statistics of a delta whose layers are kept stay as well: if the expert's weight files are gone, they cannot be
+    measured again.
+
+    Args:
+        catalog: where to look.
+        unregistered_layers: include what `find_unregistered_layers` finds.
+
+    Raises:
+        CatalogError: the row of a model is damaged.
+    """
     known = {m.fingerprint[:24] for m in catalog.models()}
-    found = []
+    found = find_unregistered_layers(catalog) if unregistered_layers else []
+    going = {w.path for w in found}
     for path in _files(catalog):
         if is_partial(path):
             if is_abandoned(path):
                 found.append(_waste(path, "left half-written"))
-        elif not known.issuperset(_owners(path)):
-            found.append(_waste(path, "of a model that is registered no longer"))
+        elif path.parent.name == "statistics" and not known.issuperset(_owners(path)):
+            layers = catalog.path / "layers" / f"{path.stem}.layers"
+            if layers in going or not layers.is_file():
+                found.append(_waste(path, _UNREGISTERED))
+    return found
+
+
+def find_unregistered_layers(catalog: Catalog) -> list[Waste]:
+    """Find layers, and files kept beside them, whose expert or base is not registered.
+
+    Where the weight files of that expert are gone, the layers are its last copy: its row may have been damaged and
+    dropped. They are therefore removed only on request, and never while a registered expert depends on them.
+
+    Raises:
+        CatalogError: the row of a model is damaged.
+    """
+    known = {m.fingerprint[:24]: m for m in catalog.models()}
+    found = []
+    for path in _files(catalog, ("layers",)):
+        owners = _owners(path)
+        if is_partial(path) or known.keys() >= set(owners):
+            continue
+        expert = known.get(owners[0])
+        if expert is None or untouched(expert):
+            found.append(_waste(path, _UNREGISTERED))
     return found
 
 
@@ -79,7 +119,7 @@ def _files(catalog: Catalog, folders: Sequence[str] = ("statistics", "layers")) 
     for folder in folders:
         if (catalog.path / folder).is_dir():
             for path in sorted((catalog.path / folder).iterdir()):
-                if path.is_symlink() or _OWN.match(path.name) is None:
+                if path.is_symlink() or _OWN.fullmatch(path.name) is None:
                     continue
                 if not path.is_dir():
                     yield path
@@ -89,7 +129,7 @@ def _files(catalog: Catalog, folders: Sequence[str] = ("statistics", "layers")) 
 
 def _kept_folder(path: Path) -> Path | None:
     """The folder of an expert's small files that holds a file, if it is one of those."""
-    return next((p for p in path.parents if p.suffix == KEPT and _OWN.match(p.name)), None)
+    return next((p for p in path.parents if p.suffix == KEPT and _OWN.fullmatch(p.name)), None)
 
 
 def _owners(path: Path) -> list[str]:

@@ -148,28 +148,37 @@ def analyze(
 def gc(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME...", help="Experts whose layers go as well.", show_default=False),
+        typer.Argument(metavar="NAME...", help="Experts whose layers are deleted as well.", show_default=False),
     ] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="The layers of all experts go as well.")] = False,
-    plans: Annotated[
-        bool, typer.Option("--plans", help="Plans that no recorded merged model was made by go as well.")
+    layers: Annotated[bool, typer.Option("--layers", help="Also delete the layers of all experts.")] = False,
+    unregistered: Annotated[
+        bool,
+        typer.Option(
+            "--unregistered",
+            help="Also delete layers whose expert or base is no longer registered. If the folder of such an expert is"
+            " gone, its layers are the last copy of it.",
+        ),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and keep it.")] = False,
+    plans: Annotated[
+        bool, typer.Option("--plans", help="Also delete plans that no recorded merged model uses.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be deleted, and delete nothing.")] = False,
     catalog: CatalogPath = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Free what the catalog keeps and nobody needs.
+    """Delete what the catalog no longer needs.
 
-    That is statistics and layers of models that are registered no longer, what killed processes and failed merges
-    left, and rows of the catalog that are damaged. Layers of experts that are still there go where they are asked for;
-    `deltaworks analyze NAME --layers` builds them again. So do plans that no recorded merged model was made by.
+    That is statistics of models that are no longer registered, what killed processes and failed merges left, and
+    damaged rows of the catalog. Layers and plans are deleted only on request: the layers of the experts NAME or of all
+    experts (--layers), which `deltaworks analyze NAME --layers` builds again; layers whose expert or base is no longer
+    registered (--unregistered); and plans that no recorded merged model uses (--plans).
     """
     del quiet  # every command takes it; this one reports no progress
     from deltaworks.catalog.models import Kind
     from deltaworks.catalog.register import find_model, untouched
     from deltaworks.catalog.store import Catalog
-    from deltaworks.catalog.tidy import find_waste, layers_of, remove
+    from deltaworks.catalog.tidy import find_unregistered_layers, find_waste, layers_of, remove
     from deltaworks.merging.unfinished import enter_finished, find_unfinished, remove_unfinished
 
     with Catalog(catalog) as opened:
@@ -183,7 +192,11 @@ def gc(
             spared = [m.name for m in experts if m not in chosen and opened.kept_files(m.fingerprint)]
         # What belongs to a model whose row is lost stays, until it is registered again or the next time.
         is_model_lost = any(row.startswith("models(") for row in rows)
-        waste = [] if is_model_lost else [*find_waste(opened), *layers_of(opened, chosen)]
+        waste, kept_layers = [], []
+        if not is_model_lost:
+            waste = [*find_waste(opened, unregistered_layers=unregistered), *layers_of(opened, chosen)]
+            going = {w.path for w in waste}
+            kept_layers = [w for w in find_unregistered_layers(opened) if w.path not in going]
         stopped, unused = find_unfinished(opened), opened.unused_plans() if plans else []
         nbytes = sum(w.nbytes for w in (*waste, *stopped)) + sum(n for _, n in unused)
         if not dry_run:
@@ -199,6 +212,7 @@ def gc(
                 "found": [{"path": str(w.path), "bytes": w.nbytes, "why": w.why} for w in waste],
                 "bytes": nbytes,
                 "kept": spared,
+                "unregistered_layers": [{"path": str(w.path), "bytes": w.nbytes} for w in kept_layers],
                 "damaged_rows": rows,
                 "plans": [digest for digest, _ in unused],
             }
@@ -212,6 +226,12 @@ def gc(
         typer.echo(f"{format_bytes(size):>10}  plan {digest[:12]}  that no merged model was made by")
     for name in spared:
         typer.echo(f"{'kept':>10}  layers of {name}, which are all there is of it: its weight files are gone")
+    for w in kept_layers:
+        if w.path.suffix == ".layers":
+            typer.echo(
+                f"{'kept':>10}  {w.path.name}, whose expert or base is no longer registered; it may be the last copy of"
+                " that expert: register the models again, or delete it with --unregistered"
+            )
     plans_too = f" and {len(unused)} plans" if unused else ""
     typer.echo(f"{'would free' if dry_run else 'freed'} {format_bytes(nbytes)} in {len(waste)} files{plans_too}")
 
