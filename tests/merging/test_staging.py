@@ -1,5 +1,7 @@
 """Where a merge builds its output: nothing of anybody else's is removed, and what is left is found again."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -15,8 +17,9 @@ from merges import merge, raw_tensors
 from shell import Shell
 
 from deltaworks.catalog.store import Catalog
+from deltaworks.catalog.tidy import Waste
 from deltaworks.checkpoints.writer import ShardWriter
-from deltaworks.errors import DeltaworksError, OutputError
+from deltaworks.errors import CheckpointError, DeltaworksError, OutputError
 from deltaworks.merging import snapshot
 from deltaworks.merging.manifest import MANIFEST
 from deltaworks.merging.owned_folder import JOURNAL, OwnedFolder, identity
@@ -84,7 +87,7 @@ def _file(staging: Path) -> None:
 
 FOREIGN: dict[Callable[[Path], None], str] = {
     _link: "it is a link",
-    _folder: "is not ours",
+    _folder: "was not created by deltaworks",
     _with_foreign_journal: "is no journal of a merge",
     _with_escaping_journal: "is no journal of a merge",
     _with_more_than_its_journal: "holds 'notes.txt'",
@@ -187,6 +190,117 @@ def test_a_merge_that_finished_nothing_leaves_nothing(
     assert not list(tmp_path.glob(".*"))
     assert not (tmp_path / "out").exists()
     assert catalog.stagings() == []
+
+
+def test_a_catalog_that_is_locked_hides_no_error(
+    catalog: Catalog, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The merge fails, and then the catalog as well: the first error is reported, and the folder is let go."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise DeltaworksError("the catalog cannot be written: database is locked")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Catalog, "end_staging", fail)
+        patched.setattr(OwnedFolder, "claim", _full)
+        with pytest.raises(DeltaworksError, match="no space left"):
+            merge(catalog, text, tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(Catalog, "end_staging", fail)
+        _stop(patched, 0, DeltaworksError("the device fails"))
+        with pytest.raises(DeltaworksError, match=r"the device fails$"):
+            merge(catalog, text, tmp_path / "out")
+    held = [os.path.realpath(fd) for fd in Path("/proc/self/fd").iterdir()]
+    assert not [path for path in held if Path(path.removesuffix(" (deleted)")).name == ".out.deltaworks"]
+    assert remove_unfinished(catalog, []) == 0
+    assert catalog.stagings() == []
+    merge(catalog, text, tmp_path / "out")
+
+
+def _full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(
+    catalog: Catalog, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Merges work there and are resumed; what a merge left is kept, because it may be running."""
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with monkeypatch.context() as patched:
+        _stop(patched, 2, DeltaworksError("the device fails"))
+        with pytest.raises(DeltaworksError, match="the device fails"):
+            merge(catalog, text, tmp_path / "out", SMALL_SHARDS)
+    (staged,) = catalog.stagings()
+    assert find_unfinished(catalog) == []
+    remove_unfinished(catalog, [Waste(staged.path, 1, "")])
+    assert staged.path.is_dir()
+    with monkeypatch.context() as patched:
+        patched.setattr(Catalog, "save_snapshot", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            merge(catalog, text, tmp_path / "out", SMALL_SHARDS)
+    assert enter_finished(catalog) == [tmp_path / "out"]
+    assert verify(tmp_path / "out")["verified"]
+
+
+def test_a_folder_that_changed_places_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between making the folder and opening it, another user puts one in its place."""
+    whole, turns = OwnedFolder._open, list[int]()
+
+    def swap(folder: OwnedFolder) -> int:
+        turns.append(1)
+        if len(turns) > 1:
+            return whole(folder)
+        folder.path.rename(tmp_path / "moved")
+        folder.path.mkdir()
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        return -1
+
+    monkeypatch.setattr(OwnedFolder, "_open", swap)
+    with pytest.raises(OutputError, match="belongs to another user"):
+        OwnedFolder(tmp_path / "folder")
+
+
+def test_a_claim_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal is flushed before it gets its name, and its folder afterwards."""
+    whole, steps = os.fsync, list[str]()
+
+    def fsync(fd: int) -> None:
+        name = Path(f"/proc/self/fd/{fd}").readlink().name
+        steps.append(f"{name}, {(tmp_path / 'folder' / JOURNAL).exists()}")
+        whole(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with OwnedFolder(tmp_path / "folder") as folder:
+        folder.claim(["model.safetensors"], plan="x", shards={}, expert_bytes={})
+    assert steps == [f"{JOURNAL}.new, False", "folder, True"]
+
+
+def test_a_small_file_that_cannot_be_copied_fails_before_the_weights_are_read(
+    catalog: Catalog, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    donor = tmp_path / "family" / "expert0"
+    (donor / "vocab.json").write_text("{}")
+    monkeypatch.setattr(snapshot, "_check_space", lambda *_: (donor / "vocab.json").unlink())
+    monkeypatch.setattr(snapshot, "execute", None)
+    with pytest.raises(CheckpointError, match=r"vocab\.json is gone"):
+        merge(catalog, text, tmp_path / "out")
+    assert not list(tmp_path.glob(".*"))
+    assert catalog.stagings() == []
+
+
+def test_a_small_file_that_is_added_during_the_merge_is_not_copied(
+    catalog: Catalog, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    donor = tmp_path / "family" / "expert0"
+    monkeypatch.setattr(snapshot, "_check_space", lambda *_: (donor / "vocab.json").write_text("{}"))
+    merge(catalog, text, tmp_path / "out")
+    assert verify(tmp_path / "out")["unknown"] == []
+    assert not (tmp_path / "out" / "vocab.json").exists()
 
 
 def test_a_running_merge_is_no_waste(catalog: Catalog, tmp_path: Path) -> None:

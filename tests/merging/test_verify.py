@@ -2,6 +2,7 @@
 
 import json
 import os
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,3 +163,29 @@ def test_and_so_it_is_in_every_command(out: Path, tmp_path: Path, content: str) 
 def test_names_inside_of_a_folder() -> None:
     assert all(map(is_inside, ("a", "a/b", ".hidden", "a b", "ü")))
     assert not any(map(is_inside, ("", ".", "..", "/a", "a/../b", "a//b", "./a", "a/", "a\0b")))
+
+
+@pytest.mark.parametrize(
+    "change", ["PRAGMA user_version = 99", "UPDATE snapshots SET manifest = 'x'", "DROP TABLE snapshots"]
+)
+def test_a_catalog_that_cannot_be_used_fails_no_verification(out: Path, tmp_path: Path, change: str) -> None:
+    """Nor does it hide that an output exists."""
+    with Catalog(tmp_path / "catalog") as catalog:
+        catalog.save_snapshot(tmp_path / "other", "d" * 64, {"inputs": []})
+    with sqlite3.connect(tmp_path / "catalog" / "catalog.sqlite") as db:
+        db.execute(change)
+    db.close()
+    shell = Shell(tmp_path)
+    done = shell.run("verify", "out", "--json", "-q")
+    assert json.loads(done.stdout)["verified"]
+    assert "out is verified, but it was not entered in the catalog: " in done.stderr
+    assert str(tmp_path / "catalog") in done.stderr
+    (tmp_path / "recipe.yml").write_text((out / "mergekit_config.yml").read_text())
+    assert "out exists" in shell.error("merge", "recipe.yml", "out")
+
+
+def test_a_manifest_may_be_as_large_as_a_plan(out: Path) -> None:
+    content = json.loads((out / MANIFEST).read_text())
+    content["notes"] = ["x" * (65 << 20)]
+    (out / MANIFEST).write_text(json.dumps(content))
+    assert read_manifest(out)["notes"] == content["notes"]

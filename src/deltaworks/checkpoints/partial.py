@@ -1,4 +1,7 @@
-"""Files on their way to their name: called so that no two processes meet, and locked while they are written."""
+"""Temporary files that are renamed into place.
+
+Their names are unique per process, and they are locked while they are written.
+"""
 
 import errno
 import fcntl
@@ -17,18 +20,22 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{_place()}")
 
 
-def lock(fd: int) -> None:
-    """Hold the lock of a partial file until its descriptor is closed, where the file system has locks.
+def lock(fd: int) -> bool:
+    """Lock an open file or folder until its descriptor is closed, if the file system supports locks.
+
+    Returns:
+        Whether it is locked. Without locks nobody can tell that a file is abandoned, so none is taken for that.
 
     Raises:
-        BlockingIOError: another process writes this file.
+        BlockingIOError: another process holds the lock.
     """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        # Without locks nobody can tell that the file is abandoned either, so it is never taken for that.
         if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
             raise
+        return False
+    return True
 
 
 def is_partial(path: Path) -> bool:
@@ -39,8 +46,8 @@ def is_partial(path: Path) -> bool:
 def is_abandoned(path: Path) -> bool:
     """Whether nobody writes a partial file any more.
 
-    A number of a process alone says little, as other hosts and containers number theirs too; the lock is what tells.
-    Files of earlier versions had none.
+    A process ID is not enough, because other hosts and containers have their own; the lock decides. Files of earlier
+    versions had no lock.
     """
     found = _PARTIAL.fullmatch(path.name)
     if found is None:
@@ -62,7 +69,7 @@ def is_abandoned(path: Path) -> bool:
 
 @cache
 def _place() -> str:
-    """What tells where numbers of processes mean the same: this boot of this host, this container."""
+    """Identifies the PID namespace: host, boot and container."""
     parts = [os.uname().nodename]
     for source in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
         path = Path(source)

@@ -2,6 +2,7 @@
 
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from deltaworks.merging.execute import StageTimes
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A mergekit YAML file.")]
-Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to appear; it must not exist.")]
+Output = Annotated[Path, typer.Argument(metavar="OUT", help="Output folder; must not exist.")]
 Force = Annotated[
     bool,
     typer.Option(
@@ -25,7 +26,9 @@ Force = Annotated[
     ),
 ]
 ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest output file, like 5GB or 500MiB.")]
-Seed = Annotated[int, typer.Option(metavar="N", help="What DARE's random masks start from; same seed, same bytes.")]
+Seed = Annotated[
+    int, typer.Option(metavar="N", help="Seed of DARE's and DELLA's random masks; the same seed gives the same bytes.")
+]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Write NaN and infinity instead of failing.")]
 BudgetText = Annotated[
     str | None,
@@ -88,7 +91,7 @@ AllowMismatch = Annotated[
     bool,
     typer.Option(
         "--allow-mismatch",
-        help="Merge models of different architectures, or whose attention heads are arranged otherwise.",
+        help="Merge models of different architectures, or with different attention-head layouts.",
     ),
 ]
 _MODEL = re.compile(r"""^[\s-]*(?:base_)?model:[ \t]*["']?([^\s"'#]+)""", re.MULTILINE)
@@ -294,18 +297,26 @@ def verify(
     """
     from deltaworks.catalog.store import Catalog
     from deltaworks.cli.progress import make_progress
+    from deltaworks.errors import DeltaworksError
     from deltaworks.merging import snapshot
     from deltaworks.merging.unfinished import enter_finished, enter_verified
+    from deltaworks.progress import warn
 
-    result = snapshot.verify(out, make_progress(quiet=quiet, computes=False))
-    with Catalog.to_read(catalog) as opened:
-        enter_finished(opened)
-        enter_verified(opened, out)
+    progress = make_progress(quiet=quiet, computes=False)
+    result = snapshot.verify(out, progress)
+    try:
+        with Catalog.to_read(catalog) as opened:
+            enter_finished(opened)
+            enter_verified(opened, out)
+    except DeltaworksError as error:  # the output is verified all the same
+        warn(progress, f"{out} is verified, but it was not entered in the catalog: {error}")
     if as_json:
         print_json(result)
     else:
         unknown = f"; not in the manifest: {', '.join(result['unknown'])}" if result["unknown"] else ""
-        unknown += "" if result["has_digest"] else "; the manifest is of an older version and has no digest of itself"
+        unknown += (
+            "" if result["has_digest"] else "; the manifest is of an older version and does not contain its own digest"
+        )
         typer.echo(
             f"{out} is what its manifest says: {result['files']} files, {format_bytes(result['bytes'])}{unknown}"
         )
@@ -314,14 +325,15 @@ def verify(
 def _check_output(out: Path, catalog: Path | None, *, force: bool) -> None:
     """Refuse an output that exists; if a merge was stopped right after it made that, the catalog learns of it."""
     from deltaworks.catalog.store import Catalog
-    from deltaworks.errors import OutputError
+    from deltaworks.errors import DeltaworksError, OutputError
     from deltaworks.merging.snapshot import check_output
     from deltaworks.merging.unfinished import enter_finished
 
     try:
         check_output(out, force=force)
     except OutputError:
-        with Catalog.to_read(catalog) as opened:
+        # That the output exists is what the user must know, whatever is wrong with the catalog.
+        with suppress(DeltaworksError), Catalog.to_read(catalog) as opened:
             enter_finished(opened)
         raise
 

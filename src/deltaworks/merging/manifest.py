@@ -16,6 +16,8 @@ PLAN = "deltaworks_plan.json"
 RECIPE = "mergekit_config.yml"
 DIGEST: Final = "manifest_digest"
 """The member that holds the digest of all others; older manifests have none."""
+_MANIFEST_BYTES = 1 << 30
+"""Largest manifest that is read, in bytes: as for plans, which hold most of what a manifest holds."""
 
 _TEXT, _COUNT, _NUMBER = (str,), (int,), (int, float)
 _MEMBERS: Final[Mapping[str, tuple[type, ...]]] = {
@@ -60,9 +62,8 @@ def read_manifest(out: Path) -> dict[str, Any]:
     if not path.is_file():
         raise OutputError(f"{out} is no snapshot: it holds no {MANIFEST}")
     # A plan may predict an error without bound.
-    content = parse_json(
-        read_bytes(path, "a manifest", OutputError), str(path), "a manifest", OutputError, finite=False
-    )
+    raw = read_bytes(path, "a manifest", OutputError, _MANIFEST_BYTES)
+    content = parse_json(raw, str(path), "a manifest", OutputError, finite=False)
     if not isinstance(content, dict) or content.get("deltaworks_manifest") != MANIFEST_VERSION:
         raise OutputError(f"{path} is of another version; use the deltaworks that made it")
     _check(path, content, _MEMBERS)

@@ -7,7 +7,6 @@ place later leads nowhere.
 """
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+from deltaworks.checkpoints.partial import lock
 from deltaworks.documents import parse_json
 from deltaworks.errors import OutputError, quoted
 from deltaworks.merging.manifest import MANIFEST, is_inside, listed_files, read_manifest
@@ -24,7 +24,7 @@ from deltaworks.merging.manifest import MANIFEST, is_inside, listed_files, read_
 JOURNAL = ".journal.json"
 _NEW = f"{JOURNAL}.new"
 SPOOL = ".spool-"
-"""How the names of files begin that are removed as soon as they are made, where the system needs a name for them."""
+"""Prefix of spool files; they are unlinked immediately after creation."""
 _MARK = "deltaworks_staging"
 _JOURNAL_BYTES = 64 << 20
 
@@ -41,20 +41,21 @@ class OwnedFolder:
     Attributes:
         path: where it is.
         journal: what its journal says besides the list of files; empty where there is none.
+        is_locked: no other process can hold it; False on a file system without locks, where nobody can tell.
 
     Raises:
-        OutputError: it is not ours, or another process holds it.
+        OutputError: it was not created by deltaworks, or another process holds it.
         OSError: it cannot be made or opened.
     """
 
     def __init__(self, path: Path, *, create: bool = True, replaced: str | None = None) -> None:
         self.path, self.journal = path, dict[str, Any]()
         self._names: set[str] = set()
-        self._fd = -1
-        is_new = False
+        self._fd, self.is_locked = -1, False
         if replaced is not None and (path.is_symlink() or not path.is_dir()) and _identity_or_none(path) == replaced:
             path.unlink()  # a file or a link that changed places with a folder of ours
         while self._fd < 0:
+            is_new = False
             if create:
                 with suppress(FileExistsError):
                     path.mkdir()
@@ -80,22 +81,26 @@ class OwnedFolder:
                 raise
             raise self._foreign("it is a link" if self.path.is_symlink() else "it is no folder") from error
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_there = os.path.samestat(os.fstat(fd), os.lstat(self.path))
+            self.is_locked = lock(fd)
+            if os.path.samestat(os.fstat(fd), os.lstat(self.path)):
+                return fd
         except BlockingIOError as error:
             os.close(fd)
             raise OutputError(
                 f"another process is writing {output_of(self.path)}; wait for it, or choose another folder"
             ) from error
         except FileNotFoundError:
-            is_there = False
-        if is_there:
-            return fd
+            pass
+        except BaseException:
+            os.close(fd)
+            raise
         os.close(fd)
         return -1
 
     def _foreign(self, why: str) -> OutputError:
-        return OutputError(f"{self.path} exists and is not ours: {why}; move it away, or choose another output")
+        return OutputError(
+            f"{self.path} exists and was not created by deltaworks: {why}; move it away, or choose another output"
+        )
 
     def _check_owner(self) -> None:
         if os.fstat(self._fd).st_uid != os.geteuid():
@@ -107,6 +112,8 @@ class OwnedFolder:
         except FileNotFoundError:
             if _is_regular(self._fd, MANIFEST):
                 self._names = {MANIFEST, *listed_files(read_manifest(self.path))}
+                if not self.is_there():  # the manifest was read by its path
+                    raise self._foreign("it was replaced while it was being opened") from None
             return
         except OSError as error:
             raise self._foreign(f"its {JOURNAL} cannot be read ({error.strerror})") from error
@@ -163,6 +170,7 @@ class OwnedFolder:
             file.flush()
             os.fsync(file.fileno())
         os.rename(_NEW, JOURNAL, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+        os.fsync(self._fd)
 
     def seal(self) -> list[str]:
         """Remove the journal: from now on, what is here is what the manifest lists. Returns unclaimed names."""

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -21,7 +20,7 @@ from deltaworks.catalog.register import untouched
 from deltaworks.catalog.storage import is_far
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.reader import ByteCounter
-from deltaworks.checkpoints.sidecars import copy_sidecars, sidecar_names, write_chat_template, write_json
+from deltaworks.checkpoints.sidecars import copy_files, sidecar_names, write_chat_template, write_json
 from deltaworks.checkpoints.weight_files import INDEX
 from deltaworks.checkpoints.writer import ShardLayout, fsync_folder, storage_error
 from deltaworks.errors import ChangedError, DeltaworksError, OutputError, PlanError
@@ -81,7 +80,8 @@ class MergeResult:
 def check_output(out: Path, *, force: bool) -> None:
     """Make sure that a snapshot may appear at `out`.
 
-    An empty folder may be there; a link to one is not replaced without `force`, and then it is the link that goes.
+    An empty folder may be there. A link to one is not replaced without `force`; with `force`, the link itself is
+    replaced.
 
     Raises:
         OutputError: something is there, and `force` is not set.
@@ -170,7 +170,8 @@ def run_plan(
     check_output(out, force=force)
     _check_apart(out, models)
     shards = output_shards(plan)
-    names = _companion_names(plan, models, shards)
+    sidecars = sidecar_names(models[plan.tokenizer].path)
+    names = _companion_names(plan, sidecars, shards)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = _Staging(catalog, out, plan, [*names, *(s.name for s in shards)])
@@ -181,18 +182,18 @@ def run_plan(
             todo = [s for s in shards if not staging.take_over(s, progress)]
             _check_space(out, sum(s.nbytes for s in todo))
             layers = layer_files(catalog, plan, models, everywhere=options.layers)
-            with ThreadPoolExecutor(1) as pool:
-                others = pool.submit(_write_companions, staging, plan, models, shards)
-                stages = execute(
-                    plan, models, todo, staging.folder, options, staging.reads, staging.record, progress, layers
-                )
+            # First, so that a file that cannot be copied is reported before the weights are read.
+            others = _write_companions(staging, plan, models, sidecars, shards)
+            stages = execute(
+                plan, models, todo, staging.folder, options, staging.reads, staging.record, progress, layers
+            )
             if changed := next((m for m in models if not m.is_gone and not untouched(m)), None):
                 staging.done.clear()
                 raise ChangedError(
                     f"{changed.path} changed while it was being read; nothing was committed: merge again"
                 )
             try:
-                manifest = _write_manifest(staging, plan, shards, others.result())
+                manifest = _write_manifest(staging, plan, shards, others)
                 staging.publish(force=force)
             except OSError as error:
                 raise storage_error(Path(error.filename or out), error) from error
@@ -202,7 +203,7 @@ def run_plan(
         catalog.save_snapshot(out, plan.digest, manifest)
     except DeltaworksError as error:
         raise DeltaworksError(
-            f"{out} is complete, but {error}; once that is mended, `deltaworks verify {out}` enters it"
+            f"{out} is complete, but {error}; fix that, then run `deltaworks verify {out}` to record it"
         ) from error
     measured = (
         measure_error(
@@ -244,7 +245,7 @@ class _Staging:
         names: of all files that will be written, but the manifest.
 
     Raises:
-        OutputError: the folder is not ours, or another process holds it.
+        OutputError: the folder was not created by deltaworks, or another process holds it.
         OSError: it cannot be made.
     """
 
@@ -268,19 +269,25 @@ class _Staging:
             catalog.begin_staging(self.folder, out, self._plan)
             self._claim([*names, MANIFEST])
         except BaseException:
-            self.give_up()
-            self._owned.close()
+            try:
+                self.give_up()
+            finally:
+                self._owned.close()
             raise
 
     def _claim(self, names: Iterable[str] = ()) -> None:
         self._owned.claim(names, plan=self._plan, shards=self.done, expert_bytes=self._spent)
 
     def give_up(self) -> str:
-        """Leave what a later run can take over, and nothing else; returns the end of an error that says so."""
+        """Keep only what a later run can resume from.
+
+        Returns:
+            What to append to the message of the error that ends the merge.
+        """
         if not self._owned.is_there():
             return f"; {self.out} is in place all the same, and the next command that meets it enters it in the catalog"
         if self.done:
-            with suppress(OSError):  # the folder may be sealed already
+            with suppress(OSError, DeltaworksError):  # the folder may be sealed already
                 self._claim()
             return (
                 f"; the files that are finished stay in {self.folder}: the same command resumes, and `deltaworks gc`"
@@ -290,7 +297,8 @@ class _Staging:
             self._owned.discard()
         except OSError as error:
             return f"; {self.folder} stays ({error.strerror}): `deltaworks gc` removes it"
-        self._catalog.end_staging(self.folder)
+        with suppress(DeltaworksError):  # the error that is being reported matters more; `gc` forgets the folder
+            self._catalog.end_staging(self.folder)
         return ""
 
     def take_over(self, shard: ShardLayout, progress: Progress) -> bool:
@@ -385,25 +393,36 @@ def _check_space(out: Path, needed: int) -> None:
         )
 
 
-def _companion_names(plan: Plan, models: Sequence[Model], shards: Sequence[ShardLayout]) -> list[str]:
-    """Names of the files that may come to stand beside the weights, but the manifest.
-
-    Raises:
-        CheckpointError: one that would be copied is no file of its model.
-    """
+def _companion_names(plan: Plan, sidecars: Sequence[str], shards: Sequence[ShardLayout]) -> list[str]:
+    """Names of the files that may be written beside the weights, except the manifest."""
     template = ["chat_template.jinja", "tokenizer_config.json"] if plan.chat_template is not None else []
     index = [INDEX] if len(shards) > 1 else []
-    copied = [*sidecar_names(models[plan.tokenizer].path), *code_names(plan)]
+    copied = [*sidecars, *code_names(plan)]
     return [*copied, *template, "config.json", *index, "README.md", RECIPE, PLAN]
 
 
 def _write_companions(
-    staging: _Staging, plan: Plan, models: Sequence[Model], shards: Sequence[ShardLayout]
+    staging: _Staging, plan: Plan, models: Sequence[Model], sidecars: Sequence[str], shards: Sequence[ShardLayout]
 ) -> list[str]:
-    """Write and flush everything beside the weights but the manifest; returns the names of the files."""
+    """Write and flush everything beside the weights except the manifest.
+
+    Args:
+        staging: where they go; every name was claimed there.
+        plan: what is executed.
+        models: its models.
+        sidecars: names of the files to copy from the tokenizer's model. One that was added since is not copied.
+        shards: the weight files.
+
+    Returns:
+        The names of the files, sorted.
+
+    Raises:
+        CheckpointError: a file cannot be copied.
+        DeltaworksError: a file cannot be written.
+    """
     folder = staging.folder
     try:
-        copy_sidecars(models[plan.tokenizer].path, folder)
+        copy_files(models[plan.tokenizer].path, folder, sidecars)
         write_code(plan, models, folder)
         if plan.chat_template is not None:
             write_chat_template(folder, plan.chat_template)
@@ -416,7 +435,7 @@ def _write_companions(
         (folder / "README.md").write_text(model_card(plan, staging.out.name), encoding="utf-8")
         (folder / RECIPE).write_text(plan.recipe, encoding="utf-8")
         save_plan(plan, folder / PLAN)
-        others = [n for n in _companion_names(plan, models, shards) if (folder / n).is_file()]
+        others = [n for n in _companion_names(plan, sidecars, shards) if (folder / n).is_file()]
         for name in others:
             _flush(folder / name)
     except OSError as error:

@@ -1,6 +1,5 @@
 """Merges that were stopped: what they left, and outputs that appeared without the catalog knowing."""
 
-import fcntl
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from deltaworks.catalog.store import Catalog, Staged
 from deltaworks.catalog.tidy import Waste
+from deltaworks.checkpoints.partial import lock
 from deltaworks.errors import DeltaworksError, OutputError, PlanError
 from deltaworks.merging.manifest import MANIFEST, PLAN, read_manifest
 from deltaworks.merging.owned_folder import OwnedFolder, identity
@@ -72,6 +72,8 @@ def find_unfinished(catalog: Catalog) -> list[Waste]:
     for staged in catalog.stagings():
         try:
             with OwnedFolder(staged.path, create=False) as folder:
+                if not folder.is_locked:  # on a file system without locks, the merge may be running
+                    continue
                 nbytes = sum(p.stat().st_size for p in folder.path.rglob("*") if p.is_file() and not p.is_symlink())
         except (OutputError, OSError):  # gone, locked, or no longer ours
             continue
@@ -84,6 +86,8 @@ def remove_unfinished(catalog: Catalog, waste: Sequence[Waste]) -> int:
     freed = 0
     for item in waste:
         with suppress(OutputError), OwnedFolder(item.path, create=False) as folder:
+            if not folder.is_locked:
+                continue
             folder.discard()
             freed += item.nbytes
     for staged in catalog.stagings():
@@ -93,10 +97,10 @@ def remove_unfinished(catalog: Catalog, waste: Sequence[Waste]) -> int:
 
 
 def _is_held(folder: Path) -> bool:
-    """Whether a process holds the lock of a folder."""
+    """Whether a process holds the lock of a folder; never on a file system without locks."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(fd)
     except BlockingIOError:
         return True
     finally:
