@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from deltaworks.errors import did_you_mean, quoted
+from deltaworks.errors import did_you_mean, one_line, quoted
 
 
 def laugh(levels: int) -> list[Any]:
@@ -46,6 +46,22 @@ def test_a_quotation_is_one_short_line(value: Any) -> None:
 @pytest.mark.parametrize("value", ["abc", 7, 2**63, -1.5, None, True, [1, "a"], {"a": 1}])
 def test_a_short_value_is_quoted_as_it_is(value: Any) -> None:
     assert quoted(value) == repr(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "line"),
+    [
+        ("a\n  b\tc", 120, "a b c"),
+        ('it\'s "so".', 120, 'it\'s "so".'),
+        ("nul \x00", 120, "nul \\x00"),
+        ("x" * 300, 300, "x" * 300),
+        ("x" * 301, 300, "x" * 297 + "..."),
+        ("x" * 10_000_000, 120, "x" * 117 + "..."),
+        (" " * 1000 + "x", 120, "..."),
+    ],
+)
+def test_a_message_is_included_as_one_line(text: str, width: int, line: str) -> None:
+    assert one_line(text, width) == line
 
 
 def test_only_short_names_are_guessed() -> None:

@@ -2,8 +2,8 @@
 
 Whatever a file holds, reading it gives plain values (mappings with text or other scalar keys, lists, text, numbers,
 booleans, None) or raises the error class that the caller names, with one sentence that says where and why. Refused
-are: files that are no regular files, or too large; text that is not UTF-8; keys given twice; NaN, infinity and halves
-of surrogate pairs; and what is beyond `deltaworks.bounds`: nesting, digits, and what YAML aliases expand to.
+are: anything but regular files; files that are too large; text that is not UTF-8; keys given twice; NaN, infinity and
+halves of surrogate pairs; and what is beyond `deltaworks.bounds`: nesting, digits, and what YAML aliases expand to.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from deltaworks.bounds import MAX_DEPTH, MAX_DIGITS, SURROGATE, TOO_DEEP, RefusedError
-from deltaworks.errors import DeltaworksError, quoted
+from deltaworks.errors import DeltaworksError, one_line, quoted
 from deltaworks.yaml_loader import Loader, explained
 
 DOCUMENT_BYTES = 64 << 20
@@ -52,7 +52,7 @@ def read_bytes(path: Path, what: str, error: type[DeltaworksError], limit: int =
     except OSError as failure:
         raise error(f"{start}: {failure.strerror or failure}") from None
     except ValueError as failure:  # a name with a null character, or with half a surrogate pair
-        raise error(f"{quoted(str(path))}: cannot be read as {what}: no file can be called so: {failure}") from None
+        raise error(f"{quoted(str(path))}: cannot be read as {what}: the file name is invalid: {failure}") from None
     if found.st_size > limit or len(content) > limit:
         raise error(f"{start}: it has more than {limit:,} bytes, which is the most that is read")
     return content
@@ -96,8 +96,10 @@ def load_document(path: Path, what: str, error: type[DeltaworksError], limit: in
     if text.lstrip()[:1] in ("{", "["):
         try:
             return _from_json(text)
-        except json.JSONDecodeError:
-            pass  # flow style, which YAML has in common with JSON
+        except json.JSONDecodeError as failure:
+            # Flow style, which YAML has in common with JSON, unless it is too long for YAML.
+            if len(text) > YAML_BYTES:
+                raise error(_invalid_json(where, what, failure)) from None
         except RefusedError as refused:
             raise error(f"{where}: cannot be read as {what}: {refused}") from None
     return parse_yaml(text, where, what, error)
@@ -170,6 +172,8 @@ def _values(text: str) -> Iterator[Any]:
         at = _next(text, at)
         if listed and text[at : at + 1] == ",":
             at = _next(text, at + 1)
+            if text[at : at + 1] == "]":
+                raise json.JSONDecodeError("Illegal trailing comma before end of array", text, at)
         elif listed and text[at : at + 1] != "]":
             raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
     if listed and at == len(text):
@@ -249,12 +253,12 @@ def _constant(text: str) -> float:
 def _finite(text: str) -> float:
     value = float(text)
     if abs(value) == float("inf"):
-        raise RefusedError(f"the number {quoted(text)[1:-1]} is too large")
+        raise RefusedError(f"the number {one_line(text)} is too large")
     return value
 
 
 def _whole(text: str) -> int:
-    if len(text) > MAX_DIGITS:
+    if len(text.lstrip("-")) > MAX_DIGITS:
         raise RefusedError(f"a whole number has {len(text.lstrip('-')):,} digits; at most {MAX_DIGITS} are read")
     return int(text)
 
@@ -270,7 +274,7 @@ _ANY_FLOAT_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_whol
 
 def _from_json(text: str, *, finite: bool = True) -> Any:
     """The value in a JSON text; `json.JSONDecodeError` where there is none, and `RefusedError` beyond a bound."""
-    # Looking at every number costs more than looking for a suspicious one first.
+    # Use the slow per-number checks only if the text contains a long or large number.
     careful = _DIGITS.search(text) or _EXPONENT.search(text)
     decoder = (_CAREFUL_DECODER if careful else _DECODER) if finite else _ANY_FLOAT_DECODER
     try:

@@ -55,11 +55,31 @@ def quoted(value: object, width: int = _QUOTED) -> str:
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
-def did_you_mean(name: object, known: Iterable[str], called: str = "") -> str:
-    """The end of an error about a name that is not known: a known one that is close, or nothing."""
+def one_line(text: str, width: int = _QUOTED) -> str:
+    """A text from outside as a message includes it, without quotes: on one line of at most `width` characters.
+
+    Args:
+        text: of any length, such as the message of another library.
+        width: the most characters; what is cut off is marked with dots.
+    """
+    words = " ".join(text[: 4 * width].split())
+    line = words if words.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in words)
+    is_whole = len(text) <= 4 * width and len(line) <= width
+    return line if is_whole else f"{line[: width - 3]}..."
+
+
+def did_you_mean(name: object, known: Iterable[str], called: str = "", *, cutoff: float = 0.5) -> str:
+    """The end of an error about a name that is not known: a known one that is close, or nothing.
+
+    Args:
+        name: what was given.
+        known: the names that are known.
+        called: what to put before the known name.
+        cutoff: how like it the known name must be, from 0 to 1.
+    """
     if not isinstance(name, str) or len(name) > _QUOTED:
         return ""
-    close = get_close_matches(name, list(known), 1, cutoff=0.5)
+    close = get_close_matches(name, list(known), 1, cutoff=cutoff)
     return f"; did you mean {called}{close[0]!r}?" if close else ""
 
 

@@ -1,4 +1,4 @@
-"""YAML 1.1 as PyYAML reads it, within bounds, and without what surprises people."""
+"""YAML 1.1 as PyYAML reads it, within bounds; but dates stay text, and 1e-5 is a number."""
 
 import re
 from collections.abc import Hashable
@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from deltaworks.bounds import MAX_DEPTH, MAX_DIGITS, MAX_NODES, SURROGATE, TOO_DEEP, RefusedError
-from deltaworks.errors import quoted
+from deltaworks.errors import one_line, quoted
 
 
 class Loader(yaml.SafeLoader):
@@ -54,7 +54,7 @@ class Loader(yaml.SafeLoader):
         except (ValueError, LookupError, TypeError, AttributeError) as failure:
             text = quoted(node.value, 60) if isinstance(node.value, str) else "a mapping or list"
             kind = node.tag.rpartition(":")[2]
-            reason = str(failure) if isinstance(failure, RefusedError) else f"is no value of the type {quoted(kind)}"
+            reason = str(failure) if isinstance(failure, RefusedError) else f"is not a valid {one_line(kind)}"
             raise yaml.constructor.ConstructorError(None, None, f"{text} {reason}", node.start_mark) from None
 
     def text(self, node: yaml.ScalarNode) -> str:
@@ -70,8 +70,8 @@ class Loader(yaml.SafeLoader):
 
     def whole(self, node: yaml.ScalarNode) -> int:
         """A whole number of bounded length."""
-        if len(node.value) > MAX_DIGITS:
-            raise RefusedError(f"has {len(node.value):,} digits; at most {MAX_DIGITS} are read")
+        if len(digits := node.value.lstrip("+-")) > MAX_DIGITS:
+            raise RefusedError(f"has {len(digits):,} digits; at most {MAX_DIGITS} are read")
         return self.construct_yaml_int(node)
 
     def number(self, node: yaml.ScalarNode) -> float:
@@ -131,7 +131,7 @@ def explained(failure: yaml.MarkedYAMLError, text: str) -> str:
     """A YAML error in one sentence with its line; a tab, which is what people cannot see, is named."""
     marks = [mark.line for mark in (failure.problem_mark, failure.context_mark) if mark is not None]
     if not marks:
-        return f"it is not valid YAML: {quoted(str(failure.problem))[1:-1]}"
+        return f"it is not valid YAML: {one_line(str(failure.problem))}"
     lines = text.splitlines()
     for index in range(min(marks), min(max(marks), len(lines) - 1, min(marks) + 1000) + 1):
         blank = lines[index][: len(lines[index]) - len(lines[index].lstrip())]
@@ -139,4 +139,4 @@ def explained(failure: yaml.MarkedYAMLError, text: str) -> str:
             return f"line {index + 1} begins with a tab; YAML indents with spaces"
     problem = " ".join(str(failure.problem).split())
     context = f"{' '.join(failure.context.split())}: " if failure.context else ""
-    return f"line {marks[0] + 1}: {quoted(context + problem, 300)[1:-1]}"
+    return f"line {marks[0] + 1}: {one_line(context + problem, 300)}"

@@ -84,6 +84,26 @@ def test_a_placement_is_kept_when_the_workload_changes(shell: Shell, placed: Any
     assert placed["gpu_count"] == found["gpu_count"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "headroom", "slo", "noted"),
+    [
+        ((), 0.2, {"ttft_p99": 30_000.0}, 2),
+        (("--headroom", "10%"), 0.1, {"ttft_p99": 30_000.0}, 1),
+        (("--slo", "itl_mean=1s"), 0.2, {"itl_mean": 1000.0}, 1),
+        (("--slo", "none", "--headroom", "0"), 0.0, {}, 0),
+    ],
+)
+def test_headroom_and_goals_of_the_old_placement_are_kept(
+    shell: Shell, flags: tuple[str, ...], headroom: float, slo: dict[str, float], noted: int
+) -> None:
+    (shell.root / "one.json").write_text(json.dumps(WORKLOAD | {"adapters": [{"name": "a", "rank": 8, "rate": 0.1}]}))
+    if not (shell.root / "goals").exists():
+        shell.run("place", "one.json", *P, "--headroom", "20%", "--slo", "ttft_p99=30s", "-o", "goals")
+    found = shell.json("place", "--from", "goals", *flags)
+    assert (found["headroom"], found["slo"]) == (headroom, slo)
+    assert sum("old placement" in note for note in found["notes"]) == noted
+
+
 def test_traces_travel_with_the_placement(shell: Shell) -> None:
     rows = [{"time": i / 9, "adapter": f"a{i % 5}", "prompt_tokens": 50, "output_tokens": 20} for i in range(500)]
     folder = shell.root / "traces"
@@ -158,6 +178,8 @@ def test_the_rules_can_be_read(shell: Shell) -> None:
     (("place", "w.json"), "--profile P"),
     (("place", "w.json", *P, "--headroom", "x"), "write a share like 10%"),
     (("place", "w.json", *P, "--slo", "ttft_p98=1s"), "did you mean 'ttft_p99'"),
+    (("place", "w.json", *P, "--slo", "ttft_p99=1s", "--slo", "ttft_p99=2s"), "ttft_p99 is limited twice"),
+    (("place", "w.json", "--profile", 300 * "x"), "unknown profile 'xxx"),
     (("place", "w.json", *P, "--objective", "latency"), "go together"),
     (("place", "w.json", *P, "--price", "lama-3.1-8b-h100-64gb=2"), "did you mean 'llama-3.1-8b-h100-64gb'"),
     (("place", "w.json", *P, "--price", "2"), "write it like"),

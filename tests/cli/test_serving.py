@@ -114,7 +114,10 @@ def test_other_flags_of_the_server(shell: Shell) -> None:
     ("arguments", "said"),
     [
         (("w.json", *P), "give a WORKLOAD and --slots N, or --batch"),
-        (("w.json", "--profile", "lama", "--slots", 4), "no such profile; built in are llama-3.1-8b-h100-64gb"),
+        (
+            ("w.json", "--profile", "lama", "--slots", 4),
+            "unknown profile 'lama'; built-in profiles are llama-3.1-8b-h100-64gb",
+        ),
         (("w.json", *P, "--slots", 4, "--batch", "b"), "give no WORKLOAD and no --slots"),
         (("nothing.json", *P, "--slots", 4), "nothing.json: cannot be read as a workload"),
         (("w.json", *P, "--slots", 4, "--max-rank", 8), "an adapter has rank 16, more than the maximum rank 8"),

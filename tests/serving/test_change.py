@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 from small_server import SMALL, check_placement, judge, workload
 
-from deltaworks.errors import PlacementError, WorkloadError
+from deltaworks.errors import ImpossibleError, PlacementError, WorkloadError
 from deltaworks.serving.advice import alike, capacities, of_adapters, overheads
 from deltaworks.serving.baselines import compare
-from deltaworks.serving.change import Change, _roomiest, change
+from deltaworks.serving.change import Change, _new_gpu, _roomiest, change
 from deltaworks.serving.change import _State as change_state
 from deltaworks.serving.document import FILE, describe, read_placement
 from deltaworks.serving.judge import parse_goal
 from deltaworks.serving.placement import place
+from deltaworks.serving.profile import KvCache, Profile
 from deltaworks.serving.simulate import Configuration, simulate
 from deltaworks.serving.what_if import what_if
 from deltaworks.serving.workload import parse_workload
@@ -58,6 +59,44 @@ def test_an_adapter_that_grew_makes_some_move(tmp_path: Path) -> None:
     assert after.moves
     assert all("would starve" in move["why"] or "it frees" in move["why"] for move in after.moves)
     assert len(after.moves) < len(BEFORE) / 2
+
+
+SMALL_MEMORY = replace(SMALL, name="small-memory", kv_cache=KvCache(6000, 10, 20, 1000))
+BIG = replace(SMALL, name="big", kv_cache=KvCache(100_000, 10, 20, 1000))
+
+
+@pytest.mark.parametrize(
+    ("rank", "types", "goals", "error"),
+    [
+        pytest.param(512, (SMALL_MEMORY, BIG), (), None, id="the old type has no memory for the new rank"),
+        pytest.param(
+            8, (SMALL_MEMORY,), ("ttft_p99=12ms",), "latency goals are missed|cannot be kept", id="hopeless goal"
+        ),
+    ],
+)
+def test_a_change_that_the_old_gpus_cannot_follow_ends(
+    tmp_path: Path, rank: int, types: tuple[Profile, ...], goals: tuple[str, ...], error: str | None
+) -> None:
+    rates = {"a": 1.0}
+    old = judge(workload(content(**rates)["adapters"]), 0.1, (), SMALL_MEMORY)
+    (tmp_path / FILE).write_text(json.dumps(describe(old, place(old), content(**rates), {}, None)))
+    grown = [entry | {"rank": rank} for entry in content(**rates)["adapters"]]
+    asker = judge(workload(grown), 0.1, goals, *types)
+    if error is not None:
+        with pytest.raises(ImpossibleError, match=error):
+            change(asker, read_placement(tmp_path))
+        return
+    after = change(asker, read_placement(tmp_path))
+    check_placement(asker, after.placement)
+    assert {types[gpu.kind].name for gpu in after.placement.gpus if gpu.part} == {"big"}
+
+
+def test_the_number_of_gpus_is_bounded() -> None:
+    asker = judge(workload(content(a=1.0)["adapters"]))
+    state = change_state(["gpu-0"], [0], [{0: 1.0}], most_gpus=2)
+    assert _roomiest(asker, state, 0, 0.5, 0) == 1
+    with pytest.raises(PlacementError, match="could not be mended with at most 2 GPUs; make a new one without --from"):
+        _new_gpu(asker, state, 0)
 
 
 def test_a_gpu_is_freed_when_traffic_falls(tmp_path: Path) -> None:

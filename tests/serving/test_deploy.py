@@ -255,10 +255,10 @@ def test_a_recorded_placement_is_read(tmp_path: Path) -> None:
     ("gpus.0", "x", r"gpus\[0\]: expected keys and values"),
     ("gpus.0.id", 7, r"gpus\[0\].id: expected a text"),
     ("gpus.1.id", "gpu-0", r"gpus\[1\].id: two GPUs are called 'gpu-0'"),
-    ("gpus.0.id", "a b", r"gpus\[0\].id: 'a b' is no id"),
-    ("gpus.0.id", "$(id)", "is no id"),
-    ("gpus.0.id", "x" * 59, "is no id"),
-    ("gpus.0.id", "gpu-", "is no id"),
+    ("gpus.0.id", "a b", r"gpus\[0\].id: 'a b' is not an id"),
+    ("gpus.0.id", "$(id)", "is not an id"),
+    ("gpus.0.id", "x" * 59, "is not an id"),
+    ("gpus.0.id", "gpu-", "is not an id"),
     ("gpus.0.type", "q", r"gpus\[0\].type: there is no profile 'q'"),
     ("gpus.0.type", None, r"gpus\[0\].type: expected a text"),
     ("gpus.0.max_loras", 0, r"gpus\[0\].max_loras: expected a number of at least 1"),
@@ -285,6 +285,9 @@ def test_a_recorded_placement_is_read(tmp_path: Path) -> None:
     ("prices", 3, "prices: expected keys and values"),
     ("prices", {"q": 3}, "prices: expected one for each of p"),
     ("prices.p", 0, "prices.p: expected a number above 0"),
+    ("headroom", 11, "headroom: expected a number of at most 10"),
+    ("slo", {"ttft": 5}, "unknown latency 'ttft'"),
+    ("slo", {"ttft_p99": 0}, "slo.ttft_p99: expected a number above 0"),
     ("workload.adapters.0.rate", -1, r"workload: adapters\[0\].rate: expected a number"),
     ("workload", None, "placement.json: workload"),
 ])  # fmt: skip
@@ -319,6 +322,34 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         "mine": "kept",
     }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "t.csv"]
+
+
+@pytest.mark.parametrize(
+    ("content", "moved", "copied"),
+    [
+        pytest.param(
+            {"requests": "routes.json"}, {"requests": "routes-2.json"}, {"routes-2.json"}, id="generated name"
+        ),
+        pytest.param(
+            {"requests": [{"time": 1, "path": "x", "requests": "y"}]},
+            {"requests": [{"time": 1, "path": "x", "requests": "y"}]},
+            set(),
+            id="inline requests with such columns",
+        ),
+        pytest.param(
+            {"adapters": [{"name": "a", "lengths": {"path": "l.csv"}}]},
+            {"adapters": [{"name": "a", "lengths": {"path": "l.csv"}}]},
+            {"l.csv"},
+            id="lengths of an adapter",
+        ),
+    ],
+)
+def test_only_files_that_a_workload_names_are_copied(
+    tmp_path: Path, content: dict[str, Any], moved: dict[str, Any], copied: set[str]
+) -> None:
+    found, traces = with_traces(content, tmp_path, {"routes.json", "serve.sh"})
+    assert found == moved
+    assert set(traces) == copied
 
 
 def test_traces_of_one_name_do_not_meet(tmp_path: Path) -> None:

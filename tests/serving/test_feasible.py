@@ -3,13 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_server import LENGTHS, SMALL, check_placement, judge, workload
 
-from deltaworks.errors import ImpossibleError
-from deltaworks.serving.feasible import check_possible
+from deltaworks.errors import ImpossibleError, WorkloadError
+from deltaworks.serving.censored import statistics
+from deltaworks.serving.feasible import _least_interpolated, check_possible
 from deltaworks.serving.judge import Goal, Judge, parse_goal
 from deltaworks.serving.parts import Piece
 from deltaworks.serving.placement import place
@@ -38,7 +40,7 @@ def test_the_impossible_is_said(goals: tuple[str, ...], lengths: dict[str, Any],
 def test_there_are_more_gpus_than_make_sense() -> None:
     """One request at a time is fast enough and two are not: a GPU must be idle nearly always."""
     asker = judge(workload([{"name": "a", "count": 4, "rank": 8, "rate": 10.0}]), 0.1, ("itl_p99=6.5ms",))
-    with pytest.raises(ImpossibleError, match=r"even on \d+ GPUs the goals are not kept: .* itl_p99 is "):
+    with pytest.raises(ImpossibleError, match=r"even with the traffic spread over \d+ GPUs, the latency goals are missed: .* itl_p99 is "):
         place(asker)
     assert asker.runs < 200
 
@@ -112,3 +114,42 @@ def test_the_duration_decides_little(duration: float) -> None:
     found = place(asker)
     check_placement(asker, found)
     assert (len(found.gpus), found.lower_bound) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "quantile", "bound"),
+    [
+        pytest.param([0.05], 0.99, 0.05, id="one request"),
+        pytest.param([0.05] * 100, 0.99, 0.05, id="all alike"),
+        # (10 - L) / (10 - 0.05) = 0.01 * 50: what a single GPU would measure is a little more, 5.12 s.
+        pytest.param([0.05] * 49 + [10.0], 0.99, 5.025, id="one slow request of fifty"),
+        pytest.param([0.05] * 98 + [10.0] * 2, 0.99, 5.025, id="two slow ones, which two GPUs may share"),
+        pytest.param([0.05] * 5 + [10.0] * 95, 0.99, 10.0 - 9.95 / 95, id="nearly all slow"),
+        pytest.param([1.0, 3.0], 0.5, 1.0, id="a GPU each, and then the median of both"),
+    ],
+)
+def test_a_quantile_is_bounded_by_what_interpolation_leaves(
+    seconds: list[float], quantile: float, bound: float
+) -> None:
+    found = _least_interpolated(np.array(seconds), quantile)
+    assert found == pytest.approx(bound)
+    measured = statistics(np.array(seconds))["p99" if quantile == 0.99 else "p50"]
+    assert measured is not None
+    assert 1000 * found <= measured + 1e-6
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_division_among_gpus_is_below_the_bound(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    seconds = rng.lognormal(0, 1.5, 120)
+    bound = 1000 * _least_interpolated(seconds, 0.99)
+    for gpus in range(1, 6):
+        chosen = rng.integers(0, gpus, seconds.size)
+        worst = max(statistics(seconds[chosen == gpu])["p99"] or 0.0 for gpu in range(gpus))
+        assert worst >= bound - 1e-6
+
+
+def test_a_trace_for_the_base_model_alone_has_nothing_to_place() -> None:
+    rows = [{"time": t, "adapter": "", "prompt_tokens": 5, "output_tokens": 5} for t in range(3)]
+    with pytest.raises(WorkloadError, match="has no adapters to place"):
+        place(judge(parse_workload({"requests": rows, "duration": 60}, Path())))

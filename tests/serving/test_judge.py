@@ -1,9 +1,17 @@
-"""Which of several configurations is recommended."""
+"""Which of several configurations is recommended, and what the judge remembers."""
+
+from dataclasses import replace
 
 import pytest
+from small_server import SMALL, judge, workload
 
+from deltaworks.errors import PlacementError
 from deltaworks.serving.advice import best_row
-from deltaworks.serving.judge import best_configuration
+from deltaworks.serving.judge import best_configuration, parse_goals
+from deltaworks.serving.parts import Piece
+from deltaworks.serving.profile import KvCache
+
+NO_MEMORY = replace(SMALL, kv_cache=KvCache(6000, 10, 20, 1000))
 
 
 @pytest.mark.parametrize(
@@ -29,3 +37,32 @@ def test_advice_is_a_row_with_the_most_adapters() -> None:
         for row in [(8, 90, 910, 990, 5), (16, 91, 905, 920, 50), (32, 91, 906, 960, 800), (64, 60, 600, 660, 1)]
     ]
     assert best_row(rows)["slots"] == 32
+
+
+def test_old_answers_are_forgotten_and_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asker = judge(workload([{"name": "a", "count": 2, "rank": 8, "rate": 0.5}]))
+    parts = [(Piece(0), Piece(1)), (Piece(0),)]
+    monkeypatch.setattr("deltaworks.serving.judge.KEPT_ADAPTERS", 2)
+    monkeypatch.setattr("deltaworks.serving.judge.KEPT_REQUESTS", 0)
+    first = [asker.ask(part, 0, 1) for part in parts]
+    assert asker.runs == 2
+    again = [asker.ask(part, 0, 1) for part in reversed(parts)]
+    assert asker.runs == 3
+    for answer, other in zip(reversed(first), again, strict=True):
+        assert answer | {"wall_s": 0} == other | {"wall_s": 0}
+
+
+def test_the_strain_of_nothing_and_of_what_has_no_memory() -> None:
+    asker = judge(workload([{"name": "a", "rank": 512, "rate": 0.5}]))
+    no_memory = judge(workload([{"name": "a", "rank": 512, "rate": 0.5}]), 0.1, (), NO_MEMORY)
+    assert asker.strain((), 0) == 0.0
+    assert 0.0 < asker.strain((Piece(0),), 0) < 1.0
+    assert no_memory.strain((Piece(0),), 0) == float("inf")
+    assert asker.has_memory(0, 0)
+    assert not no_memory.has_memory(0, 0)
+
+
+def test_a_latency_is_limited_once() -> None:
+    assert [goal.limit_ms for goal in parse_goals(["ttft_p99=2s", "ttft_p50=5ms"])] == [2000, 5]
+    with pytest.raises(PlacementError, match="ttft_p99 is limited twice"):
+        parse_goals(["ttft_p99=2s", "ttft_p99=1s"])

@@ -27,6 +27,7 @@ from deltaworks.serving.profile import (
     with_flags,
 )  # fmt: skip
 from deltaworks.serving.simulate import Configuration, simulate
+from deltaworks.serving.tables import TABLES, _meant
 from deltaworks.serving.workload import parse_workload
 
 PROFILE = Profile(
@@ -118,7 +119,7 @@ def test_a_mistake_is_named(changed: dict[str, Any], said: str) -> None:
 
 
 def test_a_profile_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ProfileError, match="no such profile; built in are llama"):
+    with pytest.raises(ProfileError, match=r"unknown profile .*; built-in profiles are llama"):
         find_profile("nothing")
     (tmp_path / "p.json").write_text("{")
     for text in ("{", '{"name": 1, "name": 2}', 5000 * "[", '{"step": ' + 5000 * "9" + "}", "[NaN]", "\ufeff"):
@@ -281,6 +282,14 @@ def test_columns_that_mean_nothing_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("column", "said"),
+    [("notes", ""), ("comment", ""), ("host", ""), ("ctx", "context"), ("slot", "slots"), ("adapter", "adapters")],
+)
+def test_only_names_that_are_nearly_a_column_are_taken_for_mistakes(column: str, said: str) -> None:
+    assert _meant(column, TABLES["steps"]) == (f"; did you mean {said!r}?" if said else "")
+
+
+@pytest.mark.parametrize(
     ("name", "text", "said"),
     [
         (
@@ -300,6 +309,7 @@ def test_columns_that_mean_nothing_are_named(tmp_path: Path) -> None:
         ("steps.csv", "step_ms,decode\n5,-3\n", "row 1: decode: expected a number from 0"),
         ("steps.csv", "step_ms,step_ms\n5,3\n", "the column 'step_ms' is given twice"),
         ("steps.csv", "", "there is no steps.csv"),
+        ("steps.csv", "step_ms,decode\n12,5,1\n", "line 2 has 3 values for 2 columns"),
         ("scheduler.csv", "scheduler_ms,running\n0,3\n", "scheduler_ms must be above 0 in every row"),
         ("loads.csv", "load_ms,source,rank\n5,tape,8\n", "row 1: source: expected memory or disk, not 'tape'"),
         ("about.yaml", "name: p\nname: q\n", "line 2: the key 'name' is given twice"),
@@ -310,7 +320,7 @@ def test_columns_that_mean_nothing_are_named(tmp_path: Path) -> None:
         ),
         ("about.yaml", "{name: p, engine: e, model: m, gpu: g, calibrate: [1]}", "calibrate: expected keys and values"),
         ("about.yaml", "{name: p, engine: e, model: m, gpu: g, sources: 5}", "sources: expected keys and values"),
-        ("runs.jsonl", "[1]\n", r"line 1: expected keys and values, not \[1\]"),
+        ("runs.jsonl", "[1]\n", r"/runs.jsonl: line 1: expected keys and values, not \[1\]"),
         (
             "runs.jsonl",
             '\n{"slots": 2, "workload": {}, "measured": {"itl_ms": 0}}\n',
@@ -321,14 +331,17 @@ def test_columns_that_mean_nothing_are_named(tmp_path: Path) -> None:
             '{"slots": {}, "workload": {}, "measured": {"itl_ms": 1}}\n',
             "line 1: slots: expected",
         ),
-        ("about.yaml", None, "about.yaml: cannot be read; it names the engine"),
+        ("about.yaml", None, "about.yaml: does not exist; it must name the engine"),
         ("about.yaml", '{"nmae": 1}', "unknown key 'nmae'; did you mean 'name'"),
         ("steps.csv", None, "there is no steps.csv"),
         ("steps.csv", "milliseconds,decode\n5,3\n", "there is no column 'step_ms'"),
-        ("steps.csv", "step_ms,decode\nfive,3\n", "row 1: could not convert"),
+        ("steps.csv", "step_ms,decode\nfive,3\n", "row 1: step_ms: expected a number, not 'five'"),
         ("steps.csv", "step_ms,decode\n0,3\n", "every step must take longer"),
         ("kv_cache.csv", "slots,max_rank,kv_tokens\n5,8,\n", "no row has kv_tokens"),
-        ("runs.jsonl", '{"slots": 2}\n', "line 1: 'measured'"),
+        ("runs.jsonl", '{"slots": 2}\n', "^[^:]*: line 1: 'measured'"),
+        ("runs.jsonl", '{"slots": 2,}\n', "^[^:]*: line 1: is not valid JSON: .*: column 13$"),
+        ("runs.jsonl", '{"slots": 2, "workload": 5, "measured": {"itl_ms": 1}}', "^[^:]*: line 1: expected keys"),
+        ("runs.jsonl", '{"slots": 2, "max_rnak": 8}\n', "unknown key 'max_rnak'; did you mean 'max_rank'"),
         (
             "runs.jsonl",
             '{"slots": 2, "workload": {}, "measured": {"itl": 3}}\n',

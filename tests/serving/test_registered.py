@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from families import random_tensors, write_model
 
 from deltaworks.catalog.register import register
@@ -30,6 +31,27 @@ def test_what_the_catalog_knows_of_adapters(tmp_path: Path) -> None:
     assert found.paths == {name: str(tmp_path / name) for name in ("legal", "shop", "plain")}
     assert found.bases == {"legal": {"org/model"}, "shop": {str(base)}, "plain": set()}
     assert registered_adapters(tmp_path / "nowhere", {"legal"}) == Registered({}, {})
+
+
+@pytest.mark.parametrize(
+    ("source", "folder", "path"),
+    [
+        pytest.param("./adapters/a", "adapters/a", "", id="relative path"),
+        pytest.param("adapters/a", "adapters/a", "", id="relative path that reads like a hub id"),
+        pytest.param("org/x", "hub/models--org--x/snapshots/0123", "org/x", id="hub id"),
+        pytest.param("hf://org/x", "hub/models--org--x/snapshots/0123", "org/x", id="hub id with its scheme"),
+        pytest.param("org/x@v2", "hub/models--org--x/snapshots/4567", "", id="revision, which vLLM does not take"),
+    ],
+)
+def test_servers_load_an_adapter_by_a_hub_id_or_an_absolute_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, folder: str, path: str
+) -> None:
+    (tmp_path / folder).parent.mkdir(parents=True)
+    adapter(tmp_path / folder, None)
+    monkeypatch.setattr("deltaworks.catalog.register.resolve_source", lambda *_: tmp_path / folder)
+    with Catalog(tmp_path / "catalog") as catalog:
+        register(catalog, "a", source)
+    assert registered_adapters(tmp_path / "catalog", {"a"}).paths == {"a": path or str(tmp_path / folder)}
 
 
 def test_adapters_of_other_models_are_noted() -> None:

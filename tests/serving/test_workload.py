@@ -259,6 +259,7 @@ def deep(levels: int) -> Any:
         ({"lengths": FIXED | {"output_mean": 1e7}, "duration": 1e7, **one(rate=1)}, "its requests have 1e\\+14 tokens"),
         ({"duration": 1e12}, "duration: expected a number of at most 31,622,400"),
         ({"seed": 10**50}, "seed: expected a number of at most"),
+        ({"seed": 1.5}, "seed: expected a whole number"),
         ({"seed": float("nan")}, "seed: expected a number of at least 0, not nan"),
         ({"lengths": None, "requests": {"path": "t.csv", "zipf": 1e9}}, "zipf: expected a number of at most 100"),
         ({"lengths": None, "requests": [1, 2]}, "request 1 is malformed: expected columns and values, not 1"),

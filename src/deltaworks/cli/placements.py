@@ -10,7 +10,11 @@ from deltaworks.units import format_time
 
 if TYPE_CHECKING:
     from deltaworks.serving.document import Recorded
+    from deltaworks.serving.judge import Goal
     from deltaworks.serving.profile import Profile
+
+_HEADROOM = 0.1
+"""The headroom where none is given, a share."""
 
 
 def attach(app: typer.Typer) -> None:
@@ -53,13 +57,19 @@ def place(
         ),
     ] = None,
     headroom: Annotated[
-        str, typer.Option(metavar="SHARE", help="How much more traffic every GPU must be able to take.")
-    ] = "10%",
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="How much more traffic every GPU must be able to take. [default: 10%, or that of --from]",
+            show_default=False,
+        ),
+    ] = None,
     slo: Annotated[
         list[str] | None,
         typer.Option(
             metavar="GOAL",
-            help="A latency to keep, like ttft_p99=2s or itl_mean=50ms; may be given several times.",
+            help="A latency to keep, like ttft_p99=2s or itl_mean=50ms; may be given several times; none for no"
+            " limit. [default: those of --from]",
             show_default=False,
         ),
     ] = None,
@@ -96,7 +106,7 @@ def place(
     from deltaworks.cli.progress import make_steps
     from deltaworks.errors import PlacementError
     from deltaworks.serving.document import describe, read_placement
-    from deltaworks.serving.judge import Demand, Judge, parse_goal
+    from deltaworks.serving.judge import Demand, Judge
     from deltaworks.serving.names import check_names
     from deltaworks.serving.placement import place as place_fewest
     from deltaworks.serving.placement import place_on
@@ -125,7 +135,7 @@ def place(
     registered = registered_adapters(catalog, {adapter.name for adapter in asked.adapters})
     if output is not None:
         check_names((a.name for a in asked.adapters), registered.paths, {p.model for p in profiles})
-    demand = Demand(asked, _share(headroom), tuple(parse_goal(text) for text in slo or ()))
+    demand = Demand(asked, *_required(headroom, slo, recorded))
     surrogates = [find_surrogate(p, _surrogates(catalog)) for p in profiles]
     judge = Judge(demand, profiles, surrogates, threads)
     told = make_steps("twin.run", quiet=quiet)
@@ -146,6 +156,11 @@ def place(
     document = describe(judge, placement, content, {"objective": objective}, prices, ids) | extra
     if recorded is not None:
         document["notes"] += [f"{idle} of the old placement serves nothing; it is dropped" for idle in recorded.idle]
+        if headroom is None and recorded.headroom != _HEADROOM:
+            document["notes"].append(f"the headroom of {recorded.headroom:.4g} is that of the old placement")
+        if not slo and recorded.goals:
+            kept = ", ".join(f"{goal.name}={goal.limit_ms:g}ms" for goal in recorded.goals)
+            document["notes"].append(f"{kept} is kept from the old placement; --slo none drops it")
     document["notes"] += registered.notes(profiles[0].model)
     if compare:
         told("simpler ways")
@@ -164,6 +179,19 @@ def place(
         print_json({k: v for k, v in document.items() if k not in ("workload", "profiles")})
     else:
         _placement(document, output)
+
+
+def _required(
+    headroom: str | None, slo: list[str] | None, recorded: "Recorded | None"
+) -> "tuple[float, tuple[Goal, ...]]":
+    """The headroom and the goals: as given, else those of an earlier placement, else a headroom of 10% and no goal."""
+    from deltaworks.serving.judge import parse_goals
+
+    kept = (_HEADROOM, ()) if recorded is None else (recorded.headroom, recorded.goals)
+    share = kept[0] if headroom is None else _share(headroom)
+    if not slo:
+        return share, kept[1]
+    return share, () if slo == ["none"] else parse_goals(slo)
 
 
 def _profiles(named: list[str] | None, recorded: "Recorded | None") -> "list[Profile]":
@@ -212,12 +240,13 @@ def _prices(given: list[str] | None, profiles: "list[Profile]", recorded: "Recor
 
 def _share(text: str) -> float:
     from deltaworks.errors import PlacementError
+    from deltaworks.serving.judge import MAX_HEADROOM
 
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value <= 10:
+    if not 0 <= value <= MAX_HEADROOM:
         raise PlacementError(f"--headroom {text!r}: write a share like 10% or 0.1")
     return value
 
@@ -269,11 +298,12 @@ def _write(
     from deltaworks.serving import deploy
     from deltaworks.serving.document import FILE, with_traces
 
-    document["workload"], traces = with_traces(content, origin)
+    generated = deploy.files(document, profiles, paths)
+    document["workload"], traces = with_traces(content, origin, {*generated, "index.html", FILE})
     deploy.write(
         folder,
         {
-            **deploy.files(document, profiles, paths),
+            **generated,
             "index.html": placement_page(document),
             FILE: json.dumps(document, indent=1, ensure_ascii=False) + "\n",
         },
@@ -371,14 +401,14 @@ def advise(
     from deltaworks.cli.progress import make_counter
     from deltaworks.errors import PlacementError
     from deltaworks.serving.advice import alike, best_row, capacities, overheads
-    from deltaworks.serving.document import headline_waits
-    from deltaworks.serving.judge import SLOTS, parse_goal
+    from deltaworks.serving.document import PATIENCE_NOTE, headline_waits
+    from deltaworks.serving.judge import SLOTS, parse_goals
     from deltaworks.serving.profile import find_profile
 
     chosen = find_profile(profile)
     lengths = {"distribution": "sharegpt", "input_mean": input_mean, "output_mean": output_mean}
     one = alike(rank, rate, lengths)
-    goals = [parse_goal(text) for text in slo or ()]
+    goals = parse_goals(slo or ())
     with make_counter("numbers of slots", len(SLOTS), "twin.run", quiet=quiet) as done:
         rows = capacities(chosen, one, _share(headroom), goals, done)
     if not rows:
@@ -407,7 +437,7 @@ def advise(
             f"{format_time(row['itl_mean_ms']):>9}{row['kv_tokens']:>11,}  {bar}{' <- most' if row is best else ''}"
         )
     if waits:
-        typer.echo("\nnobody starves, but requests wait for slots; ask for less with --slo ttft_p99=2s")
+        typer.echo(f"\n{PATIENCE_NOTE}")
     typer.echo("\nwhat adapters cost there")
     for name, sentence in costs.items():
         typer.echo(f"  {name:<11}{sentence}")

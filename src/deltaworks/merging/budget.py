@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from deltaworks.errors import UserError, quoted
+from deltaworks.errors import UserError, one_line, quoted
 from deltaworks.units import lacks_unit, parse_bytes
 
 
@@ -34,7 +34,7 @@ def parse_budget(text: str, where: str = "budget") -> Budget:
             raise UserError(f"{where} {quoted(text.strip())} is more than the experts hold; 100% reads everything")
         return Budget(share=float(match[1]) / 100)
     if lacks_unit(text):
-        number = quoted(text.strip())[1:-1]
+        number = one_line(text.strip())
         share = f"{100 * float(number):g}%" if len(number) < 30 and 0 < float(number) < 1 else f"{number}%"
         raise UserError(f"{where} {number}: write {share} or {number}B; a number alone is neither a share nor bytes")
     try:

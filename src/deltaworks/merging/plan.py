@@ -11,7 +11,7 @@ from blake3 import blake3
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.dtypes import DTYPES, DType
 from deltaworks.documents import parse_json, read_bytes
-from deltaworks.errors import PlanError, quoted
+from deltaworks.errors import PlanError, one_line, quoted
 from deltaworks.merging.methods import OPERATIONS
 from deltaworks.merging.methods.operation import Operation
 from deltaworks.merging.plan_schema import check_plan
@@ -291,7 +291,7 @@ class Plan:
                 read_cost=content["read_cost"] and tuple(content["read_cost"]),
             )
         except (LookupError, TypeError, ValueError) as error:
-            problem = quoted(str(error))[1:-1]
+            problem = one_line(str(error))
             raise PlanError(f"the plan is malformed ({type(error).__name__}: {problem}); make it again") from error
         if plan.digest != content.get("digest"):
             raise PlanError(

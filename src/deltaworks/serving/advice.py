@@ -58,7 +58,8 @@ def capacities(
         told: Told how many more numbers of slots are done.
 
     Returns:
-        A row each: ``slots``, ``adapters``, ``throughput_tps``, ``ttft_p50_ms``, ``ttft_p99_ms``, ``itl_mean_ms`` (at
+        A row each: ``slots``, ``adapters``, ``adapters_is_lower_bound`` (none of up to `MOST_ADAPTERS` was refused),
+        ``throughput_tps``, ``ttft_p50_ms``, ``ttft_p99_ms``, ``itl_mean_ms`` (at
         the plain traffic), ``throughput_with_margin_tps`` (with `MARGIN` more traffic, or the headroom), ``kv_tokens``.
 
     Raises:
@@ -74,11 +75,12 @@ def capacities(
         told(1)
         if found is None:
             return None
-        count, answer = found
+        count, answer, is_cut_off = found
         more = _ask(profile, one, count, slots, rank, 1 + max(headroom, MARGIN))
         return {
             "slots": slots,
             "adapters": count,
+            "adapters_is_lower_bound": is_cut_off,
             "throughput_tps": answer["throughput_tps"],
             "throughput_with_margin_tps": more["throughput_tps"],
             "ttft_p50_ms": answer["ttft_ms"]["p50"],
@@ -110,8 +112,13 @@ def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _most_adapters(
     profile: Profile, one: Workload, slots: int, rank: int, headroom: float, goals: Sequence[Goal]
-) -> tuple[int, dict[str, Any]] | None:
-    """The most adapters served with so many slots, and the twin's answer at the plain traffic; None if not even one."""
+) -> tuple[int, dict[str, Any], bool] | None:
+    """The most adapters served with so many slots; None if not even one.
+
+    Returns:
+        Their number, the twin's answer at the plain traffic, and whether no number up to `MOST_ADAPTERS` was refused,
+        so that more may be served.
+    """
 
     def accepted(count: int, factor: float) -> bool:
         answer = _ask(profile, one, count, slots, rank, factor)
@@ -130,7 +137,7 @@ def _most_adapters(
     while high - low > max(1, int(low * _PRECISION)):
         middle = (low + high) // 2
         low, high = (middle, high) if served(middle) else (low, middle)
-    return (low, _ask(profile, one, low, slots, rank, 1.0)) if low else None
+    return (low, _ask(profile, one, low, slots, rank, 1.0), high == MOST_ADAPTERS) if low else None
 
 
 def _guess(profile: Profile, one: Workload, slots: int, rank: int, factor: float) -> int:

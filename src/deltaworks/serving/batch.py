@@ -17,7 +17,9 @@ from deltaworks.serving.schema import check_keys, whole
 from deltaworks.serving.simulate import MOST, Configuration, simulate
 from deltaworks.serving.workload import workload_from
 
-KEYS = ("id", "workload", "slots", "max_rank", "served", "client_max_outstanding")
+LIMITS = ("slots", "max_rank", "served", "client_max_outstanding")
+"""Keys of a question that are fields of `Configuration`."""
+KEYS = ("id", "workload", *LIMITS)
 BATCH_BYTES = 1 << 30
 """The largest batch that is read."""
 _AHEAD = 8
@@ -38,7 +40,7 @@ def answer_lines(
             lines are skipped.
         folder: What paths start from.
         profile: Of the server.
-        threads: At once; None for all cores.
+        threads: Number of worker threads; None for one per core.
 
     Yields:
         For each question in order the answer of `simulate` with its ``id``, or ``{"id", "error"}`` where it cannot be
@@ -68,13 +70,11 @@ def _answer(line: str | bytes, number: int, folder: Path, profile: Profile) -> d
         if len(line) > DOCUMENT_BYTES:
             raise WorkloadError(f"{where}: has more than {DOCUMENT_BYTES:,} bytes, which is the most")  # noqa: TRY301
         name = _id_of(line)
-        asked = check_keys(_parsed(line, where), KEYS, where)
+        asked = check_keys(parse_line(line, where), KEYS, where)
         for key in ("workload", "slots"):
             if key not in asked or (key == "slots" and asked[key] is None):
                 raise WorkloadError(f"{where}: {key} is missing")  # noqa: TRY301  # an answer like any other
-        chosen = {
-            key: whole(asked[key], f"{where}: {key}", most=MOST) for key in KEYS[2:] if asked.get(key) is not None
-        }
+        chosen = {key: whole(asked[key], f"{where}: {key}", most=MOST) for key in LIMITS if asked.get(key) is not None}
         workload = workload_from(asked["workload"], folder, where)
         check_lengths(workload, [profile])
         answer = simulate(workload, profile, Configuration(**chosen))
@@ -85,8 +85,12 @@ def _answer(line: str | bytes, number: int, folder: Path, profile: Profile) -> d
     return {"id": name, **answer}
 
 
-def _parsed(line: str | bytes, where: str) -> Any:
-    """What a line holds; a mistake is placed by its column, where a document's would be by its line."""
+def parse_line(line: str | bytes, where: str) -> Any:
+    """What a line of JSON holds; a mistake is placed by its column, where a document's would be by its line.
+
+    Raises:
+        WorkloadError: it is not JSON, or beyond one of the bounds of `deltaworks.documents`.
+    """
     text = decoded(line, where, "a question", WorkloadError) if isinstance(line, bytes) else line
     try:
         return parse_json(text, where, "a question", WorkloadError)

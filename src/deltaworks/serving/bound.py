@@ -254,7 +254,7 @@ def _allotted(
         at += left
 
 
-def spread(members: I64, rate: F64, share: float) -> list[Piece]:
+def spread(members: I64, rate: F64, share: float, least: float = 0.01) -> list[Piece]:
     """Adapters that make up a share of the traffic of some.
 
     That share of their number, evenly chosen from the busiest to the idlest, and a piece of one so that the traffic is
@@ -264,6 +264,7 @@ def spread(members: I64, rate: F64, share: float) -> list[Piece]:
         members: By place, the busiest first, (members,) int64.
         rate: Of all adapters, (adapters,) float64.
         share: Of the members' traffic; above 1 they come several times.
+        least: Pieces with no more than this share of their adapter are left out.
     """
     copies, rest = int(share), share - int(share)
     pieces = [Piece(int(m), 1.0, float(copy)) for copy in range(copies) for m in members]
@@ -280,7 +281,7 @@ def spread(members: I64, rate: F64, share: float) -> list[Piece]:
         if excess < 0 and m not in chosen and (rate[m] >= -excess or m == members[0]):
             chosen[m] = min(-excess / float(rate[m]), 1.0)
             break
-    pieces += [Piece(m, kept, float(copies)) for m, kept in chosen.items() if kept > 0.01]
+    pieces += [Piece(m, kept, float(copies)) for m, kept in chosen.items() if kept > least]
     return pieces
 
 

@@ -17,10 +17,10 @@ from deltaworks.serving.simulate import Configuration, simulate
 from deltaworks.serving.workload import Requests, Workload, requests_of
 
 SPREAD = {"throughput_tps": 0.02, "itl_ms": 0.03, "ttft_ms": 0.2}
-"""Relative deviations that are alike: a run's throughput is known better than its TTFT."""
+"""Relative measurement noise of each quantity; residuals are divided by it."""
 
 Known = dict[tuple[str, str], list[float]]
-"""Residuals that were computed before, by the digest of the profile and the key of the run."""
+"""Residuals that were computed before, by what the twin reads of the profile and the key of the run."""
 
 _OUTLYING, _DAMPING, _STEP, _FARTHEST, _KEPT = 3.0, 0.3, 0.15, 4.0, 300_000
 _SLOPE_S = 900.0
@@ -66,7 +66,7 @@ def calibrate(
     Args:
         profile: Where to start.
         runs: What to agree with.
-        scales: The costs to move, like ``step.adapter``, and by how much one would naturally move them, in their unit.
+        scales: The costs to move, like ``step.adapter``, and a typical step size for each cost, in its unit.
         rounds: Steps of a pass, at most; a pass ends where shorter steps gain nothing either. Damping keeps a cost that
             nothing determines.
         passes: How many times the slopes are measured.
@@ -81,7 +81,7 @@ def calibrate(
     with ThreadPoolExecutor() as pool:
 
         def residuals(at: Profile, longest_s: float = np.inf) -> F64:
-            digest = f"{at.digest} {longest_s}"
+            digest = f"{at.digest} {at.server.max_model_len} {longest_s}"
 
             def one(i: int) -> list[float]:
                 where = (digest, runs[i].key)

@@ -14,7 +14,11 @@ from deltaworks.serving.placement import Gpu, Placement, Told, check_feasible, p
 from deltaworks.serving.server import F64
 
 _ROUNDS = 200
+_MOST_TIMES = 2
+"""A changed placement may have so many times the GPUs of a fresh one, besides those of the old placement."""
 _HOT = 0.3
+_NOT_MENDED = "the old placement could not be mended"
+_START_AFRESH = "; make a new one without --from"
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,14 @@ class _State:
         kinds: Their types.
         shares: Of adapters by place, a dictionary for each GPU.
         why: Why an adapter was last moved.
+        most_gpus: The number of GPUs above which none is added.
     """
 
     ids: list[str]
     kinds: list[int]
     shares: list[dict[int, float]]
     why: dict[int, str] = field(default_factory=dict)
+    most_gpus: int = 1
 
     def parts(self) -> list[Part]:
         """What each GPU serves."""
@@ -61,7 +67,9 @@ class _State:
 
     def copy(self) -> "_State":
         """Another that can be changed without changing this one."""
-        return _State(list(self.ids), list(self.kinds), [dict(own) for own in self.shares], dict(self.why))
+        return _State(
+            list(self.ids), list(self.kinds), [dict(own) for own in self.shares], dict(self.why), self.most_gpus
+        )
 
 
 def change(judge: Judge, old: Recorded, prices: Sequence[float] | None = None, told: Told = lambda _: None) -> Change:
@@ -75,7 +83,8 @@ def change(judge: Judge, old: Recorded, prices: Sequence[float] | None = None, t
 
     Raises:
         ImpossibleError: a single request on an idle GPU cannot do what is asked.
-        PlacementError: the old GPUs are of a type that is not given.
+        PlacementError: the old GPUs are of a type that is not given, or the old placement cannot be mended within a
+            bounded number of moves and GPUs.
         ProfileError: the old GPUs serve another base model.
     """
     check_feasible(judge, range(len(judge.profiles)))
@@ -92,6 +101,10 @@ def change(judge: Judge, old: Recorded, prices: Sequence[float] | None = None, t
         [{places[n]: s for n, s in own.items() if n in places} for _, _, own, _ in old.gpus],
     )
     before = state.copy()
+    # The fresh placement comes first: where none is possible it says so, and it bounds what mending may take.
+    told("a fresh placement")
+    fresh = place(judge, prices)
+    state.most_gpus = len(state.ids) + _MOST_TIMES * len(fresh.gpus)
     weight = partition.weights(judge.traffic[0], judge.profiles[0], len(state.ids))
     told("GPUs that would starve")
     slots = _repair(judge, state, weight)
@@ -103,7 +116,6 @@ def change(judge: Judge, old: Recorded, prices: Sequence[float] | None = None, t
     if new:
         slots = _repair(judge, state, weight)
     told("GPUs that could be freed")
-    fresh = place(judge, prices)
     slots = _shrink(judge, state, slots, len(fresh.gpus), weight)
     gpus = tuple(
         Gpu(kind, part, judge.polished(part, kind, own) if part else 1)
@@ -125,22 +137,25 @@ def _moves(adapters: Any, before: _State, after: _State) -> list[dict[str, Any]]
 
 
 def _strain(judge: Judge, state: _State, gpu: int) -> float:
-    part = tuple(sorted(state.parts()[gpu]))
-    return judge.slots(part, state.kinds[gpu])[0][0] if part else 0.0
+    return judge.strain(tuple(sorted(state.parts()[gpu])), state.kinds[gpu])
 
 
 def _roomiest(
     judge: Judge, state: _State, adapter: int, share: float, source: int | None = None, *, crowd: bool = False
 ) -> int:
-    """The GPU that strains least with a share of an adapter more, or a new one if all would starve.
+    """The GPU with the lowest strain after adding a share of an adapter, or a new GPU if all would starve.
 
     Args:
-        judge: Of the demand.
-        state: Of the placement.
-        adapter: Its place.
-        share: Of its requests.
-        source: The GPU that gives the share away; None if nobody does.
-        crowd: Take the one that strains least even if it would starve.
+        judge: The judge of the new demand.
+        state: The placement as it is.
+        adapter: The adapter's place in the workload.
+        share: The share of its requests that is added.
+        source: The GPU that gives the share away; None if no GPU does.
+        crowd: Whether to return the least strained GPU even if it would starve, instead of adding one. A GPU is added
+            all the same if none has memory for the adapter.
+
+    Raises:
+        PlacementError: a GPU would have to be added, and there are `_State.most_gpus` already.
     """
     strains = {}
     for gpu in range(len(state.ids)):
@@ -153,15 +168,20 @@ def _roomiest(
                     del trial.shares[source][adapter]
             strains[gpu] = _strain(judge, trial, gpu)
     best = min(strains, key=lambda g: (strains[g], g), default=None)
-    if best is None or (strains[best] > 1.0 and not crowd):
-        return _new_gpu(state)
+    if best is None or strains[best] == float("inf") or (strains[best] > 1.0 and not crowd):
+        return _new_gpu(judge, state, adapter)
     return best
 
 
-def _new_gpu(state: _State) -> int:
+def _new_gpu(judge: Judge, state: _State, adapter: int) -> int:
+    """Add a GPU of the first type that has memory for an adapter; its place."""
+    if len(state.ids) >= state.most_gpus:
+        raise PlacementError(f"{_NOT_MENDED} with at most {state.most_gpus:,} GPUs{_START_AFRESH}")
+    kinds = range(len(judge.profiles))
+    kind = next((k for k in kinds if judge.has_memory(adapter, k)), 0)
     numbers = {int(i.rpartition("-")[2]) for i in state.ids if i.rpartition("-")[2].isdigit()}
     state.ids.append(f"gpu-{max(numbers, default=-1) + 1}")
-    state.kinds.append(0)
+    state.kinds.append(kind)
     state.shares.append({})
     return len(state.ids) - 1
 
@@ -172,15 +192,27 @@ def _fits(judge: Judge, state: _State) -> list[int | None]:
 
 
 def _repair(judge: Judge, state: _State, weight: F64) -> list[int]:
-    """Take adapters from GPUs that the twin refuses until it accepts all; the slots of each."""
+    """Move adapters from GPUs that the twin refuses until it accepts all; return the slots of each GPU.
+
+    Raises:
+        PlacementError: the moves lead back to a placement that was refused, or need too many rounds or GPUs.
+    """
+    refused_before: set[tuple[Part, ...]] = set()
     for _ in range(_ROUNDS):
         slots = _fits(judge, state)
         refused = [g for g, own in enumerate(slots) if own is None]
         if not refused:
             return [own or 1 for own in slots]
+        parts = tuple(state.parts())
+        if parts in refused_before:
+            break
+        refused_before.add(parts)
         for gpu in refused:
             own = state.shares[gpu]
-            if len(own) == 1:
+            if misfits := [a for a in own if not judge.has_memory(a, state.kinds[gpu])]:
+                adapter = max(misfits, key=lambda a: (weight[a] * own[a], -a))
+                state.move(adapter, gpu, _roomiest(judge, state, adapter, own[adapter], gpu))
+            elif len(own) == 1:
                 adapter = next(iter(own))
                 target = _roomiest(judge, state, adapter, own[adapter] / 2, gpu)
                 state.shares[target][adapter] = own[adapter] = own[adapter] / 2
@@ -191,7 +223,7 @@ def _repair(judge: Judge, state: _State, weight: F64) -> list[int]:
                     adapter = sorted(own, key=lambda a: (weight[a] * own[a], -a))[-2]
                 state.move(adapter, gpu, _roomiest(judge, state, adapter, own[adapter], gpu))
             state.why[adapter] = f"{state.ids[gpu]} would starve"
-    raise PlacementError("the old placement could not be mended; make a new one without --from")
+    raise PlacementError(f"{_NOT_MENDED}{_START_AFRESH}")
 
 
 def _shrink(judge: Judge, state: _State, slots: list[int], enough: int, weight: F64) -> list[int]:

@@ -1,7 +1,7 @@
 """placement.json: where every adapter is served, what the twin says of it, and all that is needed to do it again."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -9,15 +9,16 @@ from typing import Any
 
 from deltaworks.documents import load_json
 from deltaworks.errors import PlacementError, WorkloadError, did_you_mean, quoted
-from deltaworks.serving.judge import Goal, Judge
+from deltaworks.serving.judge import MAX_HEADROOM, Goal, Judge, goal_of
 from deltaworks.serving.placement import Gpu, Placement, check_totals
 from deltaworks.serving.profile import Profile, check_max_rank, parse_profile
-from deltaworks.serving.schema import number, text, whole
+from deltaworks.serving.schema import mapping, number, text, whole
 from deltaworks.serving.workload import Workload, parse_workload
 from deltaworks.units import format_time
 
 SCHEMA = 1
 FILE = "placement.json"
+PATIENCE_NOTE = "no adapter starves, but requests wait long for a first token; set a limit with --slo ttft_p99=2s"
 PATIENCE_MS = 10_000.0
 """A 99th percentile of TTFT beyond which the headline tells it: nobody starves, but somebody waits."""
 
@@ -33,6 +34,8 @@ class Recorded:
         prices: Of a GPU of each type, by name, or None.
         gpus: For each GPU its id, its type's name, its adapters' shares by name, and its slots.
         idle: Ids of further GPUs, which serve nothing.
+        headroom: How much more traffic every GPU was to take, a share.
+        goals: The latencies that were to be kept.
     """
 
     content: Mapping[str, Any]
@@ -41,6 +44,8 @@ class Recorded:
     prices: dict[str, float] | None
     gpus: tuple[tuple[str, str, dict[str, float], int], ...]
     idle: tuple[str, ...] = ()
+    headroom: float = 0.1
+    goals: tuple[Goal, ...] = ()
 
 
 def describe(
@@ -129,7 +134,7 @@ def notes(gpus: list[dict[str, Any]], judge: Judge) -> list[str]:
     found = list(judge.demand.workload.notes)
     said = [gpu["predicted"] for gpu in gpus]
     if headline_waits(said, judge.demand.goals):
-        found.append("nobody starves, but requests wait for slots; ask for less with --slo ttft_p99=2s")
+        found.append(PATIENCE_NOTE)
     if not sum(answer["requests"]["arrived"] for answer in said):
         found.append("no request arrives in the time simulated, so nothing was tried; give a longer duration")
     if refused := sum(answer["requests"]["rejected"] for answer in said):
@@ -141,7 +146,7 @@ def notes(gpus: list[dict[str, Any]], judge: Judge) -> list[str]:
     if any(a["share"] < 1 for gpu in gpus for a in gpu["adapters"]):
         found.append("some adapters are served by several GPUs; routes.json says which share of requests each takes")
     trace = judge.demand.workload.trace
-    if trace is not None and (plain := (trace.adapter or ()).count("")):
+    if trace is not None and (plain := _base_requests(judge)):
         found.append(f"{plain:,} requests of the trace are for the base model itself; they are placed nowhere")
     found += [
         f"{len(p.assumed)} costs of {p.name}, such as {next(iter(p.assumed))}, were not measured; its file says which"
@@ -158,6 +163,14 @@ def notes(gpus: list[dict[str, Any]], judge: Judge) -> list[str]:
     return found
 
 
+def _base_requests(judge: Judge) -> int:
+    """Requests for the base model itself that arrive in the duration."""
+    workload = judge.demand.workload
+    assert workload.trace is not None
+    own = workload.trace.by_adapter.get("")
+    return 0 if own is None else int((workload.trace.arrival_s[own] < workload.duration_s).sum())
+
+
 def headline_waits(answers: Sequence[Mapping[str, Any]], goals: Sequence[Goal]) -> str:
     """The worst median and 99th percentile of TTFT for the headline, where they are long and no goal limits them.
 
@@ -171,31 +184,42 @@ def headline_waits(answers: Sequence[Mapping[str, Any]], goals: Sequence[Goal]) 
     return f"TTFT p50 {format_time(p50)}, p99 {format_time(p99)}"
 
 
-def with_traces(content: Any, origin: Path) -> tuple[Any, dict[str, Path]]:
+def with_traces(content: Any, origin: Path, taken: Collection[str] = ()) -> tuple[Any, dict[str, Path]]:
     """A workload's content for another folder, and the traces to be copied there, by the names they get.
 
     Args:
-        content: As its file has it.
+        content: The workload as its file has it: one that `parse_workload` accepts.
         origin: The folder of that file.
+        taken: Names of other files in the new folder, which no trace gets.
     """
     traces: dict[str, Path] = {}
 
-    def moved(value: Any, key: str = "") -> Any:
-        if isinstance(value, list):
-            return [moved(item) for item in value]
-        if isinstance(value, Mapping):
-            return {name: moved(item, name) for name, item in value.items()}
-        if not isinstance(value, str) or key not in ("path", "requests"):
-            return value
-        source, number = (origin / value).resolve(), 1
+    def copied(path: str) -> str:
+        source, number = (origin / path).resolve(), 1
         name = source.name
-        while traces.get(name, source) != source:
+        while name in taken or traces.get(name, source) != source:
             number += 1
             name = f"{source.stem}-{number}{source.suffix}"
         traces[name] = source
         return name
 
-    return moved(content), traces
+    def with_path(value: Any) -> Any:
+        is_path = isinstance(value, Mapping) and isinstance(value.get("path"), str)
+        return {**value, "path": copied(value["path"])} if is_path else value
+
+    if not isinstance(content, Mapping):
+        return content, traces
+    moved = {key: with_path(value) if key in ("requests", "lengths") else value for key, value in content.items()}
+    if isinstance(moved.get("requests"), str):
+        moved["requests"] = copied(moved["requests"])
+    if isinstance(moved.get("adapters"), list):
+        moved["adapters"] = [
+            {key: with_path(value) if key == "lengths" else value for key, value in entry.items()}
+            if isinstance(entry, Mapping)
+            else entry
+            for entry in moved["adapters"]
+        ]
+    return moved, traces
 
 
 _GPU_ID = re.compile("[a-z0-9](?:[-a-z0-9]{0,56}[a-z0-9])?")
@@ -221,17 +245,21 @@ def read_placement(path: Path) -> Recorded:
         profiles = _profiles(content.get("profiles"), file)
         gpus = _gpus(content["gpus"], profiles, {adapter.name: adapter.rank for adapter in workload.adapters})
         prices = _prices(content.get("prices"), profiles)
-    except WorkloadError as error:
+        headroom = number(content.get("headroom", 0.1), "headroom", most=MAX_HEADROOM)
+        goals = tuple(
+            goal_of(name, number(limit_ms, f"slo.{name}", above=True))
+            for name, limit_ms in mapping(content.get("slo", {}), "slo").items()
+        )
+    except (WorkloadError, PlacementError) as error:
         raise PlacementError(f"{file}: is damaged: {error}; make it again with `deltaworks place`") from None
     served = tuple(gpu for gpu in gpus if gpu[2])
-    return Recorded(content, workload, profiles, prices, served, tuple(gpu[0] for gpu in gpus if not gpu[2]))
+    idle = tuple(gpu[0] for gpu in gpus if not gpu[2])
+    return Recorded(content, workload, profiles, prices, served, idle, headroom, goals)
 
 
 def _profiles(raw: Any, file: Path) -> dict[str, Profile]:
     """The types of GPU, by name."""
-    found = {
-        name: parse_profile(value, f"{file}: profiles.{name}") for name, value in _mapping(raw, "profiles").items()
-    }
+    found = {name: parse_profile(value, f"{file}: profiles.{name}") for name, value in mapping(raw, "profiles").items()}
     for name, profile in found.items():
         if profile.name != name:
             raise WorkloadError(f"profiles.{quoted(name)}: is called {quoted(profile.name)}")
@@ -252,16 +280,19 @@ def _gpus(
         raise WorkloadError(f"gpus: expected a list, not {quoted(raw)}")
     found: list[tuple[str, str, dict[str, float], int]] = []
     total = dict.fromkeys(ranks, 0.0)
+    ids: set[str] = set()
     for index, value in enumerate(raw):
         where = f"gpus[{index}]"
-        given = _mapping(value, where)
+        given = mapping(value, where)
         name, kind = text(given.get("id"), f"{where}.id"), text(given.get("type"), f"{where}.type")
         if not _GPU_ID.fullmatch(name):
             raise WorkloadError(
-                f"{where}.id: {quoted(name)} is no id; use up to 58 lower-case letters, digits and dashes inside"
+                f"{where}.id: {quoted(name)} is not an id; GPU ids have 1 to 58 characters: lower-case letters, digits"
+                " and inner hyphens"
             )
-        if name in (gpu[0] for gpu in found):
+        if name in ids:
             raise WorkloadError(f"{where}.id: two GPUs are called {name!r}")
+        ids.add(name)
         if kind not in profiles:
             raise WorkloadError(f"{where}.type: there is no profile {quoted(kind)}{did_you_mean(kind, profiles)}")
         slots = whole(given.get("max_loras"), f"{where}.max_loras", 1)
@@ -291,7 +322,7 @@ def _shares(raw: Any, where: str, ranks: Mapping[str, int]) -> dict[str, float]:
     found: dict[str, float] = {}
     for index, value in enumerate(raw):
         at = f"{where}.adapters[{index}]"
-        given = _mapping(value, at)
+        given = mapping(value, at)
         name, share = text(given.get("name"), f"{at}.name"), number(given.get("share"), f"{at}.share", above=True)
         if name not in ranks:
             raise WorkloadError(f"{at}.name: the workload has no adapter {quoted(name)}{did_you_mean(name, ranks)}")
@@ -307,13 +338,7 @@ def _prices(raw: Any, profiles: Mapping[str, Profile]) -> dict[str, float] | Non
     """Prices by the type of GPU, or None where there are none."""
     if raw is None:
         return None
-    given = _mapping(raw, "prices")
+    given = mapping(raw, "prices")
     if set(given) != set(profiles):
         raise WorkloadError(f"prices: expected one for each of {', '.join(profiles)}, not for {quoted(list(given))}")
     return {name: number(value, f"prices.{name}", above=True) for name, value in given.items()}
-
-
-def _mapping(raw: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(raw, Mapping):
-        raise WorkloadError(f"{where}: expected keys and values, not {quoted(raw)}")
-    return raw

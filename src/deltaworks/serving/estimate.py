@@ -14,6 +14,7 @@ import numpy as np
 
 from deltaworks.checkpoints.jit import kernel
 from deltaworks.serving import twin
+from deltaworks.serving.lengths import Lengths
 from deltaworks.serving.profile import Profile
 from deltaworks.serving.server import F64, I64
 from deltaworks.serving.workload import Workload
@@ -103,27 +104,35 @@ def traffic_of(workload: Workload, output_share: float = 1.0, longest: int | Non
     if workload.trace is not None:
         return _traced(workload, longest)
     rows = []
+    means: dict[int, tuple[float, float, float]] = {}
     for adapter in workload.adapters:
         lengths = adapter.lengths or workload.lengths
         assert lengths is not None
         rate = adapter.expected(workload.duration_s) / workload.duration_s
-        output = lengths.output * (output_share if lengths.stops_early else 1.0)
-        if longest is not None:
-            output = np.minimum(output, max(longest - float(lengths.prompt.mean()), 1.0))
-        mean = float(output.mean())
-        rows.append((rate, adapter.rank, float(lengths.prompt.mean()), mean, float((output**2).mean()) / mean))
+        if id(lengths) not in means:
+            means[id(lengths)] = _means(lengths, output_share, longest)
+        rows.append((rate, adapter.rank, *means[id(lengths)]))
     return _of_rows(rows, workload.duration_s)
+
+
+def _means(lengths: Lengths, output_share: float, longest: int | None) -> tuple[float, float, float]:
+    """Mean prompt tokens, mean output tokens, and mean squared output tokens over mean output tokens."""
+    output = lengths.output * (output_share if lengths.stops_early else 1.0)
+    if longest is not None:
+        output = np.minimum(output, max(longest - float(lengths.prompt.mean()), 1.0))
+    mean = float(output.mean())
+    return float(lengths.prompt.mean()), mean, float((output**2).mean()) / mean
 
 
 def _traced(workload: Workload, longest: int | None) -> Traffic:
     trace = workload.trace
     assert trace is not None
-    assert trace.adapter is not None
-    asked = np.array(trace.adapter)
+    nothing = np.empty(0, np.int64)
     rows = []
     for adapter in workload.adapters:
-        own = (asked == adapter.name) & (trace.arrival_s < workload.duration_s)
-        if not own.any():
+        own = trace.by_adapter.get(adapter.name, nothing)
+        own = own[trace.arrival_s[own] < workload.duration_s]
+        if not own.size:
             rows.append((0.0, adapter.rank, 1.0, 1.0, 1.0))
             continue
         output = trace.output[own].astype(np.float64)
@@ -131,7 +140,7 @@ def _traced(workload: Workload, longest: int | None) -> Traffic:
             output = np.minimum(output, np.maximum(longest - trace.prompt[own], 1))
         mean = float(output.mean())
         rows.append((
-            own.sum() / workload.duration_s, adapter.rank, float(trace.prompt[own].mean()), mean,
+            own.size / workload.duration_s, adapter.rank, float(trace.prompt[own].mean()), mean,
             float((output**2).mean()) / mean,
         ))  # fmt: skip
     return _of_rows(rows, workload.duration_s)

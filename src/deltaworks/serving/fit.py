@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from deltaworks.documents import load_yaml, parse_json, read_text
-from deltaworks.errors import ProfileError, WorkloadError, quoted
+from deltaworks.documents import load_yaml, read_text
+from deltaworks.errors import ProfileError, WorkloadError
+from deltaworks.serving import batch
 from deltaworks.serving.calibrate import SPREAD, Known, Run, calibrate
 from deltaworks.serving.profile import (
     PARTS,
@@ -157,7 +158,7 @@ def rounded(profile: Profile) -> Profile:
 def _about(folder: Path) -> Mapping[str, Any]:
     path = folder / "about.yaml"
     if not path.is_file():
-        raise ProfileError(f"{path}: cannot be read; it names the engine, model and GPU: there is no such file")
+        raise ProfileError(f"{path}: does not exist; it must name the engine, model and GPU")
     return check_keys(load_yaml(path, "what names the engine, model and GPU", ProfileError), ABOUT, str(path))
 
 
@@ -359,24 +360,27 @@ def _runs(folder: Path) -> list[Run]:
         if not line.strip():
             continue
         where = f"{path}: line {index}"
-        raw = parse_json(line, where, "a recorded run", ProfileError)
         try:
-            runs.append(replace(_run(raw, folder, where), key=line))
+            runs.append(replace(_run(line, folder, where), key=line))
         except WorkloadError as error:
-            raise ProfileError(f"{where}: {error}") from None
+            raise ProfileError(str(error)) from None
     return runs
 
 
-def _run(raw: Any, folder: Path, where: str) -> Run:
-    if not isinstance(raw, Mapping):
-        raise WorkloadError(f"expected keys and values, not {quoted(raw)}")
+def _run(line: str, folder: Path, where: str) -> Run:
+    """A recorded run.
+
+    Raises:
+        WorkloadError: the line is not one; ``where`` is named.
+    """
+    raw = check_keys(batch.parse_line(line, where), (*batch.KEYS, "measured"), where)
     for key in ("measured", "workload", "slots"):
         if key not in raw:
-            raise WorkloadError(f"{key!r} is missing")
+            raise WorkloadError(f"{where}: {key!r} is missing")
     measured = {
-        name: number(value, f"measured.{name}", above=True)
-        for name, value in check_keys(raw["measured"], list(SPREAD), "measured").items()
+        name: number(value, f"{where}: measured.{name}", above=True)
+        for name, value in check_keys(raw["measured"], list(SPREAD), f"{where}: measured").items()
     }
-    limits = ("slots", "max_rank", "served", "client_max_outstanding")
-    asked = Configuration(**{key: whole(raw[key], key, 1, MOST) for key in limits if raw.get(key) is not None})
+    limits = {key: raw[key] for key in batch.LIMITS if raw.get(key) is not None}
+    asked = Configuration(**{key: whole(value, f"{where}: {key}", 1, MOST) for key, value in limits.items()})
     return Run(workload_from(raw["workload"], folder, where), asked, measured)

@@ -1,9 +1,9 @@
 """Whether a GPU can serve what it is given: slots that the surrogate proposes, and the twin's word on them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import cpu_count
 from threading import Lock
 from typing import Any
@@ -40,7 +40,16 @@ MARGIN = 0.1
 ALIKE = 0.005
 """Throughputs that differ by less than this share are alike: repeated runs of a real server differ as much."""
 
+KEPT_ADAPTERS = 1_000_000
+"""The oldest of the twin's answers are forgotten where those remembered tell of more adapters than this in all; an
+adapter takes about a kilobyte."""
+
+KEPT_REQUESTS = 4_000_000
+"""The most requests that are remembered for the next number of slots on the same GPU."""
+
 GOALS = ("ttft", "itl", "tpot")
+MAX_HEADROOM = 10.0
+"""The largest headroom, a share: eleven times the traffic."""
 _UTILISATION, _WAIT, _PRESSURE = (list(FEATURES).index(n) for n in ("utilisation", "slot_wait", "slot_pressure"))
 
 
@@ -83,24 +92,46 @@ def parse_goal(text: str) -> Goal:
     """A goal from ``ttft_p99=2s``, ``itl_mean=50ms``.
 
     Raises:
-        PlacementError: it is none.
+        PlacementError: it is not a goal.
     """
     match = re.fullmatch(r"\s*(\w+?)_(\w+)\s*=\s*([0-9.]+)\s*(ms|s)\s*", text)
     if match is None:
         raise PlacementError(f"{text!r} is no latency goal; write it like ttft_p99=2s or itl_mean=50ms")
     quantity, statistic, value, unit = match.groups()
-    known = [f"{q}_{s}" for q in GOALS for s in ("mean", "p50", "p99")]
-    if f"{quantity}_{statistic}" not in known:
-        name = f"{quantity}_{statistic}"
-        hint = did_you_mean(name, known) or f"; known are {', '.join(known)}"
-        raise PlacementError(f"unknown latency {name!r}{hint}")
+    check = goal_of(f"{quantity}_{statistic}", 1.0)
     try:
         limit = float(value) * (1000 if unit == "s" else 1)
     except ValueError:
         raise PlacementError(f"{text!r}: {value!r} is no number") from None
     if not 0 < limit < float("inf"):
         raise PlacementError(f"{quoted(text)}: a latency is more than 0, and finite")
-    return Goal(quantity, statistic, limit)
+    return replace(check, limit_ms=limit)
+
+
+def goal_of(name: str, limit_ms: float) -> Goal:
+    """A goal from its name, like ``ttft_p99``, and its limit in milliseconds.
+
+    Raises:
+        PlacementError: there is no such latency.
+    """
+    known = {f"{q}_{s}": (q, s) for q in GOALS for s in ("mean", "p50", "p99")}
+    if name not in known:
+        hint = did_you_mean(name, known) or f"; known are {', '.join(known)}"
+        raise PlacementError(f"unknown latency {quoted(name)}{hint}")
+    return Goal(*known[name], limit_ms)
+
+
+def parse_goals(listed: Iterable[str]) -> tuple[Goal, ...]:
+    """Goals from texts such as ``ttft_p99=2s``.
+
+    Raises:
+        PlacementError: one is not a goal, or a latency is limited twice.
+    """
+    goals = [parse_goal(text) for text in listed]
+    for index, goal in enumerate(goals):
+        if goal.name in {other.name for other in goals[:index]}:
+            raise PlacementError(f"{goal.name} is limited twice; give one limit for each latency")
+    return tuple(goals)
 
 
 @dataclass(frozen=True)
@@ -125,7 +156,7 @@ class Judge:
         demand: What is asked.
         profiles: The types of GPU.
         surrogates: Of each type, None where there is none.
-        threads: At once; None for all cores.
+        threads: Number of worker threads; None for one per core.
 
     Raises:
         ProfileError: the types of GPU serve different base models.
@@ -144,7 +175,9 @@ class Judge:
         self.threads = threads or cpu_count() or 1
         self.traffic = [traffic_of(demand.workload, p.output_share, p.server.max_model_len) for p in profiles]
         self.runs = 0
-        self._said: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._said: dict[tuple[Part, int, int, int, float], dict[str, Any]] = {}
+        self._kept_adapters = 0
+        self._recent: dict[tuple[Part, float, float], tuple[Workload, Requests]] = {}
         self._lock = Lock()
         self._workload = demand.workload
         self._drawn: dict[int, Requests] = {}
@@ -191,6 +224,20 @@ class Judge:
         largest = max(ranked, key=lambda item: item[1], default=None)
         return ranked[:tries] + ([largest] if largest is not None and largest not in ranked[:tries] else [])
 
+    def has_memory(self, adapter: int, kind: int) -> bool:
+        """Whether a type of GPU has memory for one slot of an adapter's rank."""
+        return self.profiles[kind].starts(1, allowed_rank(self._workload.adapters[adapter].rank))
+
+    def strain(self, part: Part, kind: int) -> float:
+        """The estimated strain of a part at the most promising number of slots.
+
+        It is 0 for an empty part, and infinite on a type of GPU without memory for one slot of the part's rank.
+        """
+        if not part:
+            return 0.0
+        ranked = self.slots(part, kind)
+        return ranked[0][0] if ranked else float("inf")
+
     def ask(self, part: Part, kind: int, slots: int, factor: float = 1.0) -> dict[str, Any]:
         """The twin's answer for a GPU, at ``factor`` times the traffic."""
         rank = self.rank_of(part)
@@ -198,12 +245,33 @@ class Judge:
         if (known := self._said.get(key)) is not None:
             return known
         profile = self.profiles[kind]
-        workload = part_of(self._workload, part, factor)
-        answer = simulate(workload, profile, Configuration(slots, rank, len(part)))
+        workload, requests = self._offered(part, kind, factor)
+        answer = simulate(workload, profile, Configuration(slots, rank, len(part)), requests)
         with self._lock:
+            self._kept_adapters += 0 if key in self._said else len(part)
             self._said[key] = answer
+            while self._kept_adapters > KEPT_ADAPTERS and len(self._said) > 1:
+                oldest = next(iter(self._said))
+                del self._said[oldest]
+                self._kept_adapters -= len(oldest[0])
             self.runs += 1
         return answer
+
+    def _offered(self, part: Part, kind: int, factor: float) -> tuple[Workload, Requests]:
+        """What a GPU is asked at ``factor`` times the traffic, which is the same for any number of slots."""
+        key = part, self.profiles[kind].output_share, factor
+        with self._lock:
+            found = self._recent.pop(key, None)
+        if found is None:
+            workload = part_of(self._workload, part, factor)
+            found = workload, requests_of(workload, self.profiles[kind].output_share)
+        with self._lock:
+            self._recent[key] = found
+            while len(self._recent) > 1 and sum(r.arrival_s.size for _, r in self._recent.values()) > KEPT_REQUESTS:
+                del self._recent[next(iter(self._recent))]
+            if len(self._recent) > 2 * self.threads:
+                del self._recent[next(iter(self._recent))]
+        return found
 
     def accepts(self, answer: dict[str, Any]) -> bool:
         """Whether an answer of the twin is one to accept: no adapter starves, and all goals are kept."""

@@ -1,4 +1,4 @@
-"""What vLLM refuses of a workload, and what it cuts: prompts and answers beyond the model's length, other models."""
+"""Requests that vLLM rejects or truncates for `max_model_len`, and the check that profiles share one base model."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace

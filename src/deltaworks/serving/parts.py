@@ -47,16 +47,16 @@ def part_of(workload: Workload, part: Part, traffic: float = 1.0) -> Workload:
     if workload.trace is None:
         return replace(workload, adapters=adapters, notes=())
     trace, duration_s = workload.trace, workload.duration_s
-    assert trace.adapter is not None
-    asked, inside = np.array(trace.adapter), trace.arrival_s < duration_s
+    nothing = np.empty(0, np.int64)
     chosen, shift, named = [], [], []
     for piece, adapter in zip(part, adapters, strict=True):
-        own = np.flatnonzero(inside & (asked == workload.adapters[piece.adapter].name))
+        own = trace.by_adapter.get(workload.adapters[piece.adapter].name, nothing)
+        own = own[trace.arrival_s[own] < duration_s]
         own = own[_interval(own.size, piece.start % 1.0, piece.share)]
         chosen.append(own)
         shift.append(np.full(own.size, (int(piece.start) * _GOLDEN) % 1.0 * duration_s))
         named += [adapter.name] * own.size
-    places = np.concatenate([np.empty(0, np.int64), *chosen])
+    places = np.concatenate([nothing, *chosen])
     arrival_s = (trace.arrival_s[places] + np.concatenate([np.empty(0), *shift])) % duration_s
     order = np.argsort(arrival_s, kind="stable")
     thinned = replace(

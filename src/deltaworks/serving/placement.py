@@ -36,10 +36,10 @@ _MOST_MIXES = 200_000
 _MOST_REPAIRED = 8
 
 MOST_TIMES = 16
-"""A placement has at most so many times the GPUs that its tokens need at full load, or so many times 2."""
+"""The search stops at 16 times the number of GPUs needed to process the tokens at full load (counted as at least 2)."""
 
 MIXES = 200
-"""So many numbers of GPUs of each type are tried."""
+"""The maximum number of GPU combinations to try."""
 
 Deal = Callable[[F64], list[Part]]
 """From the capacities of GPUs, (gpus,) float64, to what each of them serves."""
@@ -89,7 +89,7 @@ def place(
         judge: Of the demand and the types of GPU.
         prices: Of a GPU of each type; None to count GPUs.
         told: Is told what is being tried.
-        bounded: Find a lower bound too; without, in a fraction of the time, it says how many GPUs were tried first.
+        bounded: Whether to compute the lower bound. If False, `lower_bound` is the first GPU count tried.
 
     Raises:
         ImpossibleError: a single request on an idle GPU cannot do what is asked, or no placement on a sensible number
@@ -120,19 +120,22 @@ def place(
     bound = None if prices is None else relaxation.price
     even = np.array([c.columns[0].max() for c in capacities])
     best = Placement((alone,), least, bound, "all on one") if alone else None
+    tried: list[int] = []
     for counts in islice(_mixes(even, price, least, most), MIXES):
         chosen = [kind for kind, count in enumerate(counts) for _ in range(count)]
         if best is not None and price[chosen].sum() >= price[[g.kind for g in best.gpus]].sum():
             break
         told(f"{len(chosen)} GPUs")
+        tried.append(len(chosen))
         if found := attempt(judge, chosen, even[chosen], relaxation):
             best = Placement(found[0], least, bound, found[1])
             break
     if best is not None:
         return replace(best, gpus=_polished(judge, best.gpus))
+    numbers = f"{min(tried):,} to {max(tried):,}" if tried else f"up to {most:,}"
     raise ImpossibleError(
-        f"no placement on up to {most:,} GPUs was found that the twin accepts on every one; lower --headroom, loosen"
-        " --slo, or give more types of GPU"
+        f"no placement on {numbers} GPUs was found that the twin accepts on every one; lower --headroom, relax --slo,"
+        " or add another GPU type"
     )
 
 
@@ -157,18 +160,22 @@ def _check_lightest(judge: Judge, most: int) -> None:
         ImpossibleError: none can; the sentence says what its latencies are then.
     """
     rate = judge.traffic[0].rate
-    part = tuple(sorted(spread(np.argsort(-rate, kind="stable"), rate, 1.0 / most)))
+    busiest = np.argsort(-rate, kind="stable")
+    # The share of a single adapter may be less than the crumbs that are left out among several.
+    part = tuple(sorted(spread(busiest, rate, 1.0 / most) or spread(busiest, rate, 1.0 / most, least=0.0)))
     if not part or any(judge.fits(part, kind, tries=len(SLOTS)) is not None for kind in range(len(judge.profiles))):
         return
     said = []
     for kind, profile in enumerate(judge.profiles):
         if ranked := judge.slots(part, kind):
             answer = judge.ask(part, kind, ranked[0][1], 1.0 + judge.demand.headroom)
+            if not answer["requests"]["arrived"]:
+                return
             values = [f"{g.name} is {format_time(g.value(answer))}" for g in judge.demand.goals if not g.met(answer)]
             said.append(f"on {profile.name} {' and '.join(values) or 'adapters starve'}")
     raise ImpossibleError(
-        f"even on {most:,} GPUs the goals are not kept: with one of so many shares of the traffic, {'; '.join(said)};"
-        " lower --headroom, loosen --slo, or give other types of GPU"
+        f"even with the traffic spread over {most:,} GPUs, the latency goals are missed: {'; '.join(said)}; lower"
+        " --headroom, relax --slo, or add another GPU type"
     )
 
 
@@ -360,7 +367,7 @@ def accepted(judge: Judge, deal: Deal, kinds: Sequence[int], capacity: F64) -> t
         if tuple(parts) in tried:
             return None
         tried.add(tuple(parts))
-        strain = [_strain(judge, part, kind) for part, kind in zip(parts, kinds, strict=True)]
+        strain = [judge.strain(part, kind) for part, kind in zip(parts, kinds, strict=True)]
         if max(strain) > HOPELESS:
             return None
         order = sorted(range(len(kinds)), key=lambda g: -strain[g])
@@ -378,13 +385,6 @@ def accepted(judge: Judge, deal: Deal, kinds: Sequence[int], capacity: F64) -> t
             if found is None:
                 capacity[gpu] *= _LIGHTER
     return None
-
-
-def _strain(judge: Judge, part: Part, kind: int) -> float:
-    if not part:
-        return 0.0
-    ranked = judge.slots(part, kind)
-    return ranked[0][0] if ranked else float("inf")
 
 
 def whole(judge: Judge) -> Part:

@@ -13,7 +13,7 @@ import numpy as np
 from deltaworks.documents import load_json
 from deltaworks.errors import ProfileError, WorkloadError, quoted
 from deltaworks.serving import twin
-from deltaworks.serving.schema import MAX_NUMBER, check_keys, number, text, whole
+from deltaworks.serving.schema import MAX_NUMBER, check_keys, mapping, number, text, whole
 from deltaworks.serving.server import F64
 
 SCHEMA = 1
@@ -299,6 +299,8 @@ _MOST = {"max_num_seqs": 1 << 17, "max_num_batched_tokens": 1 << 26, "block_size
          "tokens": 1e12}  # fmt: skip
 """Limits of numbers that memory, or the time of a simulation, grows with."""
 _LEAST_PERIOD_S = 0.01
+_MOST_SHARE = 100.0
+"""The largest `output_share`: it multiplies numbers of tokens."""
 
 
 def allowed_rank(rank: int) -> int:
@@ -340,9 +342,15 @@ def find_profile(name: str) -> Profile:
     """
     known = built_in_profiles()
     path = known.get(name, Path(name))
-    if not path.is_file():
-        listed = ", ".join(known)
-        raise ProfileError(f"{name}: no such profile; built in are {listed}, others are made by `deltaworks profile`")
+    try:
+        is_file = path.is_file()
+    except OSError:  # a name longer than file systems take
+        is_file = False
+    if not is_file:
+        raise ProfileError(
+            f"unknown profile {quoted(name)}; built-in profiles are {', '.join(known)}; create one with `deltaworks"
+            " profile`"
+        )
     return parse_profile(load_json(path, "a profile", ProfileError), str(path))
 
 
@@ -361,7 +369,7 @@ def parse_profile(content: Any, where: str) -> Profile:
         return Profile(
             **named,
             **parts,
-            output_share=number(given.get("output_share", 1.0), f"{where}: output_share", above=True),
+            output_share=number(given.get("output_share", 1.0), f"{where}: output_share", above=True, most=_MOST_SHARE),
             residuals=_said(given.get("residuals", {}), f"{where}: residuals"),
             sources=_said(given.get("sources", {}), f"{where}: sources"),
             assumed=_said(given.get("assumed", {}), f"{where}: assumed"),
@@ -371,8 +379,12 @@ def parse_profile(content: Any, where: str) -> Profile:
 
 
 def _said(raw: Any, where: str) -> dict[str, Any]:
-    """What a profile says of its numbers: any values, by text."""
-    if not isinstance(raw, Mapping) or not all(isinstance(key, str) for key in raw):
+    """What a profile says of its numbers: any values, by text.
+
+    Raises:
+        WorkloadError: it is not a mapping with text as keys.
+    """
+    if not all(isinstance(key, str) for key in mapping(raw, where)):
         raise WorkloadError(f"{where}: expected keys and values, not {quoted(raw)}")
     return dict(raw)
 

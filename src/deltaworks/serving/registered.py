@@ -4,8 +4,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltaworks.catalog.models import Kind
+from deltaworks.catalog.models import Kind, Model
 from deltaworks.catalog.store import Catalog, default_path, is_catalog
+from deltaworks.checkpoints.hub import HUB_ID
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,30 @@ def registered_adapters(catalog: Path | None, names: Collection[str]) -> Registe
     """
     if not is_catalog(catalog or default_path()):
         return Registered({}, {})
-    with Catalog(catalog) as opened:
+    with Catalog.to_read(catalog) as opened:
         models = {model.name: model for model in opened.models()}
     adapters = [model for name, model in models.items() if model.kind == Kind.ADAPTER and name in names]
-    paths = {model.name: str(model.path) if Path(model.source).exists() else model.source for model in adapters}
+    paths = {model.name: _hub_id(model) or str(model.path) for model in adapters}
     bases = {}
     for model in adapters:
         declared = models.get(model.base or "")
         known = (model.checkpoint.config.get("base_model_name_or_path"), declared.source if declared else None)
         bases[model.name] = {base for base in known if isinstance(base, str) and base}
     return Registered(paths, bases)
+
+
+def _hub_id(model: Model) -> str:
+    """The hub id that servers can load a model by; empty if it is a local folder, or a revision other than the default.
+
+    A relative path such as ``adapters/a`` looks like a hub id, so the folder decides: the hub's cache keeps
+    ``org/name`` as ``models--org--name/snapshots/REVISION``. vLLM takes no revision of an adapter.
+    """
+    match = HUB_ID.fullmatch(model.source)
+    if match is None or match["revision"] is not None or model.is_gone:
+        return ""
+    snapshots = model.path.parent
+    is_cached = snapshots.name == "snapshots" and snapshots.parent.name == f"models--{match['repo'].replace('/', '--')}"
+    return match["repo"] if is_cached else ""
 
 
 def _last(model: str) -> str:

@@ -11,19 +11,29 @@ MAX_TEXT = 1000
 """Characters of a name, at most."""
 
 
+def mapping(raw: Any, where: str) -> Mapping[Any, Any]:
+    """A mapping, whatever its keys.
+
+    Raises:
+        WorkloadError: it is not a mapping.
+    """
+    if not isinstance(raw, Mapping):
+        raise WorkloadError(f"{where}: expected keys and values, not {quoted(raw)}")
+    return raw
+
+
 def check_keys(raw: Any, known: Collection[str], where: str) -> Mapping[str, Any]:
     """A mapping with no key but the known ones.
 
     Raises:
         WorkloadError: it is no mapping, or it has a key that is not known; a close one is suggested.
     """
-    if not isinstance(raw, Mapping):
-        raise WorkloadError(f"{where}: expected keys and values, not {quoted(raw)}")
-    for key in raw:
+    given = mapping(raw, where)
+    for key in given:
         if key not in known:
             hint = did_you_mean(str(key), known) or f"; known are {', '.join(known)}"
             raise WorkloadError(f"{where}: unknown key {quoted(str(key))}{hint}")
-    return raw
+    return given
 
 
 def number(raw: Any, where: str, least: float = 0.0, above: bool = False, most: float = MAX_NUMBER) -> float:
@@ -55,7 +65,8 @@ def whole(raw: Any, where: str, least: int = 0, most: float = MAX_NUMBER) -> int
     Raises:
         WorkloadError: it is no such number.
     """
-    if number(raw, where, least, most=most) != int(raw):
+    number(raw, where, least, most=most)
+    if raw != int(raw):
         raise WorkloadError(f"{where}: expected a whole number, not {quoted(raw)}")
     return int(raw)
 

@@ -22,7 +22,8 @@ SHORT = 0.1
 """A run is short if a long answer alone takes more than this share of it."""
 
 LABEL_SETS = 1 << 19
-_UNLIMITED = 1 << 62
+UNLIMITED = 1 << 62
+"""Stands for no limit in an int64."""
 MOST = 1_000_000
 """The largest number in a configuration: memory grows with slots and adapters."""
 
@@ -67,6 +68,10 @@ def simulate(
     for name, value in vars(configuration).items():
         if value is not None and value > MOST:
             raise WorkloadError(f"{name}: expected at most {MOST:,}, not {quoted(value)}")
+    if (configuration.client_max_outstanding or 0) < 0:
+        raise WorkloadError(
+            f"client_max_outstanding: expected at least 0, not {quoted(configuration.client_max_outstanding)}"
+        )
     served = max(len(workload.adapters), slots) if configuration.served is None else configuration.served
     if served < slots:
         raise WorkloadError(
@@ -116,7 +121,7 @@ def limits(profile: Profile, slots: int, max_rank: int, served: int, outstanding
     limit[server.BLOCK] = flags.block_size
     limit[server.BLOCKS] = profile.kv_tokens(slots, max_rank) // flags.block_size - 1
     limit[server.SLOTS], limit[server.CPU_ADAPTERS] = slots, served
-    limit[server.OUTSTANDING] = _UNLIMITED if outstanding is None else outstanding
+    limit[server.OUTSTANDING] = UNLIMITED if outstanding is None else outstanding
     return limit
 
 
@@ -256,7 +261,7 @@ def _answer(workload: Workload, requests: Requests, run: _Run, kv_tokens: int, e
 
 
 def _enough_s(run: _Run, profile: Profile, slots: int, max_rank: int) -> float:
-    """The duration of which a long answer, served alone, takes no more than a share of `SHORT`."""
+    """Seconds that a run must last so that the 95th-percentile request, served alone, takes at most `SHORT` of it."""
     if not run.state.state.size:
         return 0.0
     times = alone(profile, slots, max_rank, run.state.prompt, run.state.output)
@@ -268,9 +273,8 @@ def _notes(enough_s: float, duration_s: float) -> list[str]:
     if duration_s >= enough_s:
         return []
     note = (
-        f"{duration_s:g} s are short against one answer: alone on this server, 1 request in 20 takes"
-        f" {enough_s * SHORT:.3g} s or longer, so the run shows little but its beginning; give a duration of"
-        f" {_round_up(enough_s):,.0f} s or more"
+        f"the run ({duration_s:g} s) is too short: 5% of requests take {enough_s * SHORT:.3g} s or longer even on an"
+        f" idle server; use a duration of at least {_round_up(enough_s):,.0f} s"
     )
     return [note]
 

@@ -1,7 +1,7 @@
 """Measurement tables: rows of numbers from CSV or JSON lines, with every column accounted for."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ TABLES = {
     "loads": ("load_ms", "source", "rank"),
     "first_tokens": ("ttft_ms", "prefill", "adapters", "slots", "max_rank"),
 }
-"""The tables of a folder, and their columns. The first is required, and so is ``kv_tokens``."""
+"""The tables of a folder, and their columns. The first column of each table is required, and so is ``kv_tokens``."""
 
 MAX_ROWS = 100_000
 _WHAT = "a table"
+_ALIKE = 0.65
 _SOURCES = ("memory", "disk")
 
 
@@ -80,7 +81,7 @@ def read_table(folder: Path, name: str) -> Table:
         return Table(name, path, [], columns)
     missing = tuple(column for column in columns if column not in present)
     unused = tuple(column for column in present if column not in columns)
-    misspelt = [(column, hint) for column in unused if (hint := did_you_mean(column, missing))]
+    misspelt = [(column, hint) for column in unused if (hint := _meant(column, missing))]
     if misspelt:
         named = ", ".join(f"{quoted(column)} ({hint.removeprefix('; ')})" for column, hint in misspelt[:5])
         raise ProfileError(f"{path}: unknown columns: {named}")
@@ -88,6 +89,23 @@ def read_table(folder: Path, name: str) -> Table:
         if column in missing:
             raise ProfileError(f"{path}: there is no column {column!r}; expected are {', '.join(columns)}")
     return Table(name, path, rows, missing, unused)
+
+
+def _meant(column: str, missing: Collection[str]) -> str:
+    """The end of an error about a column that is nearly one of those missing, or its abbreviation; else nothing.
+
+    Columns such as ``notes`` or ``comment`` are like ``slots`` or ``context`` by chance, and are only noted.
+    """
+    abbreviated = next((name for name in missing if name[:1] == column[:1] and _is_within(column, name)), None)
+    if abbreviated is not None:
+        return f"; did you mean {abbreviated!r}?"
+    return did_you_mean(column, missing, cutoff=_ALIKE)
+
+
+def _is_within(short: str, name: str) -> bool:
+    """Whether the letters of a text occur in another in the same order."""
+    letters = iter(name)
+    return len(short) > 1 and all(letter in letters for letter in short)
 
 
 def _cell(raw: Any, column: str, where: str) -> Any:
@@ -101,7 +119,7 @@ def _cell(raw: Any, column: str, where: str) -> Any:
     try:
         value = float(raw) if not isinstance(raw, bool) else math.nan
     except (TypeError, ValueError, OverflowError):
-        raise ProfileError(f"{where}: could not convert {quoted(raw)} to a number, {column}") from None
+        raise ProfileError(f"{where}: {column}: expected a number, not {quoted(raw)}") from None
     if not 0 <= value <= MAX_NUMBER:
         raise ProfileError(f"{where}: {column}: expected a number from 0 to {MAX_NUMBER:g}, not {quoted(raw)}")
     return value

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaworks.documents import decoded, json_values, read_bytes
-from deltaworks.errors import DeltaworksError, WorkloadError, quoted
+from deltaworks.errors import DeltaworksError, WorkloadError, one_line, quoted
 
 Row = Mapping[Any, Any]
 
@@ -45,14 +45,22 @@ def csv_rows(path: Path, content: bytes, what: str, error: type[DeltaworksError]
         error: The class of errors to raise.
 
     Raises:
-        DeltaworksError: as ``error``: it is no CSV in UTF-8, or it has a column twice.
+        DeltaworksError: as ``error``: it is not CSV in UTF-8, it has a column twice, or a row has more or fewer values
+            than there are columns.
     """
     reader = csv.DictReader(io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline=""))
     try:
         counts = Counter(reader.fieldnames or ())
         if twice := [name for name, count in counts.items() if count > 1 and name]:
             raise error(f"{path}: the column {quoted(twice[0])} is given twice")
-        yield from reader
+        for row in reader:
+            if None in row or None in row.values():
+                found = len(row) - 1 + len(row[None]) if None in row else sum(v is not None for v in row.values())
+                raise error(
+                    f"{path}: line {reader.line_num} has {found} values for {len(reader.fieldnames or ())} columns; put"
+                    " values that hold a comma in quotes, and write decimals with a point"
+                )
+            yield row
     except csv.Error as failure:
         line = reader.line_num + 1
         raise error(f"{path}: cannot be read as {what}: line {line} is not CSV: {failure}") from None
@@ -101,7 +109,7 @@ def _parquet_rows(path: Path, content: bytes) -> Iterator[Row]:
             columns = [_microseconds(column, pa) for column in batch.columns]
             yield from pa.RecordBatch.from_arrays(columns, names=batch.schema.names).to_pylist()
     except (OSError, ValueError, KeyError, NotImplementedError, pa.ArrowException) as error:
-        raise WorkloadError(f"{path}: cannot be read as {_WHAT}: {quoted(str(error))[1:-1]}") from None
+        raise WorkloadError(f"{path}: cannot be read as {_WHAT}: {one_line(str(error))}") from None
 
 
 def _microseconds(column: Any, pa: Any) -> Any:

@@ -42,7 +42,8 @@ def instant(raw: Any) -> int | float:
         ValueError: it is no time.
     """
     if isinstance(raw, datetime):
-        return ((raw if raw.tzinfo else raw.replace(tzinfo=UTC)) - _EPOCH) // timedelta(microseconds=1) * 1000
+        since = (raw if raw.tzinfo else raw.replace(tzinfo=UTC)) - _EPOCH
+        return _bounded(since // timedelta(microseconds=1) * 1000, raw)
     if isinstance(raw, bool) or not isinstance(raw, str | int | float):
         raise ValueError(f"{quoted(raw)} is no time")  # noqa: TRY004  # one error for all that is no time
     match = _DATE.fullmatch(raw.strip()) if isinstance(raw, str) else None
@@ -54,7 +55,15 @@ def instant(raw: Any) -> int | float:
         whole = datetime(year, month, day, hour, minute, second, tzinfo=timezone(offset)) - _EPOCH
     except ValueError as error:
         raise ValueError(f"{quoted(raw)} is no time: {error}") from None
-    return whole // timedelta(seconds=1) * _NANOSECOND + int((match[7] or "").ljust(9, "0")[:9])
+    fraction = int((match[7] or "").ljust(9, "0")[:9])
+    return _bounded(whole // timedelta(seconds=1) * _NANOSECOND + fraction, raw)
+
+
+def _bounded(nanoseconds: int, raw: Any) -> int:
+    """A date's nanoseconds since 1970 if an int64 holds them."""
+    if abs(nanoseconds) >= 1 << 63:
+        raise ValueError(f"{quoted(str(raw))} is not a time from the year 1678 to 2261")
+    return nanoseconds
 
 
 def _number_or_date(raw: str | float) -> int | float:
@@ -97,7 +106,7 @@ def epoch_unit(values: F64) -> str | None:
     return next((u for u, n in UNITS.items() if _EPOCH_SINCE * n <= first < _EPOCH_UNTIL * n), None)
 
 
-def told_unit(values: F64, where: str) -> tuple[str, str | None]:
+def guess_unit(values: F64, where: str) -> tuple[str, str | None]:
     """The unit of a column that some tools write in seconds and others in milliseconds.
 
     Mooncake's traces have whole milliseconds; vLLM's timed traces have the same columns in seconds. Fractions are of
@@ -116,8 +125,11 @@ def told_unit(values: F64, where: str) -> tuple[str, str | None]:
     """
     unit = epoch_unit(values)
     span = float(np.ptp(values))
-    if unit is not None or span == 0:
-        return unit or "ms", None
+    if unit is not None:
+        return unit, None
+    if span == 0:
+        note = f"{where}: its only time, {values[0]:g}, is taken to be in milliseconds; say unit: s if it is in seconds"
+        return "ms", note if values[0] else None
     rare = values.size - 1 <= 0.2 * span
     if (values != np.floor(values)).any():
         if not rare or span < 60_000:

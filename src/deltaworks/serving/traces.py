@@ -3,13 +3,14 @@
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaworks.errors import WorkloadError, did_you_mean, quoted
+from deltaworks.errors import WorkloadError, did_you_mean, one_line, quoted
 from deltaworks.serving import trace_times
 from deltaworks.serving.lengths import MAX_TOKENS
 from deltaworks.serving.schema import MAX_TEXT
@@ -79,6 +80,15 @@ class Trace:
     output: I64
     notes: tuple[str, ...] = ()
 
+    @cached_property
+    def by_adapter(self) -> dict[str, I64]:
+        """The places of each adapter's requests in order of time, (requests of the adapter,) int64, by its name."""
+        codes: dict[str, int] = {}
+        named = np.array([codes.setdefault(name, len(codes)) for name in self.adapter or ()], np.int64)
+        order = np.argsort(named, kind="stable")
+        ends = np.cumsum(np.bincount(named, minlength=len(codes)))
+        return dict(zip(codes, np.split(order, ends[:-1]), strict=True)) if codes else {}
+
 
 def read_trace(path: Path, form: str | None = None, unit: str | None = None) -> Trace:
     """Read a trace from a file of `trace_rows`' kinds.
@@ -132,7 +142,7 @@ class _Columns:
         if index == 1:
             self._set_up(row)
         if index > MAX_REQUESTS:
-            raise WorkloadError(f"{self._where}: there are more than {MAX_REQUESTS:,} requests in it; cut it")
+            raise WorkloadError(f"{self._where}: the trace has more than {MAX_REQUESTS:,} requests; split it")
         names = self._names
         try:
             at = trace_times.instant(row[names["time"]])
@@ -212,11 +222,11 @@ class _Columns:
             if self._asked_for == "mooncake":
                 unit = trace_times.epoch_unit(values) or "ms"
             else:
-                unit, note = trace_times.told_unit(values, self._where)
+                unit, note = trace_times.guess_unit(values, self._where)
                 notes += [note] if note else []
         unit = unit or trace_times.epoch_unit(values) or "s"
         if values.min() < 0:
-            raise WorkloadError(f"{self._where}: times must be seconds from 0 on")
+            raise WorkloadError(f"{self._where}: times must not be negative")
         return trace_times.seconds(values, unit, shifted=not own), notes
 
 
@@ -235,7 +245,7 @@ def _own_columns(row: Mapping[Any, Any], where: str) -> dict[str, str]:
         elif field != "adapter":
             listed = ", ".join(str(column)[:MAX_TEXT] for column in list(row)[:20])
             raise WorkloadError(
-                f"{where}: no column for the {field}; expected {names[0]!r} among {quoted(listed, 200)[1:-1]}"
+                f"{where}: no column for the {field}; expected {names[0]!r} among {one_line(listed, 200)}"
             )
     return found
 

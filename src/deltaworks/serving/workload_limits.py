@@ -1,4 +1,4 @@
-"""How large a workload may be: beyond these bounds it is refused before anything of its size is made."""
+"""Limits on workload size, checked before memory is allocated."""
 
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ MAX_DURATION_S = 366 * 86_400.0
 MAX_ADAPTERS = 100_000
 """Adapters of a workload, at most."""
 MAX_RATES = 10_000_000
-"""Adapters times pieces of the rate that has most of them, at most."""
+"""Maximum number of adapters times the length of the longest rate schedule."""
 MAX_TOKENS_OFFERED = 1e11
 """Tokens of a workload's requests, at most."""
 MIN_BURSTINESS, MAX_BURSTINESS = 1e-3, 1e6
