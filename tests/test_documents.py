@@ -157,7 +157,7 @@ def test_only_regular_files_of_bounded_size_are_read(tmp_path: Path, monkeypatch
         (300 * "x", "File name too long"),
         (5000 * "x", r"^.{,125}: cannot be read as a profile: File name too long"),
         ("a\nb", r"/a\\nb': cannot be read as a profile: No such file"),
-        ("a\0b", "no file can be called so"),
+        ("a\0b", "the file name is invalid"),
         ("latin", "line 2 is not text in UTF-8"),
     ):
         with pytest.raises(ProfileError, match=said):

@@ -128,8 +128,8 @@ def test_what_cannot_be_served_is_named() -> None:
 
 @pytest.mark.parametrize(("text", "said"), [
     ("ttft=2s", "write it like ttft_p99=2s"), ("ttft_p98=2s", "did you mean 'ttft_p99'"),
-    ("ttft_p99=2", "write it like"), ("itl_mean=1.2.3ms", "is no number"),
-    ("ttft_p99=0s", "a latency is more than 0, and finite"), (f"ttft_p99={400 * '9'}s", "a latency is more than 0"),
+    ("ttft_p99=2", "write it like"), ("itl_mean=1.2.3ms", "is not a number"),
+    ("ttft_p99=0s", "a latency must be above 0 and finite"), (f"ttft_p99={400 * '9'}s", "a latency must be above 0"),
 ])  # fmt: skip
 def test_goals_are_read_strictly(text: str, said: str) -> None:
     with pytest.raises(PlacementError, match=said):

@@ -425,9 +425,10 @@ def advise(
             {"profile": chosen.name, "rank": rank, "rate": rate, "best": best, "slots": rows, "overheads": costs}
         )
         return
+    at_least = "at least " if best["adapters_is_lower_bound"] else ""
     typer.echo(
-        f"{chosen.name}: {best['adapters']:,} adapters of rank {rank} at {rate:g} requests/s fit on one GPU, with"
-        f" --max-loras {best['slots']}{waits}\n"
+        f"{chosen.name}: {at_least}{best['adapters']:,} adapters of rank {rank} at {rate:g} requests/s fit on one GPU,"
+        f" with --max-loras {best['slots']}{waits}\n"
     )
     typer.echo(f"{'slots':>6}{'adapters':>10}{'tokens/s':>10}{'TTFT p99':>11}{'ITL':>9}{'KV tokens':>11}")
     for row in rows:

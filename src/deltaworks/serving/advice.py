@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaworks.errors import WorkloadError
-from deltaworks.serving.estimate import estimate, traffic_of
+from deltaworks.serving.estimate import SLOT_WAIT, UTILISATION, estimate, traffic_of
 from deltaworks.serving.feasible import check_possible
 from deltaworks.serving.judge import MARGIN, SLOTS, Goal, best_configuration, keeps_up
 from deltaworks.serving.profile import Profile, allowed_rank
@@ -149,7 +149,7 @@ def _guess(profile: Profile, one: Workload, slots: int, rank: int, factor: float
             factor
         )
         found = estimate(traffic, profile, min(slots, middle), rank)
-        low, high = (middle, high) if found[0] < 1.0 and found[1] < 0.1 else (low, middle)
+        low, high = (middle, high) if found[UTILISATION] < 1.0 and found[SLOT_WAIT] < 0.1 else (low, middle)
     return low
 
 

@@ -9,6 +9,7 @@ from os import cpu_count
 from pathlib import Path
 from typing import Any
 
+from deltaworks.bounds import SURROGATE
 from deltaworks.documents import DOCUMENT_BYTES, decoded, parse_json
 from deltaworks.errors import DeltaworksError, WorkloadError
 from deltaworks.serving.limits import check_lengths
@@ -25,7 +26,7 @@ BATCH_BYTES = 1 << 30
 _AHEAD = 8
 
 
-_AMBIGUOUS = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
+_AMBIGUOUS = re.compile(f"[\x85\u2028\u2029]|{SURROGATE.pattern}")
 """Characters that some readers take for the end of a line, and halves of surrogate pairs, which UTF-8 cannot hold."""
 _ID = re.compile(r'"id"\s*:\s*("(?:[^"\\]|\\.)*"|-?\d[\d.eE+-]*|true|false|null)')
 

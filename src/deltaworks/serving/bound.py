@@ -20,7 +20,7 @@ import numpy as np
 from scipy.optimize import linprog
 
 from deltaworks.serving import partition
-from deltaworks.serving.estimate import FEATURES, estimate
+from deltaworks.serving.estimate import UTILISATION, estimate
 from deltaworks.serving.groups import group
 from deltaworks.serving.judge import Judge
 from deltaworks.serving.parts import Part, Piece
@@ -32,7 +32,6 @@ _TRIES = 5
 _PLENTY = 16.0
 _LEAST = 1e-6
 _ROUNDS = 12
-_UTILISATION = list(FEATURES).index("utilisation")
 
 
 class Capacities:
@@ -48,7 +47,7 @@ class Capacities:
         weight: Of every adapter, the share of a GPU of the first type that it costs by the closed-form estimate,
             (adapters,) float64; a share of a group is meant by this weight.
         requests: Expected of every adapter, (adapters,) float64.
-        columns: What a GPU can take, in shares of the groups: (mixes, groups) float64. The first is an even mix.
+        columns: Maximum share of each group per GPU, for each mix: (mixes, groups) float64. The first is an even mix.
     """
 
     def __init__(self, judge: Judge, kind: int, *, evenly: bool = False) -> None:
@@ -137,7 +136,7 @@ class Capacities:
                 rank = judge.rank_of(part)
                 slots = max(min(len(part), profile.most_slots(rank)), 1)
                 traffic = judge.traffic_of(part, kind, 1.0 + judge.demand.headroom)
-                share = tried / max(float(estimate(traffic, profile, slots, rank)[_UTILISATION]), 0.1)
+                share = tried / max(float(estimate(traffic, profile, slots, rank)[UTILISATION]), 0.1)
             self._estimates[key] = share
         return self._estimates[key]
 
@@ -204,6 +203,7 @@ class Relaxation:
         self.gpus, self.price = fewest(columns), fewest(columns, each)
         first = capacities[0]
         self._groups, self._weight, self._requests = first.groups, first.weight, first.requests
+        # Fewer mixes than groups do not determine a price for every group; the estimated weights take their place.
         self.cost = self._cost(columns) if columns.shape[0] >= columns.shape[1] else self._weight
         self.row = self._row(columns)
 

@@ -184,7 +184,9 @@ def headline_waits(answers: Sequence[Mapping[str, Any]], goals: Sequence[Goal]) 
     return f"TTFT p50 {format_time(p50)}, p99 {format_time(p99)}"
 
 
-def with_traces(content: Any, origin: Path, taken: Collection[str] = ()) -> tuple[Any, dict[str, Path]]:
+def with_traces(
+    content: Mapping[str, Any], origin: Path, taken: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, Path]]:
     """A workload's content for another folder, and the traces to be copied there, by the names they get.
 
     Args:
@@ -203,23 +205,16 @@ def with_traces(content: Any, origin: Path, taken: Collection[str] = ()) -> tupl
         traces[name] = source
         return name
 
-    def with_path(value: Any) -> Any:
-        is_path = isinstance(value, Mapping) and isinstance(value.get("path"), str)
-        return {**value, "path": copied(value["path"])} if is_path else value
+    def moved(key: str, value: Any) -> Any:
+        if key == "requests" and isinstance(value, str):
+            return copied(value)
+        if key in ("requests", "lengths") and isinstance(value, Mapping) and isinstance(value.get("path"), str):
+            return {**value, "path": copied(value["path"])}
+        if key == "adapters" and isinstance(value, list):
+            return [{k: moved(k, v) for k, v in entry.items()} for entry in value]
+        return value
 
-    if not isinstance(content, Mapping):
-        return content, traces
-    moved = {key: with_path(value) if key in ("requests", "lengths") else value for key, value in content.items()}
-    if isinstance(moved.get("requests"), str):
-        moved["requests"] = copied(moved["requests"])
-    if isinstance(moved.get("adapters"), list):
-        moved["adapters"] = [
-            {key: with_path(value) if key == "lengths" else value for key, value in entry.items()}
-            if isinstance(entry, Mapping)
-            else entry
-            for entry in moved["adapters"]
-        ]
-    return moved, traces
+    return {key: moved(key, value) for key, value in content.items()}, traces
 
 
 _GPU_ID = re.compile("[a-z0-9](?:[-a-z0-9]{0,56}[a-z0-9])?")

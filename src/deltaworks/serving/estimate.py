@@ -23,10 +23,10 @@ FEATURES = {
     "utilisation": "share of its time that the GPU needs for the traffic at the largest batch that its memory holds",
     "slot_wait": "how long an adapter waits for a slot in equilibrium, as a share of the duration",
     "crowded_wait": "the same if the server is already crowded, with a request running in every slot",
-    "slot_load": "slots held if adapters wait a tenth of the duration for one, by the slots there are",
+    "slot_load": "slots held if adapters wait a tenth of the duration for one, divided by the number of slots",
     "in_flight": "share of the requests that are under way, or wait for a slot, when time is up",
-    "slot_pressure": "slots that adapters would hold at once if each had its own, by the slots there are",
-    "kv_pressure": "KV tokens held in equilibrium, by those there are",
+    "slot_pressure": "slots that adapters would hold at once if each had its own, divided by the number of slots",
+    "kv_pressure": "KV tokens held in equilibrium, divided by those there are",
     "load_share": "share of the time spent on bringing adapters into slots",
     "startup": "time to look for all the adapters' tokenizers once, as a share of the duration",
     "token_share": "share of the time needed for tokens alone: no adapters, no cost of a step",
@@ -34,13 +34,13 @@ FEATURES = {
     "running": "requests running in equilibrium",
     "slots": "max_loras",
     "adapters": "adapters with traffic",
-    "adapters_per_slot": "adapters with traffic, by slots",
+    "adapters_per_slot": "adapters with traffic, divided by the number of slots",
     "max_rank": "max_lora_rank",
     "rate": "requests a second",
     "top_share": "the busiest adapter's share of the requests",
     "input_mean": "prompt tokens of a request, mean",
     "output_mean": "output tokens of a request, mean",
-    "output_spread": "mean of squared output tokens, by the square of their mean",
+    "output_spread": "mean of squared output tokens, divided by the square of their mean",
     "duration_s": "seconds for which the server is asked",
 }
 """What the surrogate knows of a server and its traffic, in this order."""
@@ -53,6 +53,8 @@ NO_MEMORY = 1000.0
 
 (_UTILISATION, _WAIT, _CROWDED, _LOAD, _IN_FLIGHT, _PRESSURE, _KV, _LOADS, _STARTUP, _TOKENS, _STEP, _RUNNING, _SLOTS,
  _ADAPTERS, _PER_SLOT, _RANK, _RATE, _TOP, _INPUT, _OUTPUT, _SPREAD, _DURATION) = range(len(FEATURES))  # fmt: skip
+UTILISATION, SLOT_WAIT, SLOT_PRESSURE, STEP_MS = _UTILISATION, _WAIT, _PRESSURE, _STEP
+"""Places of features that others read."""
 _TURNS = 16
 
 

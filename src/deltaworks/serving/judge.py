@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from deltaworks.errors import PlacementError, did_you_mean, quoted
-from deltaworks.serving.estimate import FEATURES, Traffic, estimate, traffic_of
+from deltaworks.serving.estimate import SLOT_PRESSURE, SLOT_WAIT, UTILISATION, Traffic, estimate, traffic_of
 from deltaworks.serving.limits import check_one_model
 from deltaworks.serving.parts import Part, part_of
 from deltaworks.serving.profile import Profile, allowed_rank
@@ -50,7 +50,11 @@ KEPT_REQUESTS = 4_000_000
 GOALS = ("ttft", "itl", "tpot")
 MAX_HEADROOM = 10.0
 """The largest headroom, a share: eleven times the traffic."""
-_UTILISATION, _WAIT, _PRESSURE = (list(FEATURES).index(n) for n in ("utilisation", "slot_wait", "slot_pressure"))
+HOPELESS = 1.5
+"""Skip the simulation if the estimated strain exceeds this.
+
+Strain is the larger of the utilisation and the wait for a slot relative to `LONGEST_WAIT`; 1 is the edge of starvation.
+"""
 
 
 @dataclass(frozen=True)
@@ -96,15 +100,15 @@ def parse_goal(text: str) -> Goal:
     """
     match = re.fullmatch(r"\s*(\w+?)_(\w+)\s*=\s*([0-9.]+)\s*(ms|s)\s*", text)
     if match is None:
-        raise PlacementError(f"{text!r} is no latency goal; write it like ttft_p99=2s or itl_mean=50ms")
+        raise PlacementError(f"{text!r} is not a latency goal; write it like ttft_p99=2s or itl_mean=50ms")
     quantity, statistic, value, unit = match.groups()
     check = goal_of(f"{quantity}_{statistic}", 1.0)
     try:
         limit = float(value) * (1000 if unit == "s" else 1)
     except ValueError:
-        raise PlacementError(f"{text!r}: {value!r} is no number") from None
+        raise PlacementError(f"{text!r}: {value!r} is not a number") from None
     if not 0 < limit < float("inf"):
-        raise PlacementError(f"{quoted(text)}: a latency is more than 0, and finite")
+        raise PlacementError(f"{quoted(text)}: a latency must be above 0 and finite")
     return replace(check, limit_ms=limit)
 
 
@@ -171,8 +175,8 @@ class Judge:
     ) -> None:
         check_one_model(profiles)
         self.demand, self.profiles, self.surrogates = demand, tuple(profiles), tuple(surrogates)
-        self.pool = ThreadPoolExecutor(threads or cpu_count() or 1)
         self.threads = threads or cpu_count() or 1
+        self.pool = ThreadPoolExecutor(self.threads)
         self.traffic = [traffic_of(demand.workload, p.output_share, p.server.max_model_len) for p in profiles]
         self.runs = 0
         self._said: dict[tuple[Part, int, int, int, float], dict[str, Any]] = {}
@@ -189,7 +193,7 @@ class Judge:
         return self._drawn[kind]
 
     def rank_of(self, part: Part) -> int:
-        """The least maximum rank that a part needs; that of the smallest adapter if it has none."""
+        """The least `--max-lora-rank` that a part needs; the least that vLLM takes if the part is empty."""
         return allowed_rank(max((self._workload.adapters[p.adapter].rank for p in part), default=1))
 
     def traffic_of(self, part: Part, kind: int, factor: float = 1.0) -> Traffic:
@@ -212,8 +216,8 @@ class Judge:
         for slots in sorted({*(s for s in SLOTS if s < most), most} - {0}):
             features = estimate(traffic, profile, slots, rank)
             starved = surrogate is not None and surrogate.starvation.predict(features) > 0.5
-            wait, used = features[_WAIT] / LONGEST_WAIT, float(features[_UTILISATION])
-            crowded = features[_PRESSURE] > COMFORTABLE
+            wait, used = features[SLOT_WAIT] / LONGEST_WAIT, float(features[UTILISATION])
+            crowded = features[SLOT_PRESSURE] > COMFORTABLE
             cost = wait + 5.0 * max(used - FULL, 0.0)
             found.append(((starved, round(float(cost), 3), bool(crowded), used), max(used, float(wait)), slots))
         return [(strain, slots) for _, strain, slots in sorted(found)]
@@ -356,7 +360,7 @@ def best_configuration(answers: Sequence[tuple[float, float, float]]) -> int:
 
 def keeps_up(traffic: Traffic, profile: Profile, slots: int, max_rank: int) -> bool:
     """Whether a server that was given time without end would deliver all but the share that starvation takes."""
-    needed = estimate(traffic, profile, slots, max_rank)[_UTILISATION]
+    needed = estimate(traffic, profile, slots, max_rank)[UTILISATION]
     return bool(needed * (1.0 - STARVED_DEFICIT) < 1.0)
 
 
@@ -368,7 +372,3 @@ def latency_ms(answer: dict[str, Any]) -> float:
     if p99 is None:
         return float("inf") if answer["requests"]["arrived"] else 0.0
     return float(p99)
-
-
-HOPELESS = 1.5
-"""A strain at which the twin need not be asked."""

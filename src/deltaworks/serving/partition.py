@@ -5,13 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from deltaworks.serving import twin
-from deltaworks.serving.estimate import FEATURES, Traffic, estimate
-from deltaworks.serving.parts import Part, cut
+from deltaworks.serving.estimate import STEP_MS, Traffic, estimate
+from deltaworks.serving.parts import GOLDEN, Part, cut
 from deltaworks.serving.profile import Profile, allowed_rank
 from deltaworks.serving.server import F64, I64
-
-_STEP = list(FEATURES).index("step_ms")
-
 
 COMPUTE, MEMORY, ADAPTER, FRONT_END = range(4)
 """Columns of `resources`: the model's time for tokens, a step's fixed time by the KV cache that is held, the time of
@@ -22,7 +19,7 @@ _CRUMB = 0.01
 
 
 def resources(traffic: Traffic, profile: Profile, gpus: int) -> F64:
-    """What each adapter takes of a busy GPU, about: seconds per second of four resources, (adapters, 4) float64.
+    """Estimated load of each adapter on a busy GPU: seconds per second of four resources, (adapters, 4) float64.
 
     An adapter costs the time of its tokens and, for every step in which it is busy, the time of one more adapter in the
     batch; how long a step is follows from ``1 / gpus`` of all the traffic. On a busy GPU the KV cache is full, so the
@@ -43,7 +40,7 @@ def resources(traffic: Traffic, profile: Profile, gpus: int) -> F64:
     mix = traffic.of(busy[np.linspace(0, busy.size - 1, count).astype(np.int64)])
     mix = mix.scaled(float(traffic.rate.sum() / gpus / mix.rate.sum()))
     slots = max(min(count, profile.most_slots(rank)), 1)
-    step_s = max(estimate(mix, profile, slots, rank)[_STEP] / 1000.0, 1e-3)
+    step_s = max(estimate(mix, profile, slots, rank)[STEP_MS] / 1000.0, 1e-3)
     costs = profile.costs(slots, rank)
     held_tokens = traffic.output * (traffic.prompt + traffic.spread / 2 + profile.server.block_size / 2)
     token = (costs[twin.PER_DECODE] + costs[twin.PER_RUNNING] + costs[twin.LORA_DECODE]) * traffic.output
@@ -193,11 +190,11 @@ def in_a_row(row: Sequence[tuple[int, float]], weight: F64, requests: F64, capac
 
 def interleaved(count: int) -> I64:
     """An order of so many places, (count,) int64, of which every stretch has its share of the first and of the last."""
-    return np.argsort((np.arange(count) * 0.6180339887498949) % 1.0, kind="stable").astype(np.int64)
+    return np.argsort((np.arange(count) * GOLDEN) % 1.0, kind="stable").astype(np.int64)
 
 
 def counted(adapters: int, gpus: int) -> list[Part]:
-    """As many adapters on each GPU, in order of their names."""
+    """Equal numbers of adapters per GPU, in order of their names."""
     return cut([(i * gpus // adapters, i, 1.0) for i in range(adapters)], gpus)
 
 

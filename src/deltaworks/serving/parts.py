@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from deltaworks.serving.workload import Adapter, Workload
 
-_GOLDEN = 0.6180339887498949
+GOLDEN = 0.6180339887498949
+"""The golden ratio's fractional part: its multiples modulo 1 are evenly spread, however many are taken."""
 
 
 class Piece(NamedTuple):
@@ -54,7 +55,7 @@ def part_of(workload: Workload, part: Part, traffic: float = 1.0) -> Workload:
         own = own[trace.arrival_s[own] < duration_s]
         own = own[_interval(own.size, piece.start % 1.0, piece.share)]
         chosen.append(own)
-        shift.append(np.full(own.size, (int(piece.start) * _GOLDEN) % 1.0 * duration_s))
+        shift.append(np.full(own.size, (int(piece.start) * GOLDEN) % 1.0 * duration_s))
         named += [adapter.name] * own.size
     places = np.concatenate([nothing, *chosen])
     arrival_s = (trace.arrival_s[places] + np.concatenate([np.empty(0), *shift])) % duration_s
@@ -71,7 +72,7 @@ def _interval(count: int, start: float, share: float) -> NDArray[np.bool_]:
 
     The golden ratio's multiples spread every stretch of the requests evenly over all intervals.
     """
-    place = (np.arange(1, count + 1) * _GOLDEN) % 1.0
+    place = (np.arange(1, count + 1) * GOLDEN) % 1.0
     return np.asarray((place >= start) & (place < start + share))
 
 

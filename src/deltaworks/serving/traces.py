@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deltaworks.bounds import SURROGATE
 from deltaworks.errors import WorkloadError, did_you_mean, one_line, quoted
 from deltaworks.serving import trace_times
 from deltaworks.serving.lengths import MAX_TOKENS
@@ -188,7 +189,7 @@ class _Columns:
         if name not in self._known:
             if len(name) > MAX_TEXT:
                 raise ValueError(f"an adapter's name has {len(name):,} characters; at most {MAX_TEXT:,} are taken")
-            if not name.isascii() and any("\ud800" <= c <= "\udfff" for c in name):
+            if SURROGATE.search(name):
                 raise ValueError(f"the adapter's name {quoted(name)} has half of a surrogate pair")
             self._known[name] = name
         return self._known[name]
