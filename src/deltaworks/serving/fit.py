@@ -231,7 +231,11 @@ def _steps(
     spent = [scheduler.step + scheduler.running * r["decode"] + scheduler.skipped * r["skipped"] for r in rows]
     measured = np.array([r["step_ms"] for r in rows]) - np.array(spent)
     if (measured <= 0).any():
-        raise ProfileError("steps: every step must take longer than its scheduling")
+        place = int(np.argmax(measured <= 0))
+        table, row = (steps, place) if place < len(steps.rows) else (first, place - len(steps.rows))
+        raise ProfileError(
+            f"{table.file}: row {row + 1}: every step must take longer than its scheduling, {spent[place]:g} ms"
+        )
     apart = [present[i] for i in independent(design[:, present])]
     if names.index("decode") not in apart:
         raise ProfileError(
