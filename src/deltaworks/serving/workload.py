@@ -284,6 +284,11 @@ def _rates(adapters: tuple[Adapter, ...], duration_s: float) -> tuple[F64, F64]:
     """Where rates change and the requests expected before: (adapters, pieces + 1) float64 each."""
     pieces = max(len(a.rate) for a in adapters)
     bounds, mass = np.full((len(adapters), pieces + 1), duration_s), np.empty((len(adapters), pieces + 1))
+    if pieces == 1:  # the usual case, without a loop in Python
+        rates = np.array([adapter.rate[0][1] for adapter in adapters])
+        bounds[:, 0], mass[:, 0] = 0.0, 0.0
+        mass[:, 1] = duration_s * rates
+        return bounds, mass
     for i, adapter in enumerate(adapters):
         bounds[i, : len(adapter.rate)] = np.minimum([s for s, _ in adapter.rate], duration_s)
         rates = np.array([r for _, r in adapter.rate])
