@@ -37,9 +37,16 @@ def test_the_impossible_is_said(goals: tuple[str, ...], lengths: dict[str, Any],
     assert asker.runs < 200
 
 
-def test_there_are_more_gpus_than_make_sense() -> None:
+@pytest.mark.parametrize(
+    "adapters",
+    [
+        pytest.param({"name": "a", "count": 4, "rank": 8, "rate": 10.0}, id="several adapters"),
+        pytest.param({"name": "a", "rank": 8, "rate": 250.0}, id="less than a hundredth of one adapter a GPU"),
+    ],
+)
+def test_there_are_more_gpus_than_make_sense(adapters: dict[str, Any]) -> None:
     """One request at a time is fast enough and two are not: a GPU must be idle nearly always."""
-    asker = judge(workload([{"name": "a", "count": 4, "rank": 8, "rate": 10.0}]), 0.1, ("itl_p99=6.5ms",))
+    asker = judge(workload([adapters]), 0.1, ("itl_p99=6.5ms",))
     with pytest.raises(
         ImpossibleError,
         match=r"even with the traffic spread over \d+ GPUs, the latency goals are missed: .* itl_p99 is ",
