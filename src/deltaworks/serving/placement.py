@@ -367,9 +367,11 @@ def accepted(judge: Judge, deal: Deal, kinds: Sequence[int], capacity: F64) -> t
         if tuple(parts) in tried:
             return None
         tried.add(tuple(parts))
-        strain = [judge.strain(part, kind) for part, kind in zip(parts, kinds, strict=True)]
-        if max(strain) > HOPELESS:
-            return None
+        strain: list[float] = []
+        for part, kind in zip(parts, kinds, strict=True):
+            strain.append(judge.strain(part, kind))
+            if strain[-1] > HOPELESS:
+                return None
         order = sorted(range(len(kinds)), key=lambda g: -strain[g])
         slots: dict[int, int | None] = {}
         for at in range(0, len(order), judge.threads):
