@@ -165,6 +165,9 @@ def test_only_regular_files_of_bounded_size_are_read(tmp_path: Path, monkeypatch
     with pytest.raises(ProfileError, match="it is a pipe, device or socket"):
         read_bytes(Path("/dev/zero"), "a profile", ProfileError)
     monkeypatch.setattr(documents, "YAML_BYTES", 5)
+    (tmp_path / "long").write_text('{"a": 1\n"b": 2}')
+    with pytest.raises(ProfileError, match="line 2, column 1 is not valid JSON: Expecting ',' delimiter"):
+        load_document(tmp_path / "long", "a profile", ProfileError)
     with pytest.raises(ProfileError, match="more than 5 characters of YAML; write it as JSON"):
         parse_yaml("a: 1111", "p", "a profile", ProfileError)
 

@@ -120,6 +120,8 @@ def test_ranks_that_vllm_refuses(rank: int, hint: str) -> None:
     (Configuration(4, None, 4), None),
     (Configuration(4), None),
     (Configuration(0), "slots: expected at least 1"),
+    (Configuration(4, client_max_outstanding=-1), "client_max_outstanding: expected at least 0, not -1"),
+    (Configuration(4, client_max_outstanding=9), None),
 ])  # fmt: skip
 def test_configurations_that_vllm_refuses(configuration: Configuration, said: str | None) -> None:
     given = workload([{"name": "a", "count": 2, "rank": 8, "rate": 0.1}])

@@ -103,6 +103,7 @@ def test_other_flags() -> None:
         ({"sources": 5}, "sources: expected keys and values"),
         ({"assumed": "x"}, "assumed: expected keys and values"),
         ({"output_share": float("nan")}, "output_share: expected a number"),
+        ({"output_share": 1e15}, "output_share: expected a number of at most 100"),
         ({"step": {"base": float("inf")}}, "step.base: expected a number of at most"),
         ({"step": {"base": 10**400}}, "step.base: expected a number of at most"),
         ({"server": {"block_size": 10**12}}, "block_size: expected a number of at most 65,536"),
@@ -198,6 +199,9 @@ def test_runs_move_the_costs_that_they_show(tmp_path: Path) -> None:
     before = len(known)
     assert calibrate(PROFILE, kept, {"step.adapter": 0.2}, rounds=5, known=known) == found
     assert len(known) == before <= sum(done)
+    shorter = replace(PROFILE, server=replace(PROFILE.server, max_model_len=500))
+    calibrate(shorter, kept[:1], {}, passes=0, known=known)
+    assert len(known) == before + 1, "the length of the model changes what the twin answers"
     lines = [{"workload": WORKLOAD, "slots": r.configuration.slots, "measured": r.measured} for r in runs]
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     tables(tmp_path, PROFILE, calibrate={"step.adapter": 0.2})

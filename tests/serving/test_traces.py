@@ -116,6 +116,8 @@ def test_a_unit_that_cannot_be_told_is_asked_for(rows: list[dict[str, Any]]) -> 
 def test_what_was_guessed_or_left_out_is_remarked_on() -> None:
     assert "taken to be in milliseconds, which makes 3,600 s" in trace_of(mooncake(0, 3_600_000), "t").notes[0]
     assert trace_of(mooncake(0, 3_600_000), "t", "mooncake").notes == ()
+    assert "its only time, 3600, is taken to be in milliseconds" in trace_of(mooncake(3600), "t").notes[0]
+    assert trace_of(mooncake(0), "t").notes == ()
     assert "prefix caching is not modelled" in trace_of(mooncake(0, 0.5, hash_ids=[1]), "t").notes[0]
     failed = [*mooncake(0, 0.5), {"timestamp": 1.5, "input_length": 9, "output_length": 0}]
     assert trace_of(failed, "t").notes == ("t: 1 requests without tokens, which failed, are left out",)
@@ -125,6 +127,9 @@ def test_adapters_are_names_numbers_or_none() -> None:
     rows = [{"time": t, "adapter": a, "prompt_tokens": 1, "output_tokens": 1} for t, a in enumerate(["a", 0, None, ""])]
     assert trace_of(rows, "t").adapter == ("a", "0", "", "")
     assert trace_of(mooncake(0, 0.5, lora="x"), "t").adapter == ("x", "x")
+    found = trace_of(rows, "t").by_adapter
+    assert {name: places.tolist() for name, places in found.items()} == {"a": [0], "0": [1], "": [2, 3]}
+    assert trace_of(mooncake(0), "t").by_adapter == {}
 
 
 def test_every_layout_of_json_is_read(tmp_path: Path) -> None:
