@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from families import recipe, write_family
 from merges import merge, raw_tensors
@@ -397,3 +398,51 @@ def test_cuts_are_read_from_what_was_checked(made: Path, root: Path) -> None:
             find_cuts(catalog, expert, base, [("model.norm.weight", 2)])
         with pytest.raises(DeltaworksError, match="their digest differs"):
             check_digest(victim)
+
+
+def held_open(folder: Path) -> list[str]:
+    paths = (os.path.realpath(fd) for fd in Path("/proc/self/fd").iterdir())
+    return [path for path in paths if path.startswith(str(folder))]
+
+
+def test_a_writer_that_cannot_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(pq, "ParquetWriter", fail)
+    with pytest.raises(OSError, match="No space left"):
+        StatisticsWriter(tmp_path / "a.parquet", 4096)
+    assert list(tmp_path.iterdir()) == []
+    assert held_open(tmp_path) == []
+
+
+def test_a_writer_that_is_abandoned_on_a_full_disk_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closing the Parquet file writes its footer."""
+
+    def fail(_: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    writer = StatisticsWriter(tmp_path / "a.parquet", 4096)
+    whole = writer._file.close
+    with monkeypatch.context() as patched:
+        patched.setattr(pq.ParquetWriter, "close", fail)
+        writer.abandon()
+    assert list(tmp_path.iterdir()) == []
+    whole()
+    assert held_open(tmp_path) == []
+
+
+def test_a_file_that_is_written_by_now_is_not_removed(root: Path) -> None:
+    """Between finding and removing waste, a process begins to write under the name of an abandoned file."""
+    with Catalog(root / "catalog") as catalog:
+        file = catalog.statistics_file("a" * 64, "b" * 64)
+        partial = partial_path(file)
+        partial.write_bytes(b"left by a process that died")
+        found = find_waste(catalog)
+        assert [w.path for w in found] == [partial]
+        writer = StatisticsWriter(file, 4096)
+        assert remove(found) == 0
+        assert partial.is_file()
+        writer.abandon()

@@ -30,6 +30,17 @@ def test_kinds_are_detected(catalog: Catalog, tmp_path: Path) -> None:
     assert catalog.models()[1] == catalog.find("e")
 
 
+def test_an_adapter_beside_weights(catalog: Catalog, tmp_path: Path) -> None:
+    """Loaders of an adapter do not look at model files in its folder."""
+    adapter = write_model(tmp_path / "lora", random_tensors(0, {"base_model.model.q.lora_A.weight": (4, 8)}))
+    (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text("{}")
+    write_model(adapter, random_tensors(0, shapes()))
+    model = register(catalog, "a", str(adapter))
+    assert model.kind is Kind.ADAPTER
+    assert check_unchanged(catalog, model) == model
+
+
 def test_the_fingerprint_is_of_contents(catalog: Catalog, tmp_path: Path) -> None:
     tensors = random_tensors(0, shapes())
     one = register(catalog, "one", str(write_model(tmp_path / "one", tensors)))

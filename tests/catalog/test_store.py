@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from families import random_tensors, write_model
 
+from deltaworks.catalog import database
 from deltaworks.catalog.register import register
 from deltaworks.catalog.rows import CHECKED, checksum, columns
 from deltaworks.catalog.store import Catalog, default_path
-from deltaworks.errors import CatalogError
+from deltaworks.errors import CatalogError, DeltaworksError
 
 
 def test_the_default_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +218,68 @@ def test_a_catalog_that_cannot_be_written_can_be_read(tmp_path: Path, monkeypatc
         Catalog(path)
 
 
+def test_the_latest_rows_are_read_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are in the database's log alone until that is folded in."""
+    connect = sqlite3.connect
+    path = _filled(tmp_path)
+
+    def read_only(database: str, **more: Any) -> Any:
+        if database == str(path / "catalog.sqlite") or database.endswith("mode=ro"):
+            raise sqlite3.OperationalError("attempt to write a readonly database")
+        return connect(database, **more)
+
+    with Catalog(path) as writer:
+        register(writer, "late", str(tmp_path / "base"))
+        assert (path / "catalog.sqlite-wal").stat().st_size
+        monkeypatch.setattr(sqlite3, "connect", read_only)
+        before = {p.name: p.read_bytes() for p in path.iterdir() if p.is_file()}
+        with Catalog.to_read(path) as catalog:
+            assert catalog.names() == ["base", "late"]
+        assert {p.name: p.read_bytes() for p in path.iterdir() if p.is_file()} == before
+
+
+def test_a_database_that_is_being_written_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "catalog.sqlite").write_bytes(b"x")
+    (tmp_path / "catalog.sqlite-wal").write_bytes(b"x")
+    monkeypatch.setattr(database, "_state", lambda *_: object())
+    with pytest.raises(OSError, match="being written"):
+        database._copy_with_log(
+            tmp_path / "catalog.sqlite", tmp_path / "catalog.sqlite-wal", sqlite3.connect(":memory:")
+        )
+
+
+def test_a_locked_database_is_one_sentence(tmp_path: Path) -> None:
+    path = _filled(tmp_path)
+    with Catalog(path) as catalog, Catalog(path) as other:
+        catalog._db.execute("PRAGMA busy_timeout = 1")
+        catalog.save_plan("a" * 64, "x")
+        with other.transaction():
+            for write in (
+                catalog.drop_damaged,
+                catalog.drop_unused_plans,
+                lambda: catalog.save_plan("b" * 64, "x"),
+                lambda: catalog.end_staging(tmp_path),
+            ):
+                with pytest.raises(DeltaworksError, match="cannot be written: database is locked"):
+                    write()
+        assert [digest for digest, _ in catalog.drop_unused_plans()] == ["a" * 64]
+
+
+def test_an_error_that_ends_a_transaction_is_reported(tmp_path: Path) -> None:
+    """SQLite rolls back by itself where a disk is full; nothing is left to roll back then."""
+
+    def fill_the_disk(catalog: Catalog) -> None:
+        with catalog.transaction():
+            catalog._db.execute("ROLLBACK")
+            raise sqlite3.OperationalError("disk full")
+
+    with Catalog(tmp_path) as catalog:
+        with pytest.raises(DeltaworksError, match="disk full"):
+            fill_the_disk(catalog)
+        catalog.save_plan("a" * 64, "x")
+        assert catalog.has_plan("a" * 64)
+
+
 def test_a_database_without_structure_is_named(tmp_path: Path) -> None:
     path = _filled(tmp_path)
     content = bytearray((path / "catalog.sqlite").read_bytes())
@@ -231,7 +294,7 @@ def test_plans_that_nothing_was_made_by_can_be_dropped(tmp_path: Path) -> None:
     with Catalog(_filled(tmp_path)) as catalog:
         catalog.save_plan("a" * 64, "x" * 1_000_000)
         assert catalog.unused_plans() == [("a" * 64, 1_000_000)]
-        catalog.drop_plans(["a" * 64])
+        assert catalog.drop_unused_plans() == [("a" * 64, 1_000_000)]
         assert catalog.unused_plans() == []
         assert catalog.has_plan("d" * 64)
     assert (tmp_path / "catalog" / "catalog.sqlite").stat().st_size < 500_000

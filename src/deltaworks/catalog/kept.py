@@ -35,7 +35,7 @@ def keep_files(expert: Path, kept: Path) -> dict[str, str]:
         for name in files:
             if (Path(folder) / name).relative_to(kept).as_posix() not in digests:
                 os.unlink(name, dir_fd=fd)
-    fsync_folder(kept)
+        os.fsync(fd)
     fsync_folder(kept.parent)
     return digests
 

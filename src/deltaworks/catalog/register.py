@@ -194,7 +194,8 @@ def check_unchanged(catalog: Catalog, model: Model, progress: Progress | None = 
             progress.note(f"{model.path} is gone; {model.name} is read from its layers in the catalog")
             return replace(model, is_gone=True, checkpoint=replace(model.checkpoint, path=kept))
         raise ChangedError(f"a file of {model.name!r} is gone: {error}{again}") from error
-    if (model.path / SINGLE).is_file() and SINGLE not in {s.name for s in now}:
+    is_beside = SINGLE not in {s.name for s in now} and (model.path / SINGLE).is_file()
+    if is_beside and not model.checkpoint.is_adapter:  # loaders of an adapter do not look at it
         raise ChangedError(
             f"{model.path / SINGLE} was put beside the weights that {model.name!r} was registered with, and loaders"
             f" prefer it; remove it, or the shards{again}"

@@ -8,7 +8,7 @@ whole tensor and with the places of its trim cuts.
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from deltaworks.catalog.statistics import (
     BlockStatistics,
     TensorStatistics,
 )
-from deltaworks.checkpoints.partial import lock, partial_path
+from deltaworks.checkpoints.partial import open_partial, partial_path
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES
 from deltaworks.checkpoints.transfer import read_available, write_all
 from deltaworks.errors import CatalogError, DamagedError
@@ -54,20 +54,33 @@ SCHEMA = pa.schema(
 
 
 class StatisticsWriter:
-    """Writes tensor after tensor; nothing stands under the final name before `commit`."""
+    """Writes tensor after tensor; nothing stands under the final name before `commit`.
+
+    Args:
+        path: the file to appear.
+        block_size: elements a block.
+
+    Raises:
+        BlockingIOError: this process is writing it already.
+        OSError: the file cannot be made.
+    """
 
     def __init__(self, path: Path, block_size: int) -> None:
         self._path = path
         self._partial = partial_path(path)
-        self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        lock(self._fd)
         metadata = {b"deltaworks": json.dumps({"version": FORMAT_VERSION, "block_size": block_size}).encode()}
         # Sketches do not compress, and are what planning reads most of.
         leaves = [f"{f.name}.list.element" if pa.types.is_nested(f.type) else f.name for f in SCHEMA]
         packed = {leaf: "none" if leaf in _BULKY else "zstd" for leaf in leaves}
-        self._file = pq.ParquetWriter(
-            self._partial, SCHEMA.with_metadata(metadata), compression=packed, use_dictionary=["tensor"]
-        )
+        self._fd = open_partial(self._partial, os.O_RDWR)
+        try:
+            self._file = pq.ParquetWriter(
+                self._partial, SCHEMA.with_metadata(metadata), compression=packed, use_dictionary=["tensor"]
+            )
+        except BaseException:
+            self._partial.unlink(missing_ok=True)
+            os.close(self._fd)
+            raise
         self._blocks: list[_Row] = []
         self._totals: list[_Row] = []
 
@@ -116,10 +129,13 @@ class StatisticsWriter:
         """Leave nothing behind; harmless after `commit`."""
         if self._fd < 0:
             return
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
-        os.close(self._fd)
-        self._fd = -1
+        with suppress(OSError, pa.ArrowException):  # what closing would write is deleted anyway
+            self._file.close()
+        try:
+            self._partial.unlink(missing_ok=True)
+        finally:
+            os.close(self._fd)
+            self._fd = -1
 
     def _flush(self, rows: list["_Row"]) -> None:
         if rows:

@@ -4,15 +4,15 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
-from urllib.parse import quote
 
-from deltaworks.catalog.models import Kind, Model
+from deltaworks.catalog.cells import parse_cut, parse_manifest, parse_model, parse_object, row_parses
+from deltaworks.catalog.database import connect, copy_to_memory
+from deltaworks.catalog.models import Model
 from deltaworks.catalog.rows import (
     CHECKED,
     SCHEMA_VERSION,
@@ -24,9 +24,6 @@ from deltaworks.catalog.rows import (
     row_name,
     update_schema,
 )
-from deltaworks.checkpoints.checkpoint import Checkpoint, ShardFile
-from deltaworks.checkpoints.dtypes import DTYPES
-from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.errors import CatalogError, DeltaworksError
 
 _DATABASE = "catalog.sqlite"
@@ -103,10 +100,10 @@ class Catalog:
             with suppress(FileNotFoundError):
                 os.listdir(self.path)  # noqa: PTH208  # a file in its place, or a folder that may not be entered, is an error
             self.is_copy = True
-            return _connect(":memory:")
+            return connect(":memory:")
         try:
             (self.path / "statistics").mkdir(parents=True, exist_ok=True)
-            db = _connect(str(self.database))
+            db = connect(str(self.database))
             db.execute("PRAGMA journal_mode = WAL")
             if not only_reads:  # what cannot be written is refused before any work
                 db.execute("BEGIN IMMEDIATE")
@@ -119,20 +116,7 @@ class Catalog:
         if is_usable:
             return db
         self.is_copy = True
-        return self._copy()
-
-    def _copy(self) -> sqlite3.Connection:
-        """The database in memory."""
-        copy = _connect(":memory:")
-        where = f"file:{quote(str(self.database.resolve()))}"
-        try:
-            with closing(_connect(f"{where}?mode=ro")) as db:
-                db.backup(copy)
-        except sqlite3.OperationalError:
-            # Even to read a database with a log, SQLite makes files beside it unless it is told that nobody writes.
-            with closing(_connect(f"{where}?immutable=1")) as db:
-                db.backup(copy)
-        return copy
+        return copy_to_memory(self.database)
 
     def _update_schema(self) -> int:
         version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
@@ -143,17 +127,25 @@ class Catalog:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All writes inside happen, or none. One inside another is part of that."""
+        """All writes inside happen, or none. One inside another is part of that.
+
+        Raises:
+            DeltaworksError: the database is locked or cannot be written.
+        """
         if self._db.in_transaction:
             yield
             return
-        self._db.execute("BEGIN IMMEDIATE")
         try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # some errors, such as a full disk, end it
+                    self._db.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            raise self._failure("written", error) from error
 
     def _rows(self, statement: str, *values: Value) -> list[tuple[Any, ...]]:
         """All rows that a query finds.
@@ -214,7 +206,7 @@ class Catalog:
 
     def _damaged(self) -> list[tuple[str, int, str]]:
         try:
-            return list(damaged_rows(self._db, _parses))
+            return list(damaged_rows(self._db, row_parses))
         except sqlite3.Error as error:
             raise self._failure("read", error) from error
 
@@ -281,7 +273,7 @@ class Catalog:
         found = self._rows(f"SELECT {columns('models')} FROM models {where}", *values)  # noqa: S608  # constants
         models = []
         for row in found:
-            model = _model(row[:-1]) if is_sound("models", row) else None
+            model = parse_model(row[:-1]) if is_sound("models", row) else None
             if model is None:
                 raise CatalogError(
                     f"the row {row_name('models', row)} of {self.database} is damaged; drop it with `deltaworks gc`"
@@ -329,7 +321,7 @@ class Catalog:
         for _, _, block_size, name, summary in self._sound("analyses", "WHERE expert = ? AND base = ?", expert, base):
             file = self.path / "statistics" / name
             if file.is_file():
-                found = _object(summary)
+                found = parse_object(summary)
                 return None if found is None else (block_size, file, found)
         return None
 
@@ -341,7 +333,7 @@ class Catalog:
     def find_cuts(self, expert: str, base: str) -> dict[tuple[str, int], list[int]]:
         """Every remembered cut of a delta, packed, by tensor and number of kept elements; no damaged ones."""
         rows = self._sound("cuts", "WHERE expert = ? AND base = ?", expert, base)
-        parsed = {(tensor, keep): _cut(cut) for _, _, tensor, keep, cut in rows}
+        parsed = {(tensor, keep): parse_cut(cut) for _, _, tensor, keep, cut in rows}
         return {key: cut for key, cut in parsed.items() if cut is not None}
 
     # Storages
@@ -386,10 +378,23 @@ class Catalog:
             " (SELECT plan_digest FROM snapshots UNION SELECT plan_digest FROM stagings) ORDER BY made_at, digest"
         )
 
-    def drop_plans(self, digests: Sequence[str]) -> None:
-        """Delete plans, and give the space to the file system."""
-        self._write("DELETE FROM plans WHERE digest = ?", [(d,) for d in digests])
-        self._rows("VACUUM")
+    def drop_unused_plans(self) -> list[tuple[str, int]]:
+        """Delete the plans that `unused_plans` finds, and give the space to the file system.
+
+        Returns:
+            Digest and bytes of each.
+
+        Raises:
+            DeltaworksError: the database cannot be written.
+        """
+        with self.transaction():
+            found = self.unused_plans()
+            self._write("DELETE FROM plans WHERE digest = ?", [(digest,) for digest, _ in found])
+        try:
+            self._db.execute("VACUUM")
+        except sqlite3.Error as error:
+            raise self._failure("written", error) from error
+        return found
 
     def save_snapshot(self, path: Path, plan_digest: str, manifest: dict[str, Any], when: float | None = None) -> None:
         """Record a committed merged model; what was begun for it is finished then.
@@ -417,7 +422,7 @@ class Catalog:
         rows = self._rows(
             f"SELECT committed_at, {columns('snapshots')} FROM snapshots ORDER BY committed_at, rowid"  # noqa: S608
         )
-        manifests = [_manifest(row[3]) for row in rows]
+        manifests = [parse_manifest(row[3]) for row in rows]
         for (_, *row), manifest in zip(rows, manifests, strict=True):
             if not is_sound("snapshots", row) or manifest is None:
                 raise CatalogError(
@@ -463,68 +468,3 @@ class Staged(NamedTuple):
     out: Path
     plan_digest: str
     replaces: str | None
-
-
-def _connect(database: str) -> sqlite3.Connection:
-    db = sqlite3.connect(database, timeout=60, isolation_level=None, uri=database.startswith("file:"))
-    # Text that is damaged is found by its checksum, which names the row.
-    db.text_factory = lambda raw: raw.decode("utf-8", "replace")
-    return db
-
-
-def _model(row: tuple[Any, ...]) -> Model | None:
-    """The model of a row; None where the row does not parse."""
-    name, kind, source, path, base, declared, fingerprint, shards, tensors, config = row
-    try:
-        content, file = json.loads(config)
-        checkpoint = Checkpoint(
-            Path(path),
-            tuple(ShardFile(**s) for s in json.loads(shards)),
-            _tensors(tensors),
-            content,
-            ShardFile(**file) if file else None,
-            kind == Kind.ADAPTER,
-        )
-        return Model(name, Kind(kind), source, base, bool(declared), fingerprint, checkpoint)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        return None
-
-
-def _object(text: str) -> dict[str, Any] | None:
-    """The JSON object in a cell; None where it does not parse as one, as in rows from before there were checksums."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def _manifest(text: str) -> dict[str, Any] | None:
-    """The manifest in a cell; None where it does not parse as one."""
-    content = _object(text)
-    if content is None or not isinstance(content.get("inputs"), list):
-        return None
-    has_inputs = all(isinstance(i, dict) and isinstance(i.get("fingerprint"), str) for i in content["inputs"])
-    return content if has_inputs else None
-
-
-def _parses(table: str, row: Sequence[Any]) -> bool:
-    """Whether the values of a row, without its checksum, can be read; rows of other tables are made anew anyway."""
-    if table == "models":
-        return _model(tuple(row)) is not None
-    return table != "snapshots" or _manifest(row[2]) is not None
-
-
-def _cut(text: str) -> list[int] | None:
-    """A packed cut in a cell; None where it does not parse as one."""
-    try:
-        cut = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return cut if isinstance(cut, list) and len(cut) == 4 and all(type(n) is int for n in cut) else None
-
-
-@lru_cache(maxsize=16)
-def _tensors(text: str) -> dict[str, TensorInfo]:
-    """Tensors by name, as the catalog writes them: the same text for most experts of a family."""
-    return {t[0]: TensorInfo(t[0], DTYPES[t[1]], tuple(t[2]), t[3], t[4], t[5]) for t in json.loads(text)}

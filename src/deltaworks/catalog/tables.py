@@ -22,7 +22,7 @@ from deltaworks.catalog.statistics import DENSITIES, FORMAT_VERSION
 from deltaworks.catalog.store import TABLE
 from deltaworks.checkpoints.dtypes import DTYPES, F32, F64
 from deltaworks.checkpoints.header import read_header, write_header
-from deltaworks.checkpoints.partial import lock, partial_path
+from deltaworks.checkpoints.partial import open_partial, partial_path
 from deltaworks.checkpoints.reader import ByteCounter, RangeReader, page_aligned
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES
 from deltaworks.errors import CheckpointError
@@ -180,8 +180,7 @@ def _write(path: Path, about: Mapping[str, Any], arrays: Mapping[str, NDArray[An
     )
     hasher = blake3()
     try:
-        with partial.open("wb") as file:
-            lock(file.fileno())
+        with os.fdopen(open_partial(partial), "wb") as file:
             parts: list[bytes | memoryview] = [header, *(d.data for d in data), text]
             for part in parts:
                 hasher.update(part)

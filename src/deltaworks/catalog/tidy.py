@@ -8,7 +8,7 @@ from pathlib import Path
 from deltaworks.catalog.models import Model
 from deltaworks.catalog.register import untouched
 from deltaworks.catalog.store import KEPT, Catalog
-from deltaworks.checkpoints.partial import is_abandoned, is_partial
+from deltaworks.checkpoints.partial import is_abandoned, is_partial, remove_abandoned
 from deltaworks.errors import CatalogError
 
 _PAIR = "[0-9a-f]{24}-[0-9a-f]{24}"
@@ -97,16 +97,28 @@ def layers_of(catalog: Catalog, experts: Collection[Model]) -> list[Waste]:
 
 
 def remove(waste: Collection[Waste]) -> int:
-    """Delete; returns the bytes that were freed."""
+    """Delete files that `find_waste` or `layers_of` found, but no partial file that is being written by now.
+
+    Returns:
+        The bytes that were freed.
+
+    Raises:
+        OSError: a file cannot be deleted.
+    """
+    freed = 0
     for item in waste:
-        item.path.unlink(missing_ok=True)
+        if is_partial(item.path):
+            freed += item.nbytes * remove_abandoned(item.path)
+        else:
+            item.path.unlink(missing_ok=True)
+            freed += item.nbytes
     kept = {f for item in waste for f in (_kept_folder(item.path), item.path.with_suffix(KEPT)) if f is not None}
     for folder in kept:
         if folder.is_dir() and not folder.is_symlink():
             for path in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
                 _remove_empty(path)
             _remove_empty(folder)
-    return sum(item.nbytes for item in waste)
+    return freed
 
 
 def _remove_empty(folder: Path) -> None:

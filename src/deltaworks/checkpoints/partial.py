@@ -7,12 +7,14 @@ import errno
 import fcntl
 import os
 import re
+import time
 from functools import cache
 from pathlib import Path
 
 from blake3 import blake3
 
 _PARTIAL = re.compile(r"\..+\.(?P<process>\d+)(?P<place>-[0-9a-f]{8})?")
+_ATTEMPTS, _PAUSE_S = 100, 0.01
 
 
 def partial_path(path: Path) -> Path:
@@ -36,6 +38,79 @@ def lock(fd: int) -> bool:
             raise
         return False
     return True
+
+
+def open_partial(path: Path, flags: int = os.O_WRONLY) -> int:
+    """Make an empty partial file, and lock it.
+
+    A process that looks for abandoned files may hold the lock for an instant, or delete the file before it is locked;
+    then it is made again.
+
+    Args:
+        path: from `partial_path`.
+        flags: for opening it, such as `os.O_RDWR`.
+
+    Returns:
+        Its descriptor, which holds the lock.
+
+    Raises:
+        BlockingIOError: it is being written already.
+        OSError: it cannot be made.
+    """
+    for attempt in range(_ATTEMPTS):
+        fd = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            lock(fd)
+            if _is_at(fd, path):
+                os.ftruncate(fd, 0)
+                return fd
+        except BlockingIOError:
+            if attempt == _ATTEMPTS - 1:
+                os.close(fd)
+                raise
+            time.sleep(_PAUSE_S)
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+    raise BlockingIOError(errno.EAGAIN, "the file is deleted again and again", str(path))
+
+
+def remove_abandoned(path: Path) -> bool:
+    """Delete a partial file if nobody writes it; returns whether it was deleted.
+
+    The lock is held meanwhile, so that no process can begin to write the file that is deleted.
+
+    Raises:
+        OSError: it cannot be deleted.
+    """
+    found = _PARTIAL.fullmatch(path.name)
+    if found is None or not is_abandoned(path):
+        return False
+    if found["place"] is None:
+        path.unlink(missing_ok=True)
+        return True
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        if not lock(fd) or not _is_at(fd, path):
+            return False
+        path.unlink()
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    """Whether an open file still has its name."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def is_partial(path: Path) -> bool:

@@ -197,13 +197,13 @@ def gc(
             waste = [*find_waste(opened, unregistered_layers=unregistered), *layers_of(opened, chosen)]
             going = {w.path for w in waste}
             kept_layers = [w for w in find_unregistered_layers(opened) if w.path not in going]
-        stopped, unused = find_unfinished(opened), opened.unused_plans() if plans else []
+        stopped, unused = find_unfinished(opened), list[tuple[str, int]]()
+        if plans:
+            unused = opened.unused_plans() if dry_run else opened.drop_unused_plans()
         nbytes = sum(w.nbytes for w in (*waste, *stopped)) + sum(n for _, n in unused)
         if not dry_run:
             remove(waste)
             remove_unfinished(opened, stopped)
-            if unused:
-                opened.drop_plans([digest for digest, _ in unused])
         waste += stopped
     if as_json:
         print_json(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaworks.checkpoints.partial import lock, partial_path
+from deltaworks.checkpoints.partial import open_partial, partial_path
 from deltaworks.checkpoints.transfer import write_all
 from deltaworks.layers.cells import DEPTH, DRAFTS, FORMAT_VERSION
 from deltaworks.layers.checksum import checksum_of, prefix_checksums
@@ -32,14 +32,12 @@ class LayerWriter:
     def __init__(self, path: Path, blocks: int, residuals: int, block_size: int) -> None:
         self._path = path
         self._partial = partial_path(path)
-        self._fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        lock(self._fd)
-        os.ftruncate(self._fd, 0)
         self._index = np.zeros(blocks, INDEX)
         self._residuals = np.zeros(residuals, RESIDUAL)
         self._lock = threading.Lock()
         self._unit = alignment(block_size)
         self._end = aligned(len(MAGIC), self._unit)
+        self._fd = open_partial(self._partial)
 
     def add(self, record: int, layers: NDArray[np.uint8], ends: NDArray[np.int64], left: NDArray[np.float64]) -> None:
         """Write a block.
