@@ -94,7 +94,7 @@ class DeltaworksError(Exception):
 
 
 class UserError(DeltaworksError):
-    """Something the caller can mend."""
+    """An error the caller can correct."""
 
     exit_code = 2
 

@@ -4,9 +4,12 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +17,9 @@ from families import recipe, write_family
 from merges import raw_tensors
 
 from deltaworks.checkpoints import descriptors
+from deltaworks.checkpoints.checkpoint import open_checkpoint
 from deltaworks.checkpoints.reader import ByteCounter, RangeReader
+from deltaworks.checkpoints.source import Source
 from deltaworks.checkpoints.together import RowRange, read_together
 from deltaworks.errors import CheckpointError
 
@@ -93,6 +98,54 @@ def test_where_the_system_gives_no_more(readers: list[RangeReader], monkeypatch:
     monkeypatch.setattr(os, "open", once)
     assert readers[0].read(0, 1) == b"\0"
     assert not failing
+
+
+def test_a_file_that_opens_slowly_stops_no_other(readers: list[RangeReader], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system may take seconds to open a file; files that are open are read meanwhile."""
+    slow, other = readers[0], readers[1]
+    descriptors._POOL.close(slow._file)
+    whole, is_opening, may_go_on = os.open, threading.Event(), threading.Event()
+
+    def slowly(path: Path, *arguments: Any, **more: Any) -> int:
+        if path == slow.path:
+            is_opening.set()
+            assert may_go_on.wait(60)
+        return whole(path, *arguments, **more)
+
+    monkeypatch.setattr(os, "open", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(slow.read, 0, 1) for _ in range(2)]
+        assert is_opening.wait(60)
+        assert other.read(0, 1) == b"\1"
+        may_go_on.set()
+        assert [f.result() for f in both] == [b"\0"] * 2
+
+
+def test_a_file_that_is_closed_while_it_opens_holds_no_descriptor(
+    readers: list[RangeReader], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, whole = readers[0]._file, os.open
+    descriptors._POOL.close(file)
+    before = count_open(tmp_path)
+
+    def close_meanwhile(path: Path, *arguments: Any, **more: Any) -> int:
+        fd = whole(path, *arguments, **more)
+        file.close()
+        return fd
+
+    monkeypatch.setattr(os, "open", close_meanwhile)
+    with pytest.raises(CheckpointError, match="closed"):
+        readers[0].read(0, 1)
+    assert count_open(tmp_path) == before
+
+
+def test_a_model_of_which_a_file_cannot_be_opened_holds_no_others(tmp_path: Path) -> None:
+    write_family(tmp_path, 1, shards=3)
+    model = SimpleNamespace(checkpoint=open_checkpoint(tmp_path / "base", ByteCounter()))
+    (tmp_path / "base" / model.checkpoint.shards[-1].name).unlink()
+    with pytest.raises(CheckpointError, match="cannot open"):
+        Source(model, ByteCounter(), direct=True)
+    assert count_open(tmp_path) == 0
 
 
 @pytest.mark.parametrize(

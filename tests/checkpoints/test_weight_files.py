@@ -151,7 +151,7 @@ def test_an_index_with_an_endless_name(sharded: Path) -> None:
         ("training_args.bin", "training_args.bin is the state of a training run"),
         ("optimizer.safetensors", "optimizer.safetensors is the state of a training run"),
         ("model.safetensors.incomplete", "is an unfinished download"),
-        ("checkpoint-500/model.safetensors", "checkpoint-500 inside it does: give one of its subfolders"),
+        ("checkpoint-500/model.safetensors", "checkpoint-500 inside it does; pass it"),
         ("adapter_model.bin", "a LoRA adapter in PyTorch's format"),
     ],
 )

@@ -132,7 +132,7 @@ class Catalog:
         Raises:
             DeltaworksError: the database is locked or cannot be written.
         """
-        if self._db.in_transaction:
+        if self._is_in_transaction():
             yield
             return
         try:
@@ -141,11 +141,14 @@ class Catalog:
                 yield
                 self._db.execute("COMMIT")
             except BaseException:
-                if self._db.in_transaction:  # some errors, such as a full disk, end it
+                if self._is_in_transaction():  # some errors, such as a full disk, end it
                     self._db.execute("ROLLBACK")
                 raise
         except sqlite3.Error as error:
             raise self._failure("written", error) from error
+
+    def _is_in_transaction(self) -> bool:
+        return self._db.in_transaction
 
     def _rows(self, statement: str, *values: Value) -> list[tuple[Any, ...]]:
         """All rows that a query finds.

@@ -102,15 +102,15 @@ def open_checkpoint(path: Path, counter: ByteCounter) -> Checkpoint:
     found = find_weight_files(path, is_adapter=is_adapter)
     shards = tuple(ShardFile.of(path / name) for name in found.names)
     tensors = _read_headers(path, shards, found.weight_map, counter)
-    for name in found.left_out:
+    for name in found.unlisted:
         if _read_headers(path, (ShardFile.of(path / name),), None, counter):
             raise CheckpointError(
                 f"{path} holds {name}, which belongs to the shards that {INDEX} names and is not named by it, so"
                 " loaders differ in whether they read it; fetch the index again, or remove the file"
             )
-    if found.rivals:
-        others = _read_headers(path, tuple(ShardFile.of(path / name) for name in found.rivals), None, counter)
-        _check_same_weights(path, tensors, others, found.rivals, counter)
+    if found.alternatives:
+        others = _read_headers(path, tuple(ShardFile.of(path / name) for name in found.alternatives), None, counter)
+        _check_same_weights(path, tensors, others, found.alternatives, counter)
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors")
     config, config_file = read_config(path, is_adapter=is_adapter)
@@ -156,7 +156,7 @@ def _check_same_weights(
     path: Path,
     tensors: Mapping[str, TensorInfo],
     others: Mapping[str, TensorInfo],
-    rivals: Sequence[str],
+    alternatives: Sequence[str],
     counter: ByteCounter,
 ) -> None:
     """Make sure that two sets of weights in one folder hold the same.
@@ -171,9 +171,10 @@ def _check_same_weights(
             readers = {f: stack.enter_context(RangeReader(path / f, counter)) for f in files}
             differs = next((n for n, t in tensors.items() if not _is_same(readers, t, others[n])), None)
     if differs is not None:
+        more = f" and {len(alternatives) - 1} more" if len(alternatives) > 1 else ""
         raise CheckpointError(
             f"{path} holds two sets of weights that differ (first in tensor {quoted(differs)}): {SINGLE}, which"
-            f" transformers loads, and {rivals[0]}{f' and {len(rivals) - 1} more' if len(rivals) > 1 else ''}, which"
+            f" transformers loads, and {alternatives[0]}{more}, which"
             f" {INDEX} names; remove the set that is not meant"
         )
 

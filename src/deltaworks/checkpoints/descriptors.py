@@ -1,7 +1,7 @@
-"""Files that are open for reading, of which no more hold a descriptor at once than the process may have.
+"""A pool of open files that stays within the process's descriptor limit.
 
-A family of 64 experts of 30 files each has more files than most systems let a process open. Those that were not used
-for longest give their descriptors back, and get new ones when they are read again.
+A family of 64 experts of 30 files each has more files than most systems let a process open. The least recently used
+files give their descriptors back, and get new ones when they are read again.
 """
 
 import errno
@@ -46,6 +46,11 @@ class OpenFile:
         path: the file.
         flags: for opening it, besides those for reading.
 
+    Attributes:
+        path: the file.
+        size: of it, in bytes.
+        opening: held by the pool while it opens the file.
+
     Raises:
         OSError: it cannot be opened.
     """
@@ -54,6 +59,7 @@ class OpenFile:
         self.path, self.size = path, 0
         self._flags, self._random, self._is_closed = flags, False, False
         self._state: tuple[int, ...] | None = None
+        self.opening = threading.Lock()
         _POOL.acquire(self)
         _POOL.release(self)
 
@@ -108,6 +114,11 @@ class OpenFile:
         with self.descriptor() as fd:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed for good."""
+        return self._is_closed
+
     def close(self) -> None:
         """Give the descriptor back for good; reading afterwards is an error."""
         self._is_closed = True
@@ -115,46 +126,74 @@ class OpenFile:
 
 
 class _Pool:
-    """Who has a descriptor, the one used longest ago first."""
+    """Open files in least-recently-used order.
+
+    Files are opened outside the lock of the pool, because opening a file on a network file system may take long.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: OrderedDict[OpenFile, int] = OrderedDict()
         self._pins: dict[OpenFile, int] = {}
+        self._opening = 0
 
     def acquire(self, file: OpenFile, *, waits: bool = True) -> int:
         """A descriptor of a file, in use until `release`.
 
-        One thread that must have one gets it, even where all that may be held are in use: it needs no more than that
-        one, so it is soon given back. Only those that can do without get -1 then.
+        A blocking request may exceed the limit by one descriptor; it needs no more than that one, so it is soon given
+        back. With `waits` false, the result is -1 where all descriptors are in use.
         """
         with self._lock:
-            fd = self._open.get(file)
-            if fd is None:
-                self._make_room(_most())
-                if not waits and len(self._open) >= _most():
-                    return -1
-                try:
-                    fd = file.open()
-                except OSError as error:
-                    if error.errno not in (errno.EMFILE, errno.ENFILE):
-                        raise
-                    self._make_room(len(self._open) // 2)  # others opened more than was left for them
-                    fd = file.open()
-                self._open[file] = fd
-            else:
-                self._open.move_to_end(file)
-            self._pins[file] = self._pins.get(file, 0) + 1
+            fd = self._pin(file)
+        if fd is not None:
             return fd
+        with file.opening:  # threads that want the same file wait for it, and no others do
+            with self._lock:
+                fd = self._pin(file)
+                if fd is not None:
+                    return fd
+                self._make_room(_most())
+                if not waits and len(self._open) + self._opening >= _most():
+                    return -1
+                self._opening += 1
+            try:
+                fd = self._new(file)
+            finally:
+                with self._lock:
+                    self._opening -= 1
+                    if fd is not None:
+                        self._open[file] = fd
+                        self._pin(file)
+        if file.is_closed:  # meanwhile, by another thread, which may not have found the descriptor
+            self.close(file)
+            raise OSError(errno.EBADF, "the file is closed")
+        return fd
+
+    def _pin(self, file: OpenFile) -> int | None:
+        """Begin a use of a file that has a descriptor; None where it has none. With the lock held."""
+        fd = self._open.get(file)
+        if fd is not None:
+            self._open.move_to_end(file)
+            self._pins[file] = self._pins.get(file, 0) + 1
+        return fd
+
+    def _new(self, file: OpenFile) -> int:
+        """A new descriptor of a file; where the process can have no more, idle files give theirs back first."""
+        try:
+            return file.open()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        with self._lock:
+            self._make_room((len(self._open) + self._opening) // 2)  # others opened more than was left for them
+        return file.open()
 
     def _make_room(self, most: int) -> None:
-        """Take descriptors from files that are not in use, until there are fewer than so many."""
-        if len(self._open) < most:
-            return
+        """Take descriptors from files that are not in use, until there are fewer than so many. With the lock held."""
         for idle in [f for f in self._open if not self._pins.get(f)]:
-            os.close(self._open.pop(idle))
-            if len(self._open) < most:
+            if len(self._open) + self._opening < most:
                 return
+            os.close(self._open.pop(idle))
 
     def release(self, file: OpenFile) -> None:
         """End a use."""

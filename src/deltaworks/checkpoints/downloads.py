@@ -20,7 +20,7 @@ _KINDS = (
     (b"invalid username or password", "an error message of the hub", "log in, and fetch it again"),
     (b"access to model", "an error message of the hub", "ask for access to the model, and fetch it again"),
 )
-"""How files begin that hold something else than any file of a model does, in lower case."""
+"""Leading bytes of files that are not model files (lower case)."""
 
 _WEIGHT_KINDS = (
     (b"gguf", "a GGUF file", "merge the model's unquantized safetensors"),
@@ -28,7 +28,7 @@ _WEIGHT_KINDS = (
     (b"\x80\x02", "a PyTorch pickle", "convert it to safetensors first"),
     (b"\x89hdf", "an HDF5 file", "convert it to safetensors first"),
 )
-"""The same of files of weights in other formats."""
+"""Leading bytes of weight files in other formats (lower case)."""
 
 
 def explain_weights(head: bytes, size: int) -> str | None:

@@ -75,8 +75,7 @@ def read_header(reader: RangeReader) -> dict[str, TensorInfo]:
         )
     if 8 + length > size:
         raise CheckpointError(f"{path} is cut short inside its header ({size:,} bytes); fetch it again")
-    where = f"{path} has a header that is not valid JSON"
-    header = parse_json(reader.read(8, length), where, "a table of tensors", CheckpointError)
+    header = parse_json(reader.read(8, length), f"{path}: header", "safetensors metadata", CheckpointError)
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a header that is not a JSON object")
     header.pop("__metadata__", None)

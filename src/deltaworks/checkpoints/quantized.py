@@ -1,4 +1,4 @@
-"""Tell quantized checkpoints: weights that mean something only together with scales, tables or a layout of bits."""
+"""Detect quantized checkpoints: weights that are meaningless without their scales, tables or bit layout."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -35,7 +35,7 @@ _BUFFERS = (
     "attn.bias",
     "attention.bias",
 )
-"""How integer tensors end that are no weights."""
+"""Suffixes of integer tensors that are not weights."""
 _NEVER_PACKED = {"BOOL", "I64", "U64", "C64"}
 """Types in which nothing is packed, unless it is called a weight."""
 
@@ -43,15 +43,15 @@ _NEVER_PACKED = {"BOOL", "I64", "U64", "C64"}
 def quantization(checkpoint: Checkpoint) -> str | None:
     """How a model's weights are quantized, such as ``bitsandbytes, 4 bit``; None where they are plain numbers.
 
-    Told by the tensors: packed integers, 4 and 6 bit types, 8-bit floats with scales beside them; and 8-bit floats of
-    which the configuration says that they are quantized. Plain weights under a configuration that was left over from
+    Detection uses the tensors: packed integers, 4 and 6 bit types, and 8-bit floats with scales beside them; or 8-bit
+    floats that the configuration declares to be quantized. Plain weights under a configuration that was left over from
     a quantized model are plain, and so are 8-bit floats without scales.
     """
     tensors = checkpoint.tensors
     found = next(_quantized(tensors, has_config=has_quantization_config(checkpoint.config)), None)
     if found is None:
         return None
-    method, bits = next(_told(checkpoint.config), (None, None))
+    method, bits = next(_declared(checkpoint.config), (None, None))
     named, usual = next(((m, b) for mark, m, b in _METHODS if any(mark in n for n in tensors)), (None, None))
     method, bits = method or named, bits or usual
     if method is None:
@@ -123,8 +123,8 @@ def _is_packed(tensor: TensorInfo) -> bool:
     return "weight" in leaf or (len(tensor.shape) > 1 and tensor.dtype.name not in _NEVER_PACKED)
 
 
-def _told(config: Mapping[str, Any]) -> Iterator[tuple[str | None, int | None]]:
-    """The methods and bits that a configuration tells of."""
+def _declared(config: Mapping[str, Any]) -> Iterator[tuple[str | None, int | None]]:
+    """The methods and bits that a configuration declares."""
     for found in _configs(config):
         method = found.get("quant_method") or found.get("quant_algo") or found.get("format")
         yield method if isinstance(method, str) and len(method) < 40 else None, next(_bits(found), None)

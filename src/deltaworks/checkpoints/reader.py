@@ -89,8 +89,12 @@ class RangeReader:
             self._file = OpenFile(path)
         except OSError as error:
             raise CheckpointError(f"cannot open {path}: {error.strerror}") from error
-        if direct:
-            self._open_direct(self.size if wanted is None else wanted)
+        try:
+            if direct:
+                self._open_direct(self.size if wanted is None else wanted)
+        except BaseException:
+            self.close()
+            raise
 
     def _open_direct(self, wanted: int) -> None:
         # Asking before every read is for files of which a part is cached.

@@ -61,11 +61,20 @@ class Source:
         model: anything with a checkpoint.
         counter: every byte read is added to it.
         direct: what the page cache does not hold may be read around it.
+
+    Raises:
+        CheckpointError: a file cannot be opened.
     """
 
     def __init__(self, model: _HasCheckpoint, counter: ByteCounter, *, direct: bool = False) -> None:
         path = model.checkpoint.path
-        self._files = {s.name: RangeReader(path / s.name, counter, direct=direct) for s in model.checkpoint.shards}
+        self._files: dict[str, RangeReader] = {}
+        try:
+            for shard in model.checkpoint.shards:
+                self._files[shard.name] = RangeReader(path / shard.name, counter, direct=direct)
+        except BaseException:
+            self.close()
+            raise
 
     def read(self, tensor: TensorInfo, start: int, count: int, out: NDArray[np.uint8]) -> None:
         """Read elements `start` to `start + count` of `tensor` into the front of `out` (uint8)."""

@@ -41,14 +41,14 @@ class WeightFiles:
     Attributes:
         names: of the files, sorted.
         weight_map: the file of every tensor, as the index has it; None where there is no index.
-        rivals: names of other files that a loader might read instead: the shards of an index beside a single file.
-        left_out: names of files that belong to the shards of the index and are not named by it.
+        alternatives: names of other files that a loader might read instead: shards of an index beside a single file.
+        unlisted: names of files that belong to the shards of the index and are not named by it.
     """
 
     names: list[str]
     weight_map: dict[str, str] | None = None
-    rivals: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
+    alternatives: tuple[str, ...] = ()
+    unlisted: tuple[str, ...] = ()
 
 
 def find_weight_files(path: Path, *, is_adapter: bool) -> WeightFiles:
@@ -67,7 +67,7 @@ def find_weight_files(path: Path, *, is_adapter: bool) -> WeightFiles:
         if not (path / INDEX).is_file():
             return WeightFiles([SINGLE])
         named = set(_weight_map(path).values()) - {SINGLE}
-        return WeightFiles([SINGLE], rivals=tuple(sorted(n for n in named if (path / n).is_file())))
+        return WeightFiles([SINGLE], alternatives=tuple(sorted(n for n in named if (path / n).is_file())))
     if (path / INDEX).is_file():
         weight_map = _weight_map(path)
         names = sorted(set(weight_map.values()))
@@ -76,7 +76,7 @@ def find_weight_files(path: Path, *, is_adapter: bool) -> WeightFiles:
                 f"{path} lacks {len(lost)} of the {len(names)} files its index names (first: {lost[0]});"
                 " finish the download"
             )
-        return WeightFiles(names, weight_map, left_out=_left_out(path, names))
+        return WeightFiles(names, weight_map, unlisted=_unlisted(path, names))
     found = sorted(p.name for p in path.glob("*.safetensors") if not p.name.startswith(_TRAINING_STATE))
     if found == [ADAPTER]:
         raise CheckpointError(f"{path} holds a LoRA adapter without its {ADAPTER_CONFIG}; fetch that too")
@@ -105,7 +105,7 @@ def _is_too_long(name: str) -> bool:
     return "\0" in name or len(os.fsencode(name)) > _LONGEST_NAME
 
 
-def _left_out(path: Path, names: list[str]) -> tuple[str, ...]:
+def _unlisted(path: Path, names: list[str]) -> tuple[str, ...]:
     """Files of the very set of shards that an index names, which it does not name."""
     sets = {own for n in names if (own := _set_of(n)) is not None}
     others = sorted(p.name for p in path.glob("*.safetensors") if p.name not in names)
@@ -130,7 +130,7 @@ def _what_is_there(path: Path) -> str:
     if unfinished := [n for n in names if n.endswith((".incomplete", ".part", ".crdownload", ".aria2", ".tmp"))]:
         return f"; {unfinished[0]} is an unfinished download: finish it"
     if inside := [n for n in names if (path / n).is_dir() and any((path / n).glob("*.safetensors"))]:
-        return f"; {', '.join(inside[:3])} inside it {'does' if len(inside) == 1 else 'do'}: give one of its subfolders"
+        return f"; {', '.join(inside[:3])} inside it {'does; pass it' if len(inside) == 1 else 'do; pass one of them'}"
     if states := [n for n in names if n.startswith(_TRAINING_STATE)]:
         return f"; {states[0]} is the state of a training run, without the model's weights: give the saved model"
     return ""

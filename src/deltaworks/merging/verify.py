@@ -27,10 +27,10 @@ _MESSAGE_PARTS: Final = 20
 
 
 def verify(out: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Check the snapshot at `out`: every file, every member of its manifest that can be recomputed, and what is beside.
+    """Check the snapshot at `out`: every file, every member of its manifest that can be recomputed, and unlisted files.
 
     Every file that the manifest lists is hashed. The manifest's digest, the fingerprint, and what the plan beside the
-    weights says of the merge are computed anew. Files that are not listed are told of; those that a loader would read
+    weights says of the merge are computed anew. Files that are not listed are reported; those that a loader would read
     are an error.
 
     Returns:
