@@ -147,4 +147,4 @@ def test_a_profile_from_tables(shell: Shell) -> None:
     assert "mine: m on g, vLLM; written to mine.json" in done.stdout
     assert json.loads((shell.root / "mine.json").read_text())["step"]["decode"] == pytest.approx(0.1)
     assert shell.json("simulate", "w.json", "--profile", "mine.json", "--slots", 4)["kv_tokens"] > 0
-    assert "about.yaml: cannot be read" in shell.error("profile", "--table", str(Path("nowhere")), "-o", "x.json")
+    assert "about.yaml: does not exist" in shell.error("profile", "--table", str(Path("nowhere")), "-o", "x.json")
