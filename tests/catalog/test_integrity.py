@@ -17,7 +17,6 @@ from shell import Shell
 
 from deltaworks.catalog.analyze import analyze
 from deltaworks.catalog.cuts import find_cuts
-from deltaworks.catalog.kept import check_kept_files
 from deltaworks.catalog.register import find_model, register
 from deltaworks.catalog.statistics_file import StatisticsWriter, check_digest, read_statistics
 from deltaworks.catalog.store import Catalog
@@ -248,24 +247,6 @@ def test_kept_files_are_those_of_the_last_analysis(made: Path, root: Path) -> No
         assert not (kept / "vocab.txt").exists()
         names = LayerIndex(kept.with_suffix(".layers")).about["files"]
         assert names.keys() == {p.name for p in kept.iterdir()}
-
-
-def test_kept_files_that_are_the_same_are_not_written(made: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until new layers have their name, the old ones depend on them: a killed analysis leaves both sound."""
-    with Catalog(root / "catalog") as catalog:
-        expert, base = find_model(catalog, "expert0"), find_model(catalog, "base")
-        kept = catalog.kept_files(expert.fingerprint)
-        assert kept is not None
-        before = {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in kept.iterdir()}
-
-        def killed(*_: object) -> None:
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(LayerWriter, "commit", killed)
-        with pytest.raises(KeyboardInterrupt):
-            analyze(catalog, expert, base, force=True, layers=True)
-        assert {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in kept.iterdir()} == before
-        check_kept_files("expert0", kept)
 
 
 def test_what_others_put_into_the_catalog_is_no_waste(root: Path) -> None:

@@ -298,3 +298,25 @@ def test_plans_that_nothing_was_made_by_can_be_dropped(tmp_path: Path) -> None:
         assert catalog.unused_plans() == []
         assert catalog.has_plan("d" * 64)
     assert (tmp_path / "catalog" / "catalog.sqlite").stat().st_size < 500_000
+
+
+def test_a_flipped_bit_anywhere_in_the_schema_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "catalog"
+    Catalog(path).close()
+    database = path / "catalog.sqlite"
+    content = database.read_bytes()[:4096]
+    rest = database.read_bytes()[4096:]
+    start = content.find(b"CREATE TABLE")
+    assert start > 0
+    messages = []
+    for place in range(start - 40, start + 20):
+        damaged = bytearray(content)
+        damaged[place] ^= 0x80
+        for opened in (Catalog, Catalog.to_read):
+            database.write_bytes(damaged + rest)
+            try:
+                opened(path).close()
+            except CatalogError as error:
+                messages.append(str(error))
+    assert len(messages) > 20
+    assert all("cannot use" in m and m.endswith("choose another with --catalog") and "\n" not in m for m in messages)

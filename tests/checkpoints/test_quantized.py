@@ -66,6 +66,15 @@ QUANTIZED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("8-bit floats with scales", {}, FP8 | named(scale=("F32", (8,)))),
     ("8-bit floats with scales", {}, FP8 | named(weight__scale=("F32", (8,)))),
     ("8-bit floats with scales", {}, FP8 | {f"{P}_scale".replace(".", "__"): ("F32", ())} | named(scales=("F16", ()))),
+    *(
+        ("8-bit floats with scales", {}, FP8 | named(**{leaf: ("F32", (1,))}))
+        for leaf in ("weight_s", "weight_amax", "weight_deq", "weight_dequant", "weight_mult",
+                     "weight__step", "step", "s", "deq", "weight_quantizer___amax")
+    ),
+    ("bitsandbytes, 4 bit", {}, FP8 | named(weight__absmax=("F32", (1,)))),
+    ("8-bit floats with scales", {}, FP8 | {f"{P}_amax".replace(".", "__"): ("BF16", (8, 1))}),
+    ("8-bit floats with scales", {}, {"x__gate_up_proj": ("F8_E5M2", (2, 8, 8)), "x__gate_up_proj_s": ("F32", (2,))}),
+    ("8-bit floats with scales", {}, {"x__in_proj_weight": ("F8_E4M3", (8, 8)), "x__in_proj_s": ("F32", (2,))}),
     ("packed integers, F4", {}, named(weight=("F4", (8, 8)))),
     ("packed integers, U8", {}, {"lm_head__weight": ("U8", (8, 8))}),
     ("packed integers, I32", {}, {"model__norm__weight": ("I32", (8,))}),
@@ -90,6 +99,10 @@ def test_a_quantized_checkpoint_is_named(how: str, config: dict[str, Any], tenso
         ({"quantization_config": None}, FP8),
         ({"quantization_config": {}}, FP8),
         ({}, FP8),
+        ({}, FP8 | named(bias=("F32", (8,))) | {"model__norm__weight": ("F32", (8,))}),
+        ({}, {"x__gate_up_proj": ("F8_E5M2", (2, 8, 8)), "x__gate_up_proj_bias": ("F32", (2, 8))}),
+        ({}, {"x__gate__weight": ("F8_E5M2", (8, 8)), "x__gate__e_score_correction_bias": ("F32", (8,))}),
+        ({}, {"e__weight": ("F8_E5M2", (8, 8)), "e_norm__weight": ("F32", (8,)), "e__norm__weight": ("F32", (8,))}),
         ({}, FP8 | {"logit_scale": ("F32", ())}),
         ({}, {"clip__logit_scale": ("F32", ()), "clip__text_projection": ("F8_E4M3", (8, 8))}),
         ({}, FP8 | {"model__layers__0__layer_scale": ("F32", (8,))}),

@@ -87,6 +87,64 @@ def test_mistakes_exit_with_two(shell: Shell, tmp_path: Path) -> None:
     assert shell.run("merge", code=2).stdout == ""
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("merge", "ties.yml", "catalog", "--force"),
+        ("merge", "ties.yml", "catalog"),
+        ("merge", "ties.yml", "catalog/new"),
+        ("merge", "ties.yml", ".", "--force"),
+        ("merge", "ties.yml", "ties.yml", "--force"),
+        ("merge", "ties.yml", "expert1", "--force"),
+        ("merge", "mergekit_config.yml", ".", "--force", "--catalog", "other/catalog"),
+        ("run", "plan.json", "catalog", "--force"),
+        ("run", "plan.json", "catalog/new"),
+        ("run", "plan.json", "plan.json", "--force"),
+        ("plan", "ties.yml", "-o", "ties.yml"),
+        ("plan", "ties.yml", "-o", "hard.yml"),
+        ("plan", "ties.yml", "-o", "catalog/catalog.sqlite"),
+        ("plan", "ties.yml", "-o", "base/config.json"),
+        ("sweep", "plan-001.json", "-o", "."),
+        ("sweep", "ties.yml", "-o", "catalog/plans"),
+        ("sweep", "ties.yml", "-o", "expert0"),
+        ("place", "w.json", "--profile", "tiny-llama-cpu", "-o", "catalog/placed"),
+        ("profile", "--table", "table", "-o", "table/steps.csv"),
+        ("profile", "--table", "table", "-o", "catalog/catalog.sqlite"),
+    ],
+)
+def test_inputs_and_the_catalog_are_never_replaced(shell: Shell, tmp_path: Path, command: tuple[str, ...]) -> None:
+    shell.run("register", "b", "base", "-q")
+    text = (tmp_path / "ties.yml").read_text()
+    (tmp_path / "mergekit_config.yml").write_text(text)
+    (tmp_path / "plan-001.json").write_text(text)
+    (tmp_path / "hard.yml").hardlink_to(tmp_path / "ties.yml")
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "steps.csv").write_text("")
+    (tmp_path / "w.json").write_text("{}")
+    if command[0] == "run":
+        shell.run("plan", "ties.yml", "-q")
+    kept = [p for p in tmp_path.rglob("*") if p.is_file() and p.parent.name != "statistics" and "sqlite" not in p.name]
+    before = {p: p.read_bytes() for p in kept}
+    assert "overlap; choose another place" in shell.error(*command, "-q")
+    assert {p: p.read_bytes() for p in kept} == before
+    assert "b" in {model["name"] for model in shell.json("list")["models"]}
+
+
+def test_a_merged_model_is_made_again_from_its_own_recipe_and_plan(shell: Shell, tmp_path: Path) -> None:
+    shell.run("merge", "ties.yml", "out", "-q")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    shell.run("merge", "out/mergekit_config.yml", "out", "--force", "-q")
+    shell.run("run", "out/deltaworks_plan.json", "out", "--force", "-q")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert shell.json("verify", "out")["verified"]
+
+
+def test_a_recipe_that_is_no_regular_file_is_refused_at_once(shell: Shell, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "/dev/zero"):
+        assert "cannot be read as a recipe" in shell.error("merge", name, "out")
+
+
 def test_failures_exit_with_one(shell: Shell, tmp_path: Path) -> None:
     shell.run("merge", "ties.yml", "out", "--quiet")
     (tmp_path / "out" / "config.json").write_text("{}")

@@ -132,6 +132,16 @@ def test_an_input_is_never_replaced(catalog: Catalog, tmp_path: Path, family: Pa
     assert {p: p.read_bytes() for p in family.rglob("*.safetensors")} == before
 
 
+@pytest.mark.parametrize("place", ["catalog", "catalog/merged", "link", "."])
+def test_the_catalog_is_never_replaced(catalog: Catalog, tmp_path: Path, family: Path, place: str) -> None:
+    (tmp_path / "link").symlink_to(catalog.path)
+    before = [m.name for m in catalog.models()]
+    with pytest.raises(OutputError, match=r"and the catalog .* overlap"):
+        merge(catalog, recipe("ties", family, parameters=TIES), tmp_path / place, force=True)
+    assert catalog.database.is_file()
+    assert [m.name for m in catalog.models()] != before, "the models of the recipe are registered all the same"
+
+
 def test_plan_and_run_give_the_same_bytes(catalog: Catalog, tmp_path: Path, family: Path) -> None:
     text = recipe("dare_ties", family, parameters=TIES)
     merge(catalog, text, tmp_path / "one", MergeOptions(shard_bytes=9000, seed=7))

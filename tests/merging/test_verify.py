@@ -99,7 +99,8 @@ def test_an_older_manifest_has_no_digest(out: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     ["model.safetensors", "pytorch_model.bin", "adapter_config.json", "tokenizer.model", "modeling_x.py", "x.gguf",
-     "model.safetensors.index.json.bak", "additional_chat_templates/tool.jinja", "added_tokens.json"],
+     "model.safetensors.index.json.bak", "additional_chat_templates/tool.jinja", "added_tokens.json",
+     "hf_quant_config.json", "quantize_config.json", "quant_config.json", "params.json"],
 )  # fmt: skip
 def test_a_file_beside_that_a_loader_would_read(out: Path, name: str) -> None:
     (out / name).parent.mkdir(exist_ok=True)
@@ -119,6 +120,13 @@ def test_a_listed_file_that_is_a_link_out_of_the_folder(out: Path, tmp_path: Pat
     (out / "README.md").unlink()
     os.mkfifo(out / "README.md")
     with pytest.raises(VerificationError, match="is a named pipe"):
+        verify(out)
+
+
+@pytest.mark.parametrize("member", ["fingerprint", "notes", "accounting"])
+def test_a_manifest_with_a_digest_has_every_member(out: Path, member: str) -> None:
+    edit(out, lambda m: m.pop(member))
+    with pytest.raises(OutputError, match=f"is malformed: it lacks '{member}'"):
         verify(out)
 
 

@@ -6,10 +6,30 @@ import sqlite3
 import tempfile
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
+
+from deltaworks.errors import quoted
 
 _ATTEMPTS = 5
 """How often a database that cannot be locked is copied until no process wrote it meanwhile."""
+
+
+class _Connection(sqlite3.Connection):
+    """A connection that reports errors of a damaged schema as SQLite's, whatever bytes they quote."""
+
+    def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
+        """As `sqlite3.Connection.execute`.
+
+        Raises:
+            sqlite3.Error: the statement failed.
+        """
+        try:
+            return super().execute(sql, parameters)
+        except UnicodeDecodeError as error:
+            # SQLite's message quotes the schema as it is; where that is no UTF-8, Python cannot make its exception.
+            text = error.object.decode("utf-8", "backslashreplace")
+            raise sqlite3.DatabaseError(quoted(text)) from error
 
 
 def connect(database: str) -> sqlite3.Connection:
@@ -18,7 +38,8 @@ def connect(database: str) -> sqlite3.Connection:
     Raises:
         sqlite3.Error: it cannot be opened.
     """
-    db = sqlite3.connect(database, timeout=60, isolation_level=None, uri=database.startswith("file:"))
+    is_uri = database.startswith("file:")
+    db = sqlite3.connect(database, timeout=60, isolation_level=None, uri=is_uri, factory=_Connection)
     # Text that is damaged is found by its checksum, which names the row.
     db.text_factory = lambda raw: raw.decode("utf-8", "replace")
     return db

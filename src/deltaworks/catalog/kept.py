@@ -19,9 +19,6 @@ FILES = "files"
 def keep_files(expert: Path, kept: Path) -> dict[str, str]:
     """Copy the small files of the model at `expert` to a folder of the catalog, durably, and nothing else stays there.
 
-    A folder that holds the very same files is not written: layers that are there already depend on it until new ones
-    take their place.
-
     Returns:
         The BLAKE3 of each, in hex, by its name.
 
@@ -32,8 +29,6 @@ def keep_files(expert: Path, kept: Path) -> dict[str, str]:
     """
     if kept.is_symlink():
         raise DamagedError(f"{kept} is a link, which the catalog did not make; remove it")
-    if kept.is_dir() and (digests := _digests(expert)) == _digests(kept):
-        return digests
     kept.mkdir(exist_ok=True)
     digests = copy_sidecars(expert, kept)
     for folder, _, files, fd in os.fwalk(kept):
@@ -43,11 +38,6 @@ def keep_files(expert: Path, kept: Path) -> dict[str, str]:
         os.fsync(fd)
     fsync_folder(kept.parent)
     return digests
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """The BLAKE3 of each small file of a model folder, in hex, by its name."""
-    return {name: hash_file(folder / name, ByteCounter(), Silent()) for name in sidecar_names(folder)}
 
 
 def check_kept_files(name: str, kept: Path) -> None:

@@ -153,8 +153,7 @@ def _stamp(statistics: Path) -> list[int]:
 def _map(path: Path) -> _Unpacked:
     with RangeReader(path, ByteCounter()) as reader:
         header, size = read_header(reader), reader.size
-        # Read and not mapped: a mapping holds a descriptor, its pages may change after their digest was checked, and a
-        # file that is cut short under it ends the process (SIGBUS). Tables hold about 1.1 kB a block.
+        # Read and not mapped: every byte is looked at for the digest, and a map would hold a descriptor.
         content = page_aligned(1, size)[0, :size]
         reader.read_into(content, 0)
     content.flags.writeable = False

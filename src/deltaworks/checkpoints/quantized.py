@@ -43,9 +43,9 @@ _NEVER_PACKED = {"BOOL", "I64", "U64", "C64"}
 def quantization(checkpoint: Checkpoint) -> str | None:
     """How a model's weights are quantized, such as ``bitsandbytes, 4 bit``; None where they are plain numbers.
 
-    Detection uses the tensors: packed integers, 4 and 6 bit types, and 8-bit floats with scales beside them; or 8-bit
-    floats that the configuration declares to be quantized. Plain weights under a configuration that was left over from
-    a quantized model are plain, and so are 8-bit floats without scales.
+    Detection uses the tensors: packed integers, 4 and 6 bit types, and 8-bit floats with scales or other small tensors
+    of their own beside them; or 8-bit floats that the configuration declares to be quantized. Plain weights under a
+    configuration that was left over from a quantized model are plain, and so are 8-bit floats without scales.
     """
     tensors = checkpoint.tensors
     found = next(_quantized(tensors, has_config=has_quantization_config(checkpoint.config)), None)
@@ -96,6 +96,7 @@ def _configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 def _quantized(tensors: Mapping[str, TensorInfo], *, has_config: bool) -> Iterator[TensorInfo]:
     """The tensors that are quantized weights."""
     scaled = {scope for t in tensors.values() if t.dtype.bits > 8 for scope in _scope_of_scale(t.name)}
+    scaled |= _accompanied(tensors)
     for tensor in tensors.values():
         bits, parent = tensor.dtype.bits, tensor.name.rpartition(".")[0]
         if tensor.dtype.is_float:
@@ -113,6 +114,33 @@ def _scope_of_scale(name: str) -> tuple[str, ...]:
         return ()
     stem = name[: name.lower().rindex("scale")].rstrip("._q")
     return parent, stem
+
+
+def _accompanied(tensors: Mapping[str, TensorInfo]) -> set[str]:
+    """The names of 8-bit floats beside which a small tensor of wider floats is named after them or their module.
+
+    Whatever the small tensor is called (``weight_s``, ``weight.absmax``, ``step``), the floats mean nothing without it.
+    Only biases are something else.
+    """
+    owners: dict[str, list[TensorInfo]] = {}
+    for tensor in tensors.values():
+        if tensor.dtype.is_float and tensor.dtype.bits <= 8 and len(tensor.shape) >= 2:
+            for stem in {tensor.name, tensor.name.removesuffix("weight").rstrip("._")}:
+                owners.setdefault(stem, []).append(tensor)
+    found = set()
+    for other in tensors.values() if owners else ():
+        if not other.dtype.is_float or other.dtype.bits <= 8 or "bias" in other.name.rpartition(".")[2]:
+            continue
+        for cut, separator in enumerate(other.name):
+            if separator in "._":
+                stem, rest = other.name[:cut], other.name[cut + 1 :]
+                found |= {
+                    owner.name
+                    for owner in owners.get(stem, ())
+                    # A module may hold others; what continues the name of a tensor is all about that.
+                    if 2 * other.count <= owner.count and (stem == owner.name or "." not in rest)
+                }
+    return found
 
 
 def _is_packed(tensor: TensorInfo) -> bool:

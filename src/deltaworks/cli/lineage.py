@@ -32,7 +32,7 @@ def lineage(
     from deltaworks.merging.unfinished import enter_finished
 
     with Catalog.to_read(catalog) as opened:
-        enter_finished(opened, removes=False)
+        enter_finished(opened)
         found = find_snapshot(opened, what) if opened.find(what) is None else None
         if found is not None:
             facts, show = snapshot_lineage(opened, *found), _snapshot

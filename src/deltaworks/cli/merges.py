@@ -13,8 +13,10 @@ from deltaworks.cli.options import AsJson, BlockSize, CatalogPath, Quiet, Thread
 from deltaworks.units import format_bytes, format_error
 
 if TYPE_CHECKING:
+    from deltaworks.catalog.store import Catalog
     from deltaworks.merging.budget import Budget
     from deltaworks.merging.execute import StageTimes
+    from deltaworks.merging.plan import Plan
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A mergekit YAML file.")]
 Output = Annotated[Path, typer.Argument(metavar="OUT", help="Output folder; must not exist.")]
@@ -163,7 +165,7 @@ def merge(
         allow_mismatch=allow_mismatch,
     )
     loaded = load_recipe(recipe)
-    _check_output(out, catalog, force=force)
+    _check_output(out, catalog, recipe, force=force)
     with Catalog(catalog) as opened:
         made = prepare_plan(opened, loaded, options, relative_to=recipe.parent, progress=progress)
         made.check_reads(force=force)
@@ -201,11 +203,12 @@ def plan(
 
     The plan holds everything the merge needs to know; `deltaworks run` executes it, with the same bytes as result.
     """
-    from deltaworks.catalog.store import Catalog
+    from deltaworks.catalog.store import Catalog, default_path
     from deltaworks.cli.progress import make_progress
     from deltaworks.merging.plan import save_plan
     from deltaworks.merging.prepare import MergeOptions, prepare_plan
     from deltaworks.merging.recipe import load_recipe
+    from deltaworks.outputs import check_apart
     from deltaworks.reports.plans import plan_facts
     from deltaworks.units import parse_bytes
 
@@ -224,8 +227,10 @@ def plan(
     )
     started = time.monotonic()
     loaded = load_recipe(recipe)
+    check_apart(output, [("the catalog", catalog or default_path()), ("the input", recipe)])
     with Catalog(catalog) as opened:
         made = prepare_plan(opened, loaded, options, relative_to=recipe.parent, progress=make_progress(quiet=quiet))
+        check_plan_file(output, opened, recipe, made)
     made.check_reads(force=force)
     save_plan(made, output)
     facts = plan_facts(made) | {
@@ -270,7 +275,7 @@ def run(
     progress = make_progress(quiet=quiet)
     loaded = load_plan(plan_file)
     options = MergeOptions(block_size=block_size, threads=threads, allow_nonfinite=allow_nonfinite, layers=layers)
-    _check_output(out, catalog, force=force)
+    _check_output(out, catalog, plan_file, force=force)
     loaded.check_reads(force=force)
     for note in loaded.notes:
         progress.note(note)
@@ -322,13 +327,36 @@ def verify(
         )
 
 
-def _check_output(out: Path, catalog: Path | None, *, force: bool) -> None:
-    """Refuse an output that exists; if a merge was stopped right after it made that, the catalog learns of it."""
-    from deltaworks.catalog.store import Catalog
+def check_plan_file(file: Path, catalog: "Catalog", recipe: Path, plan: "Plan") -> None:
+    """Refuse to write a plan over its recipe, into a model that it merges, or into the catalog.
+
+    Raises:
+        OutputError: `file` is one of these, or lies inside.
+    """
+    from deltaworks.outputs import check_apart
+
+    models = (catalog.find(planned.name) for planned in plan.models)
+    inputs = (("the input", model.path) for model in models if model is not None)
+    check_apart(file, [("the catalog", catalog.path), ("the input", recipe), *inputs])
+
+
+def _check_output(out: Path, catalog: Path | None, source: Path, *, force: bool) -> None:
+    """Refuse an output that exists, or that overlaps the catalog or the recipe or plan it is made from.
+
+    If a merge was stopped right after it made the output, the catalog records it.
+    """
+    from deltaworks.catalog.store import Catalog, default_path
     from deltaworks.errors import DeltaworksError, OutputError
+    from deltaworks.merging.manifest import PLAN, RECIPE
     from deltaworks.merging.snapshot import check_output
     from deltaworks.merging.unfinished import enter_finished
+    from deltaworks.outputs import check_apart
 
+    kept = [("the catalog", catalog or default_path())]
+    # A merged model holds its own recipe and plan; when it is made again from one of them, that is written anew.
+    if source.name not in (RECIPE, PLAN) or source.parent.resolve() != out.resolve():
+        kept.append(("the input", source))
+    check_apart(out, kept)
     try:
         check_output(out, force=force)
     except OutputError:
@@ -344,10 +372,13 @@ def _fetch_ahead(recipe: Path, catalog: Path | None, *, all_models: bool, layers
     That is the start of every model that the recipe names. Where not all of them are read whole, it is what planning
     reads of their statistics and layers, and the base of the first that the catalog knows.
     """
+    from deltaworks.documents import YAML_BYTES, read_text
+    from deltaworks.errors import RecipeError
+
     try:
-        text = recipe.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return  # whoever loads it says what is wrong
+        text = read_text(recipe, "a recipe", RecipeError, YAML_BYTES)
+    except RecipeError:
+        return  # load_recipe reports it
     names = dict.fromkeys(_MODEL.findall(text))
     folders = {n: next((f for f in (recipe.parent / n, Path(n)) if f.is_dir()), None) for n in names}
     if all_models and not _BUDGET.search(text):

@@ -247,7 +247,7 @@ def list_(catalog: CatalogPath = None, quiet: Quiet = False, as_json: AsJson = F
     from deltaworks.reports.facts import catalog_facts
 
     with Catalog.to_read(catalog) as opened:
-        enter_finished(opened, removes=False)
+        enter_finished(opened)
         facts = catalog_facts(opened)
     if as_json:
         print_json(facts)

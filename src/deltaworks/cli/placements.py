@@ -103,8 +103,10 @@ def place(
     The output folder holds placement.json, index.html, serve.sh, compose.yaml, kubernetes.yaml, and for each of the
     last three routes and a LiteLLM config (routes.json, litellm.yaml; routes.compose.json and so on).
     """
+    from deltaworks.catalog.store import default_path
     from deltaworks.cli.progress import make_steps
     from deltaworks.errors import PlacementError
+    from deltaworks.outputs import check_apart
     from deltaworks.serving.document import describe, read_placement
     from deltaworks.serving.judge import Demand, Judge
     from deltaworks.serving.names import check_names
@@ -124,6 +126,7 @@ def place(
     if objective == "latency" and (len(profiles) > 1 or recorded):
         raise PlacementError("--objective latency is for one type of GPU, and not for --from")
     if output is not None:
+        check_apart(output, [("the catalog", catalog or default_path())])
         _check_output(output, old, force=force)
     if workload is not None:
         content, folder = read_content(workload), workload.parent

@@ -5,7 +5,17 @@ from typing import Annotated, Any
 
 import typer
 
-from deltaworks.cli.merges import AllowMismatch, Balanced, Fair, RecipeFile, Seed, ShardSize, StandIn, TrustCode
+from deltaworks.cli.merges import (
+    AllowMismatch,
+    Balanced,
+    Fair,
+    RecipeFile,
+    Seed,
+    ShardSize,
+    StandIn,
+    TrustCode,
+    check_plan_file,
+)
 from deltaworks.cli.options import AsJson, BlockSize, CatalogPath, Quiet, Threads, print_json
 from deltaworks.units import format_bytes, format_error
 
@@ -147,8 +157,9 @@ def sweep(
         for number, found in enumerate(variations, 1):
             file = None
             if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
                 file = folder / f"plan-{number:03}.json"
+                check_plan_file(file, opened, recipe, found.plan)
+                folder.mkdir(parents=True, exist_ok=True)
                 save_plan(found.plan, file)
             rows.append(
                 {

@@ -230,12 +230,15 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """Fit a profile of one engine, model and GPU from measurement tables."""
-    del catalog  # every command takes it; this one needs nothing of it
     import json
 
+    from deltaworks.catalog.store import default_path
     from deltaworks.cli.progress import make_counter
+    from deltaworks.outputs import check_apart
     from deltaworks.serving.fit import fit_profile
 
+    tables = sorted(table.iterdir()) if table.is_dir() else ()
+    check_apart(output, [("the catalog", catalog or default_path()), *(("the input", file) for file in tables)])
     with make_counter("agreeing with recorded runs; runs of the twin", None, "twin.run", quiet=quiet) as done:
         fitted = fit_profile(table, done)
     output.write_text(json.dumps(fitted.to_json(), indent=2) + "\n", encoding="utf-8")

@@ -33,7 +33,7 @@ def show(
 
     path = Path(what)
     with Catalog.to_read(catalog) as opened:
-        enter_finished(opened, removes=False)
+        enter_finished(opened)
         if opened.find(what) is None and path.is_file():
             from deltaworks.merging.plan import load_plan
             from deltaworks.reports.plans import plan_facts

@@ -31,6 +31,7 @@ def train(
     from deltaworks.catalog.store import Catalog
     from deltaworks.cli.progress import make_counter
     from deltaworks.errors import ProfileError
+    from deltaworks.outputs import check_apart
     from deltaworks.serving.profile import find_profile
     from deltaworks.serving.surrogate import save_surrogate
 
@@ -43,6 +44,8 @@ def train(
 
     chosen = find_profile(profile)
     with Catalog(catalog) as opened:
+        if output is not None:
+            check_apart(output, [("the catalog", opened.path), ("the input", Path(profile))])
         total = training.TRAINING + training.UNSEEN + training.DISTILLED
         with make_counter(f"runs of the twin for {chosen.name}", total, "twin.run", quiet=quiet) as done:
             trained = training.train(chosen, opened.twin_runs(chosen.digest), done)

@@ -44,7 +44,7 @@ _INPUT: Final[Mapping[str, tuple[type, ...]]] = {
     "fingerprint": _TEXT,
     "nbytes": _COUNT,
 }
-_OPTIONAL: Final[Mapping[str, tuple[type, ...]]] = {
+_LATER: Final[Mapping[str, tuple[type, ...]]] = {
     "fingerprint": _TEXT,
     "notes": (list,),
     "accounting": (list,),
@@ -67,7 +67,9 @@ def read_manifest(out: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("deltaworks_manifest") != MANIFEST_VERSION:
         raise OutputError(f"{path} is of another version; use the deltaworks that made it")
     _check(path, content, _MEMBERS)
-    _check(path, content, {name: kinds for name, kinds in _OPTIONAL.items() if name in content})
+    # The versions that wrote no digest wrote some other members not always; since then all of them are there.
+    later = _LATER if DIGEST in content else {name: kinds for name, kinds in _LATER.items() if name in content}
+    _check(path, content, later)
     for member, kinds in (("shards", _SHARD), ("inputs", _INPUT)):
         for i, entry in enumerate(content[member]):
             if not isinstance(entry, dict):

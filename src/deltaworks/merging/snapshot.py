@@ -33,6 +33,7 @@ from deltaworks.merging.owned_folder import JOURNAL, OwnedFolder, identity, stag
 from deltaworks.merging.plan import Plan, keep_plan, save_plan
 from deltaworks.merging.prepare import MergeOptions
 from deltaworks.merging.verify import verify as verify  # noqa: PLC0414  # offered here, beside run_plan
+from deltaworks.outputs import check_apart
 from deltaworks.progress import Progress, Silent
 
 
@@ -89,14 +90,6 @@ def check_output(out: Path, *, force: bool) -> None:
     is_empty = out.is_dir() and not out.is_symlink() and not any(out.iterdir())
     if os.path.lexists(out) and not force and not is_empty:
         raise OutputError(f"{out} exists; choose another folder, or replace it with --force")
-
-
-def _check_apart(out: Path, models: Sequence[Model]) -> None:
-    """Refuse an output that would replace, or stand inside, a model it is made from."""
-    place = out.resolve()
-    for model in models:
-        if place == model.path or place in model.path.parents or model.path in place.parents:
-            raise OutputError(f"{out} and the input {model.path} overlap; choose another folder")
 
 
 def layer_files(catalog: Catalog, plan: Plan, models: Sequence[Model], *, everywhere: bool | None) -> dict[int, Path]:
@@ -160,15 +153,15 @@ def run_plan(
         progress: told of the bytes read.
 
     Raises:
-        OutputError: `out` exists, or another process is writing it.
+        OutputError: `out` exists, overlaps a model or the catalog, or another process is writing it.
         ChangedError: a model's files were touched meanwhile.
         DeltaworksError: the merge failed; `out` is untouched.
     """
     started = time.monotonic()
     options, progress = options or MergeOptions(), progress or Silent()
     out = Path(os.path.abspath(out))  # noqa: PTH100  # resolve() would follow a link that is to be replaced
+    check_apart(out, [("the catalog", catalog.path), *(("the input", m.path) for m in models)])
     check_output(out, force=force)
-    _check_apart(out, models)
     shards = output_shards(plan)
     sidecars = sidecar_names(models[plan.tokenizer].path)
     names = _companion_names(plan, sidecars, shards)

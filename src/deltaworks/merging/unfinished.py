@@ -13,13 +13,8 @@ from deltaworks.merging.manifest import MANIFEST, PLAN, read_manifest
 from deltaworks.merging.owned_folder import OwnedFolder, identity
 
 
-def enter_finished(catalog: Catalog, *, removes: bool = True) -> list[Path]:
+def enter_finished(catalog: Catalog) -> list[Path]:
     """Enter outputs that are whole, and whose merge was stopped before it could enter them.
-
-    Args:
-        catalog: where they are entered.
-        removes: where an output replaced another (`--force`) and the merge was stopped before it removed that, remove
-            it now. Otherwise such an output is left for a command that may delete files.
 
     Returns:
         Their folders. Nothing is entered in a catalog that cannot be written.
@@ -31,8 +26,6 @@ def enter_finished(catalog: Catalog, *, removes: bool = True) -> list[Path]:
         with suppress(DeltaworksError, OSError):  # whatever is wrong with it, the next merge into it says
             if _is_published(staged) and not _is_held(staged.out):
                 if os.path.lexists(staged.path):
-                    if not removes:
-                        continue
                     with OwnedFolder(staged.path, replaced=staged.replaces) as replaced:
                         replaced.discard()
                 enter(catalog, staged.out)

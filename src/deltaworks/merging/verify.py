@@ -18,7 +18,8 @@ from deltaworks.progress import Progress, Silent
 
 _LOADED: Final = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5",
-    "*.msgpack", "*.gguf", "*.onnx", "*.py", "config.json", "adapter_config.json", *PATTERNS,
+    "*.msgpack", "*.gguf", "*.onnx", "*.py", "config.json", "adapter_config.json",
+    "hf_quant_config.json", "quantize_config.json", "quant_config.json", "params.json", *PATTERNS,
 )  # fmt: skip
 """Files that a loader reads, or may prefer to the weights that were merged."""
 _LOADED_BELOW: Final = ("additional_chat_templates/*",)
