@@ -18,7 +18,7 @@ from shell import Shell
 from deltaworks.catalog.analyze import analyze
 from deltaworks.catalog.cuts import find_cuts
 from deltaworks.catalog.register import find_model, register
-from deltaworks.catalog.statistics_file import StatisticsWriter, check_digest, read_statistics
+from deltaworks.catalog.statistics_file import StatisticsWriter, check_digest, read_statistics, stored_digest
 from deltaworks.catalog.store import Catalog
 from deltaworks.catalog.tables import read_table
 from deltaworks.catalog.tidy import find_waste, layers_of, remove
@@ -157,6 +157,9 @@ def test_statistics_without_a_digest_are_measured_again(made: Path, root: Path) 
 def test_a_digest_that_is_gone_is_damage(root: Path) -> None:
     victim = one(root / "catalog", "statistics/*.parquet")
     assert check_digest(victim)
+    digest = stored_digest(victim)
+    assert digest is not None
+    assert digest.encode() in victim.read_bytes()
     content = victim.read_bytes()
     victim.write_bytes(content.replace(b"deltaworks_blake3", b"deltaworks_blake4"))
     with pytest.raises(DamagedError, match="digest is gone"):

@@ -14,6 +14,11 @@ from deltaworks.catalog.store import Catalog
 from deltaworks.errors import RecipeError
 from deltaworks.merging.budget import parse_budget
 from deltaworks.merging.manifest import PLAN, read_manifest
+from deltaworks.merging.methods.delta import DeltaSum, Sparsify
+from deltaworks.merging.methods.operation import Operation
+from deltaworks.merging.methods.sce import SelectedSum
+from deltaworks.merging.methods.spherical import Slerp
+from deltaworks.merging.methods.weighted import WeightedSum
 from deltaworks.merging.plan import load_plan
 from deltaworks.merging.prepare import MergeOptions
 
@@ -121,3 +126,39 @@ def test_numbers_that_are_not_finite_are_told_elsewhere(catalog: Catalog, family
         write_model(family / name, tensors)
     text = recipe("task_arithmetic", family, listed=PLAIN, parameters="weight: 0.5")
     merge(catalog, text, family / "out", MergeOptions(allow_nonfinite=True))
+
+
+def delta(weights: tuple[float, ...], *, densities: tuple[float, ...] = (1.0, 1.0), scale: float = 1.0) -> DeltaSum:
+    return DeltaSum(weights, densities, Sparsify.MAGNITUDE, False, False, False, scale)
+
+
+OPERATIONS: list[tuple[Operation, list[bool], bool, bool]] = [
+    # Whether it depends on each input, is zero, and keeps equal inputs.
+    (WeightedSum((0.5, 0.5), normalize=True), [True, True], False, True),
+    (WeightedSum((2.0, 1.0), normalize=False), [True, True], False, False),
+    (WeightedSum((1.0, 0.0), normalize=False), [True, False], False, True),
+    (WeightedSum((0.0, 0.0), normalize=False), [False, False], True, False),
+    (Slerp(0.0), [True, False], False, True),
+    (Slerp(0.25), [True, True], False, True),
+    (Slerp(1.0), [False, True], False, True),
+    (SelectedSum(2, 0.0), [True, False, False], False, True),
+    (SelectedSum(2, 1.0), [True, True, True], False, True),
+    (delta((0.5, 0.0)), [True, True, False], False, True),
+    (delta((0.5, 0.5), densities=(1.0, 0.0)), [True, True, False], False, True),
+    (delta((0.5, 0.5), scale=0.0), [True, False, False], False, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("operation", "depends", "is_zero", "keeps"), OPERATIONS)
+def test_what_operations_depend_on(operation: Operation, depends: list[bool], *, is_zero: bool, keeps: bool) -> None:
+    rng = np.random.default_rng(0)
+    inputs = [rng.standard_normal(64).astype(np.float32) for _ in depends]
+    merged = operation.reference(inputs)
+    for k, expected in enumerate(depends):
+        assert operation.depends_on(k) is expected
+        changed = [x + (i == k) * rng.standard_normal(64).astype(np.float32) for i, x in enumerate(inputs)]
+        assert (not np.array_equal(operation.reference(changed), merged)) is expected
+    assert operation.is_zero is is_zero is not merged.any()
+    assert operation.keeps_equal_inputs is keeps
+    equal = operation.reference([inputs[0]] * len(inputs))
+    assert np.allclose(equal, inputs[0], rtol=1e-5) is keeps

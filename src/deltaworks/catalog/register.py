@@ -254,6 +254,11 @@ def check_same_tensors(name: str, expert: Checkpoint, base: Model) -> None:
     """
     check_not_quantized(name, expert)
     check_not_quantized(base.name, base.checkpoint)
+    check_matching_tensors(name, expert, base)
+
+
+def check_matching_tensors(name: str, expert: Checkpoint, base: Model) -> None:
+    """As `check_same_tensors`, for models that are known not to be quantized."""
     theirs = base.checkpoint.tensors
     if difference := explain_difference(Named(base.name, theirs), Named(name, expert.tensors)):
         raise CheckpointError(f"{name} is no fine-tune of {base.name}: {difference}")

@@ -236,6 +236,20 @@ def check_digest(path: Path) -> bool:
     return True
 
 
+def stored_digest(path: Path) -> str | None:
+    """The digest that stands in a statistics file, in hex; None where it has none. The rest is not read.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        place = _digest_place(file.fileno())
+        kept = bytearray(_DIGEST_BYTES)
+        if place is None or read_available(file.fileno(), kept, place) < _DIGEST_BYTES:
+            return None
+    return kept.decode("ascii", "replace")
+
+
 def _digest_place(fd: int) -> int | None:
     """Where the digest stands in a Parquet file: in its footer, as the value of a key; None where there is none."""
     size = os.fstat(fd).st_size

@@ -236,6 +236,7 @@ def plan(
     facts = plan_facts(made) | {
         "base_bytes_read": 0,
         "expert_bytes_read": 0,
+        "sampled_bytes": made.sampled_bytes,
         "output_bytes_written": 0,
         "measured_error": None,
         "wall_s": round(time.monotonic() - started, 3),

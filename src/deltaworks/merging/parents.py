@@ -1,4 +1,4 @@
-"""In what else than weights the models of a merge differ: settings of `config.json`, tokens at equal ids."""
+"""Compare settings of `config.json` and tokens of the models of a merge."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,18 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from deltaworks.checkpoints.json_files import read_json
 from deltaworks.checkpoints.own_files import own_file
 from deltaworks.checkpoints.sidecars import vocabulary
 from deltaworks.errors import RecipeError, quoted
 
-_MEANING = re.compile(
+_INCOMPATIBLE = re.compile(
     r"model_type|(num_)?(attention_|key_value_|kv_)?heads|num_attention_heads|num_key_value_heads|head_dim|n_heads?"
     r"|num_kv_heads|n_head_kv|multi_query|attention_head_dim"
 )
-"""Settings by which the same numbers are other weights: models that differ in them are not merged unless asked."""
+"""Settings that decide how weights are used: models that differ in them are not merged unless asked."""
 
-_IMMATERIAL = re.compile(
+_NOT_REPORTED = re.compile(
     r"transformers_version|(torch_)?dtype|_?name_or_path|use_cache|.*dropout.*|.*_pdrop|initializer_.*|init_.*|output_.*"
     r"|return_dict.*|torchscript|gradient_checkpointing|finetuning_task|task_specific_params|auto_map|custom_pipelines"
     r"|architectures|quantization_config|.*unsloth.*|pretraining_tp|tokenizer_class|.*aux_loss.*|router_.*noise|.*z_loss.*"
@@ -26,20 +28,22 @@ _IMMATERIAL = re.compile(
     r"|keys_to_ignore_.*|length_penalty|early_stopping|diversity_penalty|no_repeat_.*|encoder_no_repeat_.*|remove_invalid_values"
     r"|num_return_sequences|num_beam_groups|model_max_length|problem_type|vocab_size|fused_.*|mlp_bias|attention_bias"
 )
-"""Settings of training and generation, of how a model is stored, and those that its tensors tell."""
+"""Settings that are not reported: of training, generation and storage, and those that follow from the tensors."""
 
 _DEPTH = re.compile(
     r"num_hidden_layers|n_layers?|num_layers|(num_)?decoder_layers|max_window_layers|first_k_dense_replace"
 )
 
-_LOUD = re.compile(
+_REPORTED_IF_OMITTED = re.compile(
     r"rope_.*|.*softcap.*|sliding_window|logit.*|.*_multiplier|query_pre_attn_scalar|scale_(emb|depth)|partial_rotary_factor"
     r"|rotary_.*|alibi|layer_types|no_rope_layers|num_experts_per_tok|norm_topk_prob|routed_scaling_factor|clip_qkv"
     r"|.*norm_eps.*|hidden_act.*|activation_function|num_key_value_heads|head_dim"
 )
-"""Settings that are told even where one model does not have them, and so goes by the default of its class."""
+"""Settings that are reported even if one model omits them and therefore uses its class default."""
 
 _MOST_NOTES = 24
+_CHUNK = 1 << 20
+"""Bytes of a tokenizer's file that are read at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +71,16 @@ def compare_configs(leader: Parent, others: Sequence[Parent], *, is_sliced: bool
         is_sliced: whether layers are chosen one by one, so that depths may differ.
 
     Returns:
-        A note for every setting that differs and matters; and what makes a merge senseless, in words.
+        A note for every setting that differs and matters; and the incompatible settings, in words.
     """
     noted: dict[tuple[str, str, str], list[str]] = {}
-    senseless: list[str] = []
+    incompatible: list[str] = []
     for other in others:
         if not leader.config or not other.config:
             continue
         for found in _differences(leader.config, other.config, is_sliced=is_sliced):
-            if _MEANING.fullmatch(found.key.rpartition(".")[2]):
-                senseless.append(
+            if _INCOMPATIBLE.fullmatch(found.key.rpartition(".")[2]):
+                incompatible.append(
                     f"{other.name} has {found.key} {_shown(found.value)} and {leader.name} {_shown(found.leading)}"
                 )
             key = found.key, _shown(found.value), _shown(found.leading)
@@ -89,23 +93,23 @@ def compare_configs(leader: Parent, others: Sequence[Parent], *, is_sliced: bool
     if len(notes) > _MOST_NOTES:
         rest = list(noted)[_MOST_NOTES:]
         notes = [*notes[:_MOST_NOTES], f"{len(rest)} other settings differ, first {rest[0][0]}"]
-    return notes, senseless
+    return notes, incompatible
 
 
-def check_sense(senseless: Sequence[str]) -> None:
-    """Refuse models whose weights mean different things.
+def check_compatible(incompatible: Sequence[str]) -> None:
+    """Refuse models whose weights are not comparable.
 
     Args:
-        senseless: in what they differ, as `compare_configs` tells it.
+        incompatible: the incompatible settings, as `compare_configs` returns them.
 
     Raises:
-        RecipeError: there is such a difference.
+        RecipeError: there are any.
     """
-    if senseless:
-        more = f"; and {len(senseless) - 6} more" if len(senseless) > 6 else ""
+    if incompatible:
+        more = f"; and {len(incompatible) - 6} more" if len(incompatible) > 6 else ""
         raise RecipeError(
-            f"{'; '.join(senseless[:6])}{more}: their weights do not mean the same; merge models of one architecture,"
-            " or add --allow-mismatch"
+            f"{'; '.join(incompatible[:6])}{more}: their weights are not comparable; merge models of one architecture, or"
+            " add --allow-mismatch"
         )
 
 
@@ -114,7 +118,7 @@ def _differences(
 ) -> Iterator[_Difference]:
     ours, theirs = _normal(leading), _normal(other)
     for key in dict.fromkeys([*ours, *theirs]):
-        if _IMMATERIAL.fullmatch(key) or (_DEPTH.fullmatch(key) and (is_sliced or (key in ours and key in theirs))):
+        if _NOT_REPORTED.fullmatch(key) or (_DEPTH.fullmatch(key) and (is_sliced or (key in ours and key in theirs))):
             continue
         mine, its = ours.get(key), theirs.get(key)
         if _equal(mine, its) or (is_sliced and isinstance(mine, list) and isinstance(its, list) and "token" not in key):
@@ -123,7 +127,7 @@ def _differences(
             yield from _differences(mine, its, f"{prefix}{key}.", is_sliced=is_sliced)
             continue
         if (key in ours) != (key in theirs) and not (
-            _LOUD.fullmatch(key) and any(v not in (None, False) for v in (mine, its))
+            _REPORTED_IF_OMITTED.fullmatch(key) and any(v not in (None, False) for v in (mine, its))
         ):
             continue
         yield _Difference(prefix + key, its, mine)
@@ -181,15 +185,24 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def compare_tokens(donor: Parent, others: Sequence[Parent]) -> list[str]:
-    """Notes on models that have other tokens than the one whose tokenizer the output gets, at the same ids.
+    """Compare the tokens of models, id by id, with those of the model whose tokenizer the output gets.
+
+    Args:
+        donor: that model.
+        others: the others.
+
+    Returns:
+        A note for every model with different or additional tokens.
 
     Raises:
         CheckpointError: a tokenizer's file cannot be read.
     """
     notes = []
     own: dict[int, str] | None = None
+    files = _token_files(donor.path)
+    digests: dict[Path, str] = {}
     for other in others:
-        if _same_files(donor.path, other.path):
+        if _same_files(files, _token_files(other.path), digests):
             continue
         own = _tokens(donor.path) if own is None else own
         theirs = _tokens(other.path)
@@ -218,18 +231,38 @@ def _ids(found: Sequence[int]) -> str:
 _TOKEN_FILES = ("tokenizer.json", "added_tokens.json", "tokenizer_config.json")
 
 
-def _same_files(one: Path, other: Path) -> bool:
-    """Whether the files that hold tokens are the same to the byte, so that they need not be parsed."""
-    for name in _TOKEN_FILES:
-        files = [own_file(folder / name) for folder in (one, other)]
-        if files[0] is None or files[1] is None:
-            if files[0] is not files[1]:
+def _token_files(folder: Path) -> list[Path | None]:
+    """The files of a model that hold tokens, links resolved; None for those that it does not have."""
+    return [own_file(folder / name) for name in _TOKEN_FILES]
+
+
+def _same_files(ones: Sequence[Path | None], others: Sequence[Path | None], digests: dict[Path, str]) -> bool:
+    """Whether files hold the same bytes, so that they need not be parsed; sizes are compared first.
+
+    Args:
+        ones: files of one model.
+        others: those of another, in the same order.
+        digests: of files that were read already; it grows.
+    """
+    for one, other in zip(ones, others, strict=True):
+        if one is None or other is None:
+            if one is not other:
                 return False
-        elif files[0] != files[1] and (
-            files[0].stat().st_size != files[1].stat().st_size or files[0].read_bytes() != files[1].read_bytes()
+        elif one != other and (
+            one.stat().st_size != other.stat().st_size or _digest(one, digests) != _digest(other, digests)
         ):
             return False
     return True
+
+
+def _digest(path: Path, digests: dict[Path, str]) -> str:
+    if path not in digests:
+        hasher = blake3(max_threads=blake3.AUTO)
+        with path.open("rb", buffering=0) as file:
+            while part := file.read(_CHUNK):
+                hasher.update(part)
+        digests[path] = hasher.hexdigest()
+    return digests[path]
 
 
 def _tokens(path: Path) -> dict[int, str]:

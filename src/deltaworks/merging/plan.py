@@ -118,6 +118,7 @@ class Plan:
             where custom code was not asked for.
         read_cost: seconds a request and bytes a second of the storage that was planned for.
         predicted_read_s: seconds that reading will take one reader there.
+        sampled_bytes: what planning read of models to compare them; not stored.
     """
 
     method: str
@@ -142,6 +143,7 @@ class Plan:
     code: tuple[tuple[int, str], ...] | None = None
     read_cost: tuple[float, float] | None = field(default=None, compare=False)
     predicted_read_s: float | None = field(default=None, compare=False)
+    sampled_bytes: int = field(default=0, compare=False)
     _digest: list[str] = field(default_factory=list, init=False, compare=False, repr=False)
 
     @property

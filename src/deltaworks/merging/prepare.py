@@ -1,6 +1,6 @@
 """Everything a plan needs to be true first: models registered and unchanged, deltas analyzed, trims placed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,26 +9,28 @@ from typing import TypeVar
 
 from deltaworks.catalog.cuts import find_cuts
 from deltaworks.catalog.histogram import KEEP_ALL, Cut, Interval
-from deltaworks.catalog.models import Kind, Model
-from deltaworks.catalog.register import check_same_tensors, check_unchanged, ensure_registered, find_registered
+from deltaworks.catalog.models import Model
+from deltaworks.catalog.register import check_unchanged, ensure_registered
 from deltaworks.catalog.statistics import is_current
 from deltaworks.catalog.storage import is_far, read_cost
 from deltaworks.catalog.store import Catalog
 from deltaworks.catalog.tables import DeltaTable, read_table
-from deltaworks.checkpoints.quantized import check_not_quantized, has_quantization_config, quantization
+from deltaworks.checkpoints.reader import ByteCounter
 from deltaworks.errors import CatalogError, ChangedError, CheckpointError, DamagedError, NonFiniteError, RecipeError
 from deltaworks.layers.file import LayerIndex
 from deltaworks.merging.accounting import plan_notes
 from deltaworks.merging.budget import Budget, parse_budget
-from deltaworks.merging.candidate import Knowledge, no_stand_in
+from deltaworks.merging.candidate import Knowledge
 from deltaworks.merging.contributions import Overlaps
 from deltaworks.merging.custom_code import settle_code
-from deltaworks.merging.effects import Compared, Effect, effect_of
-from deltaworks.merging.parents import Parent, check_sense, compare_configs, compare_tokens
+from deltaworks.merging.effects import effect_of
+from deltaworks.merging.inputs import check_bases, check_stand_in, find_bases, find_models
+from deltaworks.merging.parents import Parent, check_compatible, compare_configs, compare_tokens
 from deltaworks.merging.plan import Plan, keep_plan
 from deltaworks.merging.plan_schema import check_inputs
 from deltaworks.merging.planner import DEFAULT_SHARD_BYTES, Trim, make_plan
 from deltaworks.merging.recipe import Recipe
+from deltaworks.merging.similarity import Comparison
 from deltaworks.merging.tokenizers import choose_template, choose_tokenizer
 from deltaworks.merging.weighing import Weighed
 from deltaworks.progress import Progress, Silent, warn
@@ -92,8 +94,8 @@ def prepare_plan(
     budget = options.budget or (parse_budget(recipe.budget) if recipe.budget is not None else None)
     prepared = Prepared(catalog, recipe, options, relative_to=relative_to, progress=progress, weighs=budget is not None)
     plan = prepared.plan(recipe, budget)
-    if refusal := prepared.refusal(recipe, plan):
-        raise RecipeError(refusal)
+    if prepared.no_effect:
+        raise RecipeError(prepared.no_effect)
     for note in plan.notes[len(prepared.notes) :]:
         if note not in prepared.layer_notes:
             (progress or Silent()).note(note)
@@ -114,7 +116,9 @@ class Prepared:
 
     Attributes:
         models: the model behind every reference.
-        notes: what the user should know of the models, whatever the plan; `progress` was told already.
+        notes: what the user should know of the models, whatever the plan; complete when there is a plan, and reported
+            to `progress` already.
+        no_effect: why the plan that was made last has no effect and should not be run; None where it has one.
         layer_notes: which layers are damaged and not used; likewise. Complete when there is a plan within a budget.
 
     Raises:
@@ -136,18 +140,19 @@ class Prepared:
             self._progress.note(warning)
         stand_in = options.base or recipe.stand_in
         if weighs:
-            _check_stand_in(catalog, recipe, stand_in, relative_to)
+            check_stand_in(catalog, recipe, stand_in, relative_to)
         self.notes: list[str] = []
         self.layer_notes: list[str] = []
-        self.models, stand_in = _models(catalog, recipe, stand_in, relative_to, self._progress)
-        _check_bases(catalog, recipe, self.models)
+        self.no_effect: str | None = None
+        self.models, stand_in = find_models(catalog, recipe, stand_in, relative_to, self._progress)
+        check_bases(catalog, recipe, self.models)
         self._compare_parents(recipe)
         gone = [m.name for m in self.models.values() if m.is_gone]
         if gone and options.layers is False:
             raise CheckpointError(f"the weight files of {gone[0]} are gone; it can be read from its layers only")
         far = [m for m in self.models.values() if options.layers is None and m.base and is_far(catalog, m)]
         adds = weighs or bool(options.layers or gone or far)
-        self._bases = _bases(catalog, recipe, self.models, stand_in, self._progress, weighs=weighs, adds=adds)
+        self._bases = find_bases(catalog, recipe, self.models, stand_in, self._progress, weighs=weighs, adds=adds)
         self._fair = recipe.fair if options.fair is None else options.fair
         self._balanced = recipe.balanced if options.balanced is None else options.balanced
         self._statistics: dict[tuple[str, str], Path] = {}
@@ -163,44 +168,42 @@ class Prepared:
                 pool = ThreadPoolExecutor()
                 self._layers = {pair[0]: pool.submit(self._find_layers, *pair) for pair in self._bases.items()}
                 pool.shutdown(wait=False)
-        self._equal = self._compare_weights(recipe)
+        self._weighs = weighs
+        self._equal: frozenset[str] | None = None
+        self._sampled = ByteCounter()
 
     def _compare_parents(self, recipe: Recipe) -> None:
-        """Note in what else than weights the models differ; refuse those whose weights mean different things."""
+        """Note where configurations and tokenizers differ; refuse models whose weights are not comparable."""
         parents = {r: Parent(m.name, m.checkpoint.config, m.path) for r in recipe.models() if (m := self.models[r])}
         leader = recipe.base_model or recipe.models()[0]
         others = [p for r, p in parents.items() if r != leader]
-        notes, senseless = compare_configs(parents[leader], others, is_sliced=recipe.is_sliced)
+        notes, incompatible = compare_configs(parents[leader], others, is_sliced=recipe.is_sliced)
         if recipe.tokenizer_source is None:  # where one is asked for, vocabularies must be equal
             notes += compare_tokens(parents[leader], others)
         for note in notes:
             self._note(note)
         if not self._options.allow_mismatch:
-            check_sense(senseless)
+            check_compatible(incompatible)
 
     def _compare_weights(self, recipe: Recipe) -> frozenset[str]:
-        """Note models that hold the same weights, or weights too far from each other; those that equal the base."""
+        """Note models that hold the same weights, or weights too far apart.
+
+        Returns:
+            References of the models that are known to equal the base.
+        """
         if recipe.method.name == "passthrough":
             return frozenset()
         leader = recipe.base_model or recipe.models()[0]
         merged = {reference: self.models[reference] for reference in recipe.models()}
-        compared = Compared(self._catalog, merged, leader, self._bases, self.models, reads=not self._statistics)
-        for note in compared.notes(has_base=recipe.base_model is not None):
+        counter = None if self._weighs else self._sampled  # what a budget allows is for the merge alone
+        comparison = Comparison(self._catalog, merged, leader, self._bases, self.models, counter=counter)
+        for note in comparison.notes(has_base=recipe.base_model is not None):
             self._note(note)
-        return compared.alike_with(recipe.base_model)
+        return comparison.equal_to(recipe.base_model)
 
     def _note(self, text: str) -> None:
         self.notes.append(text)
         self._progress.note(text)
-
-    def refusal(self, recipe: Recipe, plan: Plan) -> str | None:
-        """Why it makes no sense to run a plan of `recipe`; None where it does."""
-        return self._effect(recipe, plan).futile
-
-    def _effect(self, recipe: Recipe, plan: Plan) -> Effect:
-        place = {m.reference: i for i, m in enumerate(plan.models)}
-        base = place[recipe.base_model] if recipe.base_model else None
-        return effect_of(plan, base, frozenset(place[r] for r in self._equal))
 
     def plan(self, recipe: Recipe, budget: Budget | None) -> Plan:
         """The plan of `recipe`, which names the same models, within a budget or without."""
@@ -216,10 +219,19 @@ class Prepared:
             shard_bytes=options.shard_bytes,
             seed=options.seed,
         )
-        effect = self._effect(recipe, full)
-        futile = [effect.futile] if effect.futile else []
-        full = replace(full, notes=(*self.notes, *full.notes, *plan_notes(full), *effect.notes, *futile))
+        if self._equal is None:
+            # Only now is everything analyzed that the method needs, so that the least is sampled.
+            self._equal = self._compare_weights(recipe)
         references = [m.reference for m in full.models]
+        base = references.index(recipe.base_model) if recipe.base_model else None
+        effect = effect_of(full, base, frozenset(references.index(r) for r in self._equal))
+        self.no_effect = effect.no_effect
+        no_effect = [self.no_effect] if self.no_effect else []
+        full = replace(
+            full,
+            notes=(*self.notes, *full.notes, *plan_notes(full), *effect.notes, *no_effect),
+            sampled_bytes=self._sampled.value,
+        )
         leader = references.index(recipe.base_model or recipe.models()[0])
         full = settle_code(full, [self.models[r] for r in references], leader, trust=options.trust_remote_code)
         return full if budget is None else self.within(full, budget)
@@ -348,131 +360,3 @@ def plan_inputs(catalog: Catalog, plan: Plan, progress: Progress | None = None) 
         found.append(model)
     check_inputs(plan.tensors, found)
     return found
-
-
-def _models(
-    catalog: Catalog, recipe: Recipe, stand_in: str | None, relative_to: Path | None, progress: Progress
-) -> tuple[dict[str, Model], str | None]:
-    """The model behind every reference; the stand-in's, which may be another reference to one of them."""
-    models: dict[str, Model] = {}
-    for reference in dict.fromkeys([*recipe.models(), *([stand_in] if stand_in else [])]):
-        # Slices may stack models of different depth, of which none need be a fine-tune of another.
-        base = None if recipe.is_sliced else recipe.base_model or stand_in
-        base = None if base == reference else base
-        model = ensure_registered(catalog, reference, base, relative_to=relative_to, progress=progress)
-        if model.kind is Kind.ADAPTER:
-            raise RecipeError(
-                f"{reference!r} is a LoRA adapter; a merge takes full models: fold it into its base first"
-            )
-        _check_quantized(recipe, model, progress)
-        same = next((r for r, m in models.items() if m.name == model.name), None)
-        if same is not None and reference == stand_in and reference not in recipe.models():
-            return models, same
-        if same is not None:
-            raise RecipeError(f"{reference!r} and {same!r} are the same model ({model.path}); name it once")
-        models[reference] = model
-    base_model = None if recipe.is_sliced else models.get(recipe.base_model or stand_in or "")
-    for model in models.values():
-        # Of a model that is new this was checked when it was registered; the others are to be refused alike.
-        if base_model is not None and model is not base_model:
-            check_same_tensors(model.name, model.checkpoint, base_model)
-    return models, stand_in
-
-
-def _check_stand_in(catalog: Catalog, recipe: Recipe, stand_in: str | None, relative_to: Path | None) -> None:
-    """Refuse a budget for new experts of which nobody says the base, before they are read to be registered."""
-    if stand_in is not None or recipe.base_model is not None or any(part.base_model for part in recipe.slices):
-        return
-    new = [r for r in recipe.models() if find_registered(catalog, r, relative_to=relative_to) is None]
-    if new:
-        raise RecipeError(no_stand_in(", ".join(new), "no known base"))
-
-
-def _check_bases(catalog: Catalog, recipe: Recipe, models: Mapping[str, Model]) -> None:
-    """Refuse an expert that was registered as a fine-tune of another base than the recipe's."""
-    if not recipe.method.needs_base or recipe.method.name == "slerp":
-        return  # slerp takes no deltas: its base model is just the first of two
-    for part in recipe.slices:
-        base = models[part.base_model or recipe.base_model or ""]
-        for item in part.inputs:
-            model = models[item.model]
-            declared = catalog.find(model.base) if model.base and model.base_is_declared else None
-            if model is not base and declared is not None and declared.fingerprint != base.fingerprint:
-                raise RecipeError(
-                    f"{model.name} is registered as an expert of {declared.name}, and the recipe merges deltas against"
-                    f" {base.name}; correct base_model, or register it again with --base {base.name}"
-                )
-
-
-def _check_quantized(recipe: Recipe, model: Model, progress: Progress) -> None:
-    """Refuse to calculate with quantized weights; to pass them through as they are is no calculation."""
-    scales = [i.parameters for part in recipe.slices for i in part.inputs]
-    scales += [recipe.parameters, *(part.parameters for part in recipe.slices)]
-    wanted = recipe.out_dtype or recipe.dtype
-    converts = wanted is not None and any(
-        t.dtype.is_float and t.dtype != wanted for t in model.checkpoint.tensors.values()
-    )
-    if recipe.method.name != "passthrough" or converts or any("scale" in settings for settings in scales):
-        check_not_quantized(model.name, model.checkpoint)
-    if has_quantization_config(model.checkpoint.config) and quantization(model.checkpoint) is None:
-        progress.note(
-            f"the config.json of {model.name} tells of quantization and its weights are plain; they are merged as they"
-            " are, and the result's config.json does not tell of it"
-        )
-
-
-def _bases(
-    catalog: Catalog,
-    recipe: Recipe,
-    models: dict[str, Model],
-    stand_in: str | None,
-    progress: Progress,
-    *,
-    weighs: bool,
-    adds: bool,
-) -> dict[str, str]:
-    """The reference of the base of each expert, as far as known.
-
-    What a budget cannot do without is checked where `weighs` is set; bases that the recipe does not name join `models`
-    where `adds` is.
-    """
-    bases: dict[str, str] = {}
-    for part in recipe.slices:
-        named = part.base_model or recipe.base_model
-        for item in part.inputs:
-            base = stand_in or named
-            if recipe.method.name == "slerp" and named is not None and base == named:
-                # Interpolating between two experts, of which the recipe has to call one the base.
-                base = _registered_base(catalog, models, named, progress, add=adds) or named
-            elif base is None:
-                base = _registered_base(catalog, models, item.model, progress, add=adds)
-            if base is None or item.model == base:
-                continue
-            if bases.setdefault(item.model, base) != base:
-                if weighs:
-                    raise RecipeError(
-                        f"{item.model} is merged against {bases[item.model]} in one slice and {base} in another;"
-                        " a budget needs one base of each expert"
-                    )
-                del bases[item.model]
-    if weighs:
-        for expert, base in bases.items():
-            check_same_tensors(models[expert].name, models[expert].checkpoint, models[base])
-    return bases
-
-
-def _registered_base(
-    catalog: Catalog, models: dict[str, Model], reference: str, progress: Progress, *, add: bool
-) -> str | None:
-    """The reference of the base that a model is registered with; it joins `models` where `add` is set."""
-    model = models[reference]
-    base = catalog.find(model.base) if model.base else None
-    if base is None:
-        return None
-    for known, other in models.items():
-        if other.fingerprint == base.fingerprint:
-            return known
-    if not add:
-        return None
-    models[base.name] = check_unchanged(catalog, base, progress)
-    return base.name

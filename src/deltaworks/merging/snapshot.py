@@ -50,6 +50,7 @@ class MergeResult:
         expert_bytes_read: what was read of experts for the files of the output, by an interrupted run too; without a
             budget, methods that take two passes over a tensor read it twice.
         base_bytes_read: what this run read of base models, all passes together.
+        sampled_bytes: what planning read of models to compare them, without a budget; 0 for a plan from a file.
         output_bytes_written: size of the weight files.
         predicted_error, error_bound: the plan's.
         measured_error: the real one, where it was measured.
@@ -65,6 +66,7 @@ class MergeResult:
     expert_bytes_planned: int
     expert_bytes_read: int
     base_bytes_read: int
+    sampled_bytes: int
     output_bytes_written: int
     predicted_error: float
     error_bound: float | None
@@ -218,6 +220,7 @@ def run_plan(
         expert_bytes_planned=plan.expert_bytes_planned,
         expert_bytes_read=staging.reads.expert.value,
         base_bytes_read=staging.reads.base.value,
+        sampled_bytes=plan.sampled_bytes,
         output_bytes_written=sum(s.nbytes for s in shards),
         predicted_error=plan.predicted_error,
         error_bound=plan.error_bound,

@@ -23,6 +23,7 @@ class Copy(Operation):
     """
 
     kind: ClassVar[str] = "copy"
+    calculates: ClassVar[bool] = False
 
     element_bits: int
 

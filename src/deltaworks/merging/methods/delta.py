@@ -107,6 +107,13 @@ class DeltaSum(Operation):
     epsilons: tuple[float, ...] = ()
     row: int = 1
 
+    def depends_on(self, k: int) -> bool:
+        """A delta of weight or density 0 counts for nothing."""
+        if k == 0:
+            return True
+        is_dropped = self.sparsify is not Sparsify.NONE and self.densities[k - 1] <= 0
+        return self.weights[k - 1] != 0 and self.scale != 0 and not is_dropped
+
     @property
     def divisor(self) -> float:
         """What sums are divided by where nothing is elected."""

@@ -109,6 +109,23 @@ class Operation(ABC):
     kind: ClassVar[str]
     measures_deltas: ClassVar[bool] = False
     """Whether passes look at nothing but deltas against the first input, which are zero where no other is read."""
+    calculates: ClassVar[bool] = True
+    """Whether the output is calculated; False where it is the first input, bit by bit."""
+
+    def depends_on(self, k: int) -> bool:
+        """Whether the output depends on input `k`; it does not where weights or densities multiply it by zero."""
+        del k
+        return True
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether every element of the output is zero, whatever the inputs hold."""
+        return False
+
+    @property
+    def keeps_equal_inputs(self) -> bool:
+        """Whether the output equals the inputs, up to rounding, where all inputs that it depends on are equal."""
+        return True
 
     @property
     def passes(self) -> int:

@@ -68,6 +68,10 @@ class SelectedSum(Operation):
     cut: Cut | Interval | None = None
     shares: tuple[float, ...] | None = None
 
+    def depends_on(self, k: int) -> bool:
+        """No delta counts where no element is selected."""
+        return k == 0 or self.topk > 0
+
     @property
     def _selects(self) -> bool:
         return self.topk < 1

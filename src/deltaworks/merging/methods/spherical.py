@@ -45,6 +45,10 @@ class Slerp(Operation):
     t: float
     coefficients: tuple[float, float] | None = None
 
+    def depends_on(self, k: int) -> bool:
+        """Either end of the way is one of the inputs."""
+        return self.t != (0 if k else 1)
+
     @property
     def passes(self) -> int:
         """One, for the norms and the inner product."""

@@ -1,5 +1,6 @@
 """Weighted sums of models: linear averaging, and the scaled copy of one model."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -26,6 +27,20 @@ class WeightedSum(Operation):
 
     weights: tuple[float, ...]
     normalize: bool
+
+    def depends_on(self, k: int) -> bool:
+        """An input of weight 0 counts for nothing."""
+        return self.weights[k] != 0
+
+    @property
+    def is_zero(self) -> bool:
+        """All weights are 0."""
+        return not any(self.weights)
+
+    @property
+    def keeps_equal_inputs(self) -> bool:
+        """The weights sum to the divisor."""
+        return math.isclose(sum(self.weights) / self.divisor, 1.0)
 
     def merge(self, block: Block) -> int:
         """Fill `block.out`."""
