@@ -45,7 +45,9 @@ def test_a_day_of_work(shell: Shell, tmp_path: Path) -> None:
         "notes",
     }
     after = {"expert_bytes_read", "base_bytes_read", "output_bytes_written", "measured_error", "wall_s", "stages"}
+    after.add("sampled_bytes")
     assert before < planned.keys()
+    assert planned["sampled_bytes"] == merged["sampled_bytes"] == 0  # analyses answer how TIES's models compare
     assert before | after == merged.keys() == direct.keys()
     assert planned["plan_digest"] == merged["plan_digest"] == direct["plan_digest"]
     assert shell.json("verify", "out")["verified"] is True

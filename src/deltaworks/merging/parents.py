@@ -108,8 +108,8 @@ def check_compatible(incompatible: Sequence[str]) -> None:
     if incompatible:
         more = f"; and {len(incompatible) - 6} more" if len(incompatible) > 6 else ""
         raise RecipeError(
-            f"{'; '.join(incompatible[:6])}{more}: their weights are not comparable; merge models of one architecture, or"
-            " add --allow-mismatch"
+            f"{'; '.join(incompatible[:6])}{more}: their weights are not comparable; merge models of one architecture,"
+            " or add --allow-mismatch"
         )
 
 
