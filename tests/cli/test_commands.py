@@ -250,7 +250,7 @@ def test_a_merge_within_a_budget(shell: Shell, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", [("merge", "ties.yml", "out"), ("plan", "ties.yml"), ("sweep", "ties.yml")])
 def test_a_budget_needs_a_unit(shell: Shell, command: tuple[str, ...]) -> None:
-    assert "--budget 25: write 25% or 25B" in shell.error(*command, "--budget", "25")
+    assert "--budget 25 needs a unit: 25% or 25B" in shell.error(*command, "--budget", "25")
 
 
 def test_a_plan_that_reads_nothing_is_made_on_demand_only(shell: Shell) -> None:

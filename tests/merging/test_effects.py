@@ -158,7 +158,8 @@ def test_what_operations_depend_on(operation: Operation, depends: list[bool], *,
         assert operation.depends_on(k) is expected
         changed = [x + (i == k) * rng.standard_normal(64).astype(np.float32) for i, x in enumerate(inputs)]
         assert (not np.array_equal(operation.reference(changed), merged)) is expected
-    assert operation.is_zero is is_zero is not merged.any()
+    assert operation.is_zero is is_zero
+    assert bool(merged.any()) is not is_zero
     assert operation.keeps_equal_inputs is keeps
     equal = operation.reference([inputs[0]] * len(inputs))
     assert np.allclose(equal, inputs[0], rtol=1e-5) is keeps

@@ -1,4 +1,4 @@
-"""What becomes of every tensor of every input of a merge."""
+"""Account for every tensor of every input of a merge: merged, copied, or left out."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ def account_for(
     is_sliced: bool,
     unmerged: set[str],
 ) -> tuple[dict[str, Any], ...]:
-    """Say of each input of a plan what becomes of its tensors.
+    """Account for the tensors of each input of a plan.
 
     Args:
         references: the inputs, in the order of the plan.
@@ -32,7 +32,7 @@ def account_for(
         unmerged: references of models that the recipe does not merge.
 
     Returns:
-        A row an input: `name`, how many `tensors` it has, how many are `merged` and how many only `copied`, and
+        One row per input: `name`, how many `tensors` it has, how many are `merged` and how many only `copied`, and
         `left_out`, the names of the others by the reason why they are left out. The numbers add up.
 
     Raises:

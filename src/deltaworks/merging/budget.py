@@ -1,4 +1,4 @@
-"""Budgets as people write them."""
+"""Parse I/O budgets."""
 
 import re
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ class Budget:
 
 
 def parse_budget(text: str, where: str = "budget") -> Budget:
-    """A budget as people write it: ``25%``, ``2GiB``, ``500000B``.
+    """Parse a budget such as ``25%``, ``2GiB`` or ``500000B``.
 
     Args:
-        text: what was written.
-        where: the option or key it stands at, for messages.
+        text: the budget.
+        where: the option or key that holds it, for messages.
 
     Raises:
-        UserError: it is neither a share nor an amount of bytes; a number without a unit could be both.
+        UserError: it is neither a share nor an amount of bytes, or a number without a unit, which could be either.
     """
     if match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text):
         if float(match[1]) > 100:
@@ -36,10 +36,10 @@ def parse_budget(text: str, where: str = "budget") -> Budget:
     if lacks_unit(text):
         number = one_line(text.strip())
         share = f"{100 * float(number):g}%" if len(number) < 30 and 0 < float(number) < 1 else f"{number}%"
-        raise UserError(f"{where} {number}: write {share} or {number}B; a number alone is neither a share nor bytes")
+        raise UserError(f"{where} {number} needs a unit: {share} or {number}B")
     try:
         return Budget(nbytes=parse_bytes(text))
     except UserError as error:
         raise UserError(
-            f"{where}: {quoted(text)} is no budget; write a share like 25%, or an amount like 2GiB"
+            f"{where}: {quoted(text)} is not a budget; write a share like 25%, or an amount like 2GiB"
         ) from error

@@ -1,5 +1,6 @@
 """The README of a merged model, in the form the Hugging Face hub reads."""
 
+import re
 from html import escape
 from pathlib import Path
 
@@ -16,11 +17,13 @@ def model_card(plan: Plan, name: str) -> str:
     front: dict[str, object] = {"library_name": "transformers", "tags": ["merge", "deltaworks"]}
     if on_hub:
         front = {"base_model": on_hub, "base_model_relation": "merge"} | front
-    rows = "\n".join(f"| {m.name} | {m.role} | `{m.fingerprint[:16]}` |" for m in plan.models)
+    rows = "\n".join(f"| {_escaped(m.name)} | {m.role} | `{m.fingerprint[:16]}` |" for m in plan.models)
+    recipe = plan.recipe.strip()
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0))
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
-# {name}
+# {_escaped(name)}
 
 A merge of {len(plan.models)} models by `{plan.method}`, made with deltaworks{_budget(plan)}.
 
@@ -31,16 +34,26 @@ A merge of {len(plan.models)} models by `{plan.method}`, made with deltaworks{_b
 `deltaworks.json` names every input and the hash of every file; `deltaworks verify` checks them, and
 `deltaworks run deltaworks_plan.json OUT` makes the same bytes again.
 
-```yaml
-{plan.recipe.strip()}
-```
+{fence}yaml
+{recipe}
+{fence}
 """
+
+
+_MARKDOWN = re.compile(r"[\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])|^[#+=-]|^\d+(?=[.)])")
+"""What Markdown takes for markup; it leaves underscores inside of words alone."""
+
+
+def _escaped(text: str) -> str:
+    """Text on one line of Markdown that is shown as it is."""
+    line = " ".join(text.split())
+    return escape(_MARKDOWN.sub(lambda m: f"{m[0]}\\" if m[0].isdigit() else f"\\{m[0]}", line), quote=False)
 
 
 def _notes(plan: Plan) -> str:
     if not plan.notes:
         return ""
-    return "\nNotes:\n\n" + "".join(f"- {escape(note, quote=False)}\n" for note in plan.notes)
+    return "\nNotes:\n\n" + "".join(f"- {_escaped(note)}\n" for note in plan.notes)
 
 
 def _budget(plan: Plan) -> str:

@@ -1,4 +1,4 @@
-"""Weights that sums are divided by: whether float32, in which merges are calculated, can tell their sum."""
+"""Check that weights and their sum are representable in float32, in which merges are calculated."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _ORDINARY = 100
 
 
 def check_range(value: float, name: str, tensor: str) -> float:
-    """A parameter's value for a tensor, which must be one of float32.
+    """Check that a parameter's value for a tensor is in the range of float32, and return it.
 
     Raises:
         RecipeError: it is too large.
@@ -29,7 +29,7 @@ def check_range(value: float, name: str, tensor: str) -> float:
 
 
 def check_sum(weights: Sequence[float], tensor: str) -> None:
-    """Make sure that a sum of weights can be divided by in float32, or is zero there as it is exactly.
+    """Check that weights can be divided by their sum in float32, or that the sum is exactly zero there too.
 
     Raises:
         RecipeError: the weights cancel so far that their sum is mostly rounding.
@@ -56,9 +56,9 @@ def normalizable(weights: Sequence[float], tensor: str) -> tuple[float, ...]:
 
 
 def rescaled(weights: Sequence[float]) -> tuple[float, ...]:
-    """Weights of which only the proportions count: those that are all tiny or all huge by a power of two nearer to one.
+    """Scale weights of which only the proportions count, where all are tiny or all are huge, by a power of two.
 
-    That changes nothing of what they mean, and keeps their digits in float32. All others are returned as they are.
+    The proportions stay the same, and the weights keep their digits in float32. All others are returned unchanged.
     """
     exponent = math.frexp(max(map(abs, weights), default=0.0))[1]
     return tuple(weights) if abs(exponent) <= _ORDINARY else tuple(math.ldexp(w, -exponent) for w in weights)

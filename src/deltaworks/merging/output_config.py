@@ -1,4 +1,4 @@
-"""`config.json` of a merged model: the base's, made to say what the tensors of the output are."""
+"""`config.json` of a merged model: the base's, changed to describe the tensors of the output."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ _EMBEDDINGS = (
 )  # fmt: skip
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _SCALED_WHERE_TIED = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "pop2piano")
-"""Families that compute otherwise where the head is tied, so that a copy of the embeddings is no head of its own."""
+"""Families that scale activations when the head is tied, so that a copy of the embeddings is not an untied head."""
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _DTYPE_NAMES = {d.torch_name for d in DTYPES.values() if d.is_float}
 
@@ -24,7 +24,7 @@ _DTYPE_NAMES = {d.torch_name for d in DTYPES.values() if d.is_float}
 def describe_output(
     config: Mapping[str, Any], tensors: Sequence[PlannedTensor], dtype: str, parents: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The configuration of a model with the given tensors, but for what it says of its layers.
+    """The configuration of a model with the given tensors; `follow_layers` describes its layers.
 
     Args:
         config: that of the model whose configuration the output takes.

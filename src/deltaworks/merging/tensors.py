@@ -1,4 +1,4 @@
-"""Which tensors a recipe writes, and from which tensors of which models each is made."""
+"""List the tensors that a recipe writes, and the tensors of the models that each is made from."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ def _whole(part: Slice, recipe: Recipe, models: Mapping[str, Model]) -> list[Ten
     leader = _leader(part, recipe, models)
     inputs = [models[i.model] for i in part.inputs]
     if any(explain_difference(_named(leader), _named(m)) for m in inputs):
-        # The pair that is named does not hang on the order of the recipe.
+        # The pair that is named does not depend on the order of the recipe.
         inputs.sort(key=lambda m: m.name)
         against_base = [(leader, m) for m in inputs] if recipe.base_model else []
         for one, other in (*against_base, *combinations(inputs, 2)):
