@@ -10,6 +10,7 @@ from merges import merge
 
 from deltaworks.catalog.store import Catalog
 from deltaworks.errors import RecipeError
+from deltaworks.merging import parents
 from deltaworks.merging.manifest import read_manifest
 from deltaworks.merging.parents import Parent, compare_configs, compare_tokens
 from deltaworks.merging.prepare import MergeOptions
@@ -138,3 +139,29 @@ def test_other_tokens_at_the_same_ids(
     notes = compare_tokens(base, [other])
     assert len(notes) == len(expected)
     assert all(note.startswith(start) for note, start in zip(notes, expected, strict=True))
+
+
+def test_equal_files_of_tokens_are_not_parsed_and_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    donor, *others = [tokenizer(tmp_path / n, {"a": 0, "b": 1}) for n in ("donor", "one", "two", "three")]
+    opened: list[str] = []
+    plain_open = Path.open
+
+    def count(path: Path, *args: Any, **kwargs: Any) -> Any:
+        opened.append(path.parent.name)
+        return plain_open(path, *args, **kwargs)
+
+    def refuse(path: Path) -> None:
+        raise AssertionError(f"{path} is parsed")
+
+    monkeypatch.setattr(parents, "_tokens", refuse)
+    monkeypatch.setattr(Path, "open", count)
+    assert compare_tokens(donor, others) == []
+    files = opened.count("donor")
+    assert files > 0
+    assert [opened.count(n) for n in ("one", "two", "three")] == [files] * 3
+
+
+def test_files_of_tokens_of_equal_size_may_differ(tmp_path: Path) -> None:
+    donor, other = tokenizer(tmp_path / "donor", {"a": 0, "b": 1}), tokenizer(tmp_path / "other", {"b": 0, "a": 1})
+    (note,) = compare_tokens(donor, [other])
+    assert note.startswith("other has other tokens than donor at 2 ids")

@@ -6,7 +6,6 @@ from typing import Any
 from deltaworks.catalog.models import Model
 from deltaworks.checkpoints.comparison import is_recomputed
 from deltaworks.errors import CheckpointError, quoted
-from deltaworks.merging.methods.copying import Copy
 from deltaworks.merging.plan import Plan, PlannedTensor
 
 BUFFER = "buffers that loaders compute"
@@ -42,7 +41,7 @@ def account_for(
     copied: list[set[str]] = [set() for _ in references]
     for tensor in tensors:
         for place, name in tensor.inputs:
-            (copied if isinstance(tensor.operation, Copy) else merged)[place].add(name)
+            (merged if tensor.operation.calculates else copied)[place].add(name)
     rows = []
     for place, reference in enumerate(references):
         model = models[reference]

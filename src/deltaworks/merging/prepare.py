@@ -1,4 +1,4 @@
-"""Everything a plan needs to be true first: models registered and unchanged, deltas analyzed, trims placed."""
+"""Prepare and make plans: models are registered, unchanged and compared, deltas analyzed, and trims placed."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
