@@ -67,7 +67,7 @@ for job in sorted(root.glob("jobs/*")):
 def test_the_system_sees_no_more_bytes_read_than_the_budget(tmp_path: Path) -> None:
     """Every method, sharded and single-file experts, shares and a byte count: what the kernel returned is summed up."""
     models = tensors_of()
-    budgets = ["5%", "10%", "25%", "50%", "70000"]
+    budgets = ["5%", "10%", "25%", "50%", "70000B"]
     for method, settings_ in METHODS.items():
         for shards in (1, 3):
             job = tmp_path / f"{method}-{shards}"
