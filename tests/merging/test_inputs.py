@@ -6,7 +6,7 @@ import pytest
 from families import random_tensors, recipe, shapes, write_family, write_model
 
 from deltaworks.catalog.models import Model
-from deltaworks.catalog.register import register
+from deltaworks.catalog.register import check_matching_tensors, register
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.checkpoint import Checkpoint
 from deltaworks.errors import CheckpointError
@@ -30,7 +30,7 @@ def test_every_expert_is_checked_against_its_base_once(
     for name in ("base", *EXPERTS):
         register(catalog, name, str(tmp_path / name), None if name == "base" else "base")
     checked: list[tuple[str, str]] = []
-    check = inputs.check_matching_tensors
+    check = check_matching_tensors
 
     def record(name: str, expert: Checkpoint, base: Model) -> None:
         checked.append((name, base.name))
