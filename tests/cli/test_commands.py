@@ -76,14 +76,14 @@ def test_mistakes_exit_with_two(shell: Shell, tmp_path: Path) -> None:
     assert "the name 'b' is taken" in shell.error("register", "b", "expert0")
     assert "is no expert of a registered base" in shell.error("analyze", "b")
     assert "name the experts" in shell.error("analyze")
-    assert "cannot read the recipe" in shell.error("merge", "none.yml", "out")
+    assert "none.yml: cannot be read as a recipe" in shell.error("merge", "none.yml", "out")
     assert "is not an amount of bytes" in shell.error("merge", "ties.yml", "out", "--shard-size", "big")
     assert "power of two" in shell.error("merge", "ties.yml", "out", "--block-size", "5000")
     (tmp_path / "typo.yml").write_text((tmp_path / "ties.yml").read_text().replace("density", "densty"))
     assert "did you mean 'density'" in shell.error("merge", "typo.yml", "out")
     assert "base exists; choose another" in shell.error("merge", "ties.yml", "base")
     assert "is no snapshot" in shell.error("verify", "base")
-    assert "cannot read the plan" in shell.error("run", "none.json", "out")
+    assert "none.json: cannot be read as a plan" in shell.error("run", "none.json", "out")
     assert not (tmp_path / "out").exists()
     assert shell.run("frobnicate", code=2).stdout == ""
     assert shell.run("merge", code=2).stdout == ""
