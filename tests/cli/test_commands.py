@@ -44,7 +44,15 @@ def test_a_day_of_work(shell: Shell, tmp_path: Path) -> None:
         "output",
         "notes",
     }
-    after = {"expert_bytes_read", "base_bytes_read", "output_bytes_written", "measured_error", "wall_s", "stages"}
+    after = {
+        "expert_bytes_read",
+        "base_bytes_read",
+        "output_bytes_written",
+        "measured_error",
+        "wall_s",
+        "stages",
+        "equals_base",
+    }
     after.add("sampled_bytes")
     assert before < planned.keys()
     assert planned["sampled_bytes"] == merged["sampled_bytes"] == 0  # analyses answer how TIES's models compare

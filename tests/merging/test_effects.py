@@ -21,6 +21,7 @@ from deltaworks.merging.methods.spherical import Slerp
 from deltaworks.merging.methods.weighted import WeightedSum
 from deltaworks.merging.plan import load_plan
 from deltaworks.merging.prepare import MergeOptions
+from deltaworks.merging.snapshot import verify
 
 BASE = random_tensors(0, shapes())
 MODELS: dict[str, dict[str, Array]] = {
@@ -86,6 +87,54 @@ def test_silent_failures_are_named(
     assert read_manifest(family / "out")["notes"] == list(result.notes)
     assert load_plan(family / "out" / PLAN).notes == result.notes
     assert all(note in (family / "out" / "README.md").read_text() for note in result.notes)
+
+
+UP, DOWN = "weight: 0.7, density: 0.5", "weight: -0.7, density: 0.5"
+
+
+@pytest.mark.parametrize(
+    ("method", "copies", "message"),
+    [
+        ("task_arithmetic", ("weight: 1", "weight: -1"), "the merge would be base itself"),
+        ("task_arithmetic", ("weight: 0.1", "weight: -0.1"), "the merge would be base itself"),
+        ("breadcrumbs", (UP, DOWN), "the merge would be base itself"),
+        ("linear", ("weight: 1", "weight: -1"), "every weight is 0, or cancels out"),
+        ("task_arithmetic", ("weight: 1", "weight: -0.5"), None),
+        ("breadcrumbs", (UP, "weight: -0.7, density: 0.4"), None),
+        ("ties", (UP, DOWN), None),  # elected elements of one sign stay
+        ("dare_linear", (UP, DOWN), None),  # which elements stay is drawn for each
+    ],
+)
+def test_copies_that_cancel_out(
+    catalog: Catalog, family: Path, method: str, copies: tuple[str, str], message: str | None
+) -> None:
+    own = dict(zip(("expert0", "copy"), copies, strict=True))
+    settings = "normalize: false" if method == "linear" else ""
+    text = recipe(method, family, own, base=method != "linear", listed=tuple(own), parameters=settings)
+    if message is None:
+        assert len(merge(catalog, text, family / "out").notes) == 1
+        return
+    with pytest.raises(RecipeError, match=message):
+        merge(catalog, text, family / "out")
+    own["expert1"] = "weight: 0.3, density: 0.5" if "density" in copies[0] else "weight: 0.3"
+    text = recipe(method, family, own, base=method != "linear", listed=tuple(own), parameters=settings)
+    notes = merge(catalog, text, family / "out").notes
+    assert notes[0] == "expert0 and copy hold the same weights, so their weights in the merge add up"
+    assert [n.split(" in every")[0] for n in notes[1:]] == [
+        f"{name} has no part in the merge: models that hold the same weights cancel it out"
+        for name in ("expert0", "copy")
+    ]
+
+
+@pytest.mark.parametrize(("weight", "equal"), [("1.0e-30", True), ("0.5", False)])
+def test_an_output_that_equals_the_base_is_noted(catalog: Catalog, family: Path, weight: str, equal: bool) -> None:
+    text = recipe("task_arithmetic", family, listed=("expert0",), parameters=f"weight: {weight}")
+    result = merge(catalog, text, family / "out")
+    note = "the output equals base: every element is that of the base after rounding; check the weights"
+    assert result.notes == ((note,) if equal else ())
+    assert result.equals_base is equal
+    assert read_manifest(family / "out")["equals_base"] is equal
+    assert verify(family / "out")["verified"]
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def analyzed(catalog: Catalog, family: Path, *names: str) -> None:
 SAMPLES_EQUAL = "sampled elements are equal"
 LIKELY = f"probably holds the same weights as base, so its delta is 0: {SAMPLES_EQUAL}"
 PROVEN = "holds the same weights as base, so its delta is 0"
-COUNTED = "hold the same weights, so these count twice"
+COUNTED = "hold the same weights, so their weights in the merge add up"
 CASES: list[tuple[str, tuple[str, ...], list[str], list[str]]] = [
     # What is noted of new models, and of analyzed ones.
     ("task_arithmetic", ("expert", "wide"), [f"wide {LIKELY}"], [f"wide {PROVEN}"]),

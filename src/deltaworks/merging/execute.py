@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,6 +96,13 @@ class StageTimes:
     writers: int
 
 
+class Executed(NamedTuple):
+    """What became of an execution: where its time went, and whether all that was calculated equals the base."""
+
+    stages: StageTimes
+    equals_base: bool
+
+
 class _Slot:
     """The buffer of what becomes of one block, and while it is read and computed those of its inputs."""
 
@@ -124,8 +131,8 @@ def execute(
     finished: Callable[[ShardLayout, str, int], None],
     progress: Progress,
     layers: Mapping[int, Path] | None = None,
-) -> StageTimes:
-    """Write some shards of a plan; returns where the time went.
+) -> Executed:
+    """Write some shards of a plan.
 
     What is written hangs on the plan and its inputs alone: not on threads, block size or which shards are asked for.
 
@@ -167,7 +174,7 @@ def execute(
         finally:
             progress.finish()
             stages.close()
-        return StageTimes(
+        times = StageTimes(
             **{f"{stage}_s": round(pipeline.busy_s[stage], 4) for stage in ("read", "compute", "write")},
             **{f"{stage}_waited_s": round(pipeline.waited_s[stage], 4) for stage in STAGES},
             hash_s=round(stages.hash_s, 4),
@@ -176,6 +183,7 @@ def execute(
             cores=threads,
             writers=pipeline.threads["write"],
         )
+        return Executed(times, stages.equals_base)
 
 
 @contextmanager
@@ -221,6 +229,7 @@ class _Stages:
         self._free: list[Rows] = []
         self._held: dict[tuple[TensorStream, int], Rows] = {}
         self._staying = self.most_held = 0
+        self._is_compared = self._differs = False
         self._writers: dict[str, ShardWriter] = {}
         self._lock = threading.Lock()
         self._left: dict[str, int] = {}
@@ -289,6 +298,23 @@ class _Stages:
             raise CheckpointError(f"tensor {tensor.name!r}: {error}") from error
         if wrong and not self._options.allow_nonfinite:
             raise _nonfinite(stream, block, self._plan)
+        # The first difference settles it, so merges that change anything compare a block or two.
+        if not self._differs and stream.operation.calculates:
+            self._differs = not self._equals_base(stream, block)
+            self._is_compared = True
+
+    def _equals_base(self, stream: TensorStream, block: Block) -> bool:
+        """Whether a merged block is that of the base, bit by bit; False where their element types differ."""
+        is_base = self._plan.models[stream.places[0]].role == "base"
+        dtype = stream.tensor.dtype
+        if not is_base or block.dtype(0) is not dtype:
+            return False
+        return np.array_equal(block.out[: dtype.nbytes(block.count)], block.raw(0, dtype.bits))
+
+    @property
+    def equals_base(self) -> bool:
+        """Whether every merged block equals that of the base model; False where nothing is calculated."""
+        return self._is_compared and not self._differs
 
     def write(self, task: Task, slot: _Slot) -> None:
         """Write the merged block."""

@@ -169,7 +169,7 @@ class Prepared:
                 self._layers = {pair[0]: pool.submit(self._find_layers, *pair) for pair in self._bases.items()}
                 pool.shutdown(wait=False)
         self._weighs = weighs
-        self._equal: frozenset[str] | None = None
+        self._equal: tuple[frozenset[str], ...] | None = None
         self._sampled = ByteCounter()
 
     def _compare_parents(self, recipe: Recipe) -> None:
@@ -185,21 +185,21 @@ class Prepared:
         if not self._options.allow_mismatch:
             check_compatible(incompatible)
 
-    def _compare_weights(self, recipe: Recipe) -> frozenset[str]:
+    def _compare_weights(self, recipe: Recipe) -> tuple[frozenset[str], ...]:
         """Note models that hold the same weights, or weights too far apart.
 
         Returns:
-            References of the models that are known to equal the base.
+            References of the models that are known to hold the same weights, group by group.
         """
         if recipe.method.name == "passthrough":
-            return frozenset()
+            return ()
         leader = recipe.base_model or recipe.models()[0]
         merged = {reference: self.models[reference] for reference in recipe.models()}
         counter = None if self._weighs else self._sampled  # what a budget allows is for the merge alone
         comparison = Comparison(self._catalog, merged, leader, self._bases, self.models, counter=counter)
         for note in comparison.notes(has_base=recipe.base_model is not None):
             self._note(note)
-        return comparison.equal_to(recipe.base_model)
+        return comparison.groups
 
     def _note(self, text: str) -> None:
         self.notes.append(text)
@@ -224,7 +224,8 @@ class Prepared:
             self._equal = self._compare_weights(recipe)
         references = [m.reference for m in full.models]
         base = references.index(recipe.base_model) if recipe.base_model else None
-        effect = effect_of(full, base, frozenset(references.index(r) for r in self._equal))
+        groups = [[k for k, r in enumerate(references) if r in group] for group in self._equal]
+        effect = effect_of(full, base, groups)
         self.no_effect = effect.no_effect
         no_effect = [self.no_effect] if self.no_effect else []
         full = replace(

@@ -197,6 +197,11 @@ class Comparison:
             or (second and second.base == self._merged[one].fingerprint)
         )
 
+    @property
+    def groups(self) -> tuple[frozenset[str], ...]:
+        """Groups of models that are known to hold the same weights, two or more in each, by reference."""
+        return tuple(frozenset(group) for group in self._groups if len(group) > 1)
+
     def equal_to(self, reference: str | None) -> frozenset[str]:
         """The other models that are known to hold the same weights as one."""
         return frozenset(r for g in self._groups if reference in g for r in g if r != reference)
@@ -236,8 +241,7 @@ class Comparison:
 
     def _counted(self, group: Sequence[str], hold: str) -> str:
         names = [self._merged[r].name for r in group]
-        count = "twice" if len(names) == 2 else f"{len(names)} times"
-        return f"{', '.join(names[:-1])} and {names[-1]} {hold} the same weights, so these count {count}"
+        return f"{', '.join(names[:-1])} and {names[-1]} {hold} the same weights, so their weights in the merge add up"
 
 
 def _bases(

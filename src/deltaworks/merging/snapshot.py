@@ -56,7 +56,9 @@ class MergeResult:
         measured_error: the real one, where it was measured.
         wall_s: seconds this run took.
         stages: where they went.
-        notes: the plan's.
+        notes: the plan's, and one where the output equals the base.
+        equals_base: whether every merged element was found to be the base's; False where an interrupted run wrote a
+            part of the files, or where the output has another element type.
     """
 
     output: str
@@ -74,6 +76,7 @@ class MergeResult:
     wall_s: float
     stages: StageTimes
     notes: tuple[str, ...] = ()
+    equals_base: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As the command line prints it."""
@@ -179,7 +182,7 @@ def run_plan(
             layers = layer_files(catalog, plan, models, everywhere=options.layers)
             # First, so that a file that cannot be copied is reported before the weights are read.
             others = _write_companions(staging, plan, models, sidecars, shards)
-            stages = execute(
+            executed = execute(
                 plan, models, todo, staging.folder, options, staging.reads, staging.record, progress, layers
             )
             if changed := next((m for m in models if not m.is_gone and not untouched(m)), None):
@@ -188,7 +191,8 @@ def run_plan(
                     f"{changed.path} changed while it was being read; nothing was committed: merge again"
                 )
             try:
-                manifest = _write_manifest(staging, plan, shards, others)
+                equals_base = executed.equals_base and len(todo) == len(shards)
+                manifest = _write_manifest(staging, plan, shards, others, equals_base=equals_base)
                 staging.publish(force=force)
             except OSError as error:
                 raise storage_error(Path(error.filename or out), error) from error
@@ -200,6 +204,12 @@ def run_plan(
         raise DeltaworksError(
             f"{out} is complete, but {error}; fix that, then run `deltaworks verify {out}` to record it"
         ) from error
+    notes = plan.notes
+    if equals_base:
+        bases = " and ".join(m.name for m in plan.models if m.role == "base")
+        note = f"the output equals {bases}: every element is that of the base after rounding; check the weights"
+        notes = (*notes, note)
+        progress.note(note)
     measured = (
         measure_error(
             plan,
@@ -225,9 +235,10 @@ def run_plan(
         predicted_error=plan.predicted_error,
         error_bound=plan.error_bound,
         measured_error=measured,
-        notes=plan.notes,
+        notes=notes,
+        equals_base=equals_base,
         wall_s=round(time.monotonic() - started, 3),
-        stages=stages,
+        stages=executed.stages,
     )
 
 
@@ -440,7 +451,7 @@ def _write_companions(
 
 
 def _write_manifest(
-    staging: _Staging, plan: Plan, shards: Sequence[ShardLayout], others: Sequence[str]
+    staging: _Staging, plan: Plan, shards: Sequence[ShardLayout], others: Sequence[str], *, equals_base: bool
 ) -> dict[str, Any]:
     """Write and flush the manifest; `others` are the files beside the weights."""
     folder = staging.folder
@@ -462,6 +473,7 @@ def _write_manifest(
         "base_bytes_read": staging.reads.base.value,
         "accounting": list(plan.accounting),
         "notes": list(plan.notes),
+        "equals_base": equals_base,
         "versions": {name: version(name) for name in ("deltaworks", "numpy", "numba")},
     }
     manifest[DIGEST] = manifest_digest(manifest)

@@ -29,7 +29,7 @@ from deltaworks.checkpoints.codec import TILE
 from deltaworks.merging.methods.delta_kernels import collect_lower_bits, delta_masses, merge_deltas
 from deltaworks.merging.methods.delta_tiles import Thinning
 from deltaworks.merging.methods.exact_sum import exact_sums
-from deltaworks.merging.methods.operation import Block, Operation, tile_sum_reference
+from deltaworks.merging.methods.operation import Block, Operation, sum_to_zero, tile_sum_reference
 from deltaworks.merging.methods.random_mask import random_mask_reference, split_density
 from deltaworks.merging.methods.ranked_mask import chances, draw_ranked_masks, ranked_mask_reference, rows_block
 
@@ -113,6 +113,18 @@ class DeltaSum(Operation):
             return True
         is_dropped = self.sparsify is not Sparsify.NONE and self.densities[k - 1] <= 0
         return self.weights[k - 1] != 0 and self.scale != 0 and not is_dropped
+
+    def cancels(self, inputs: Sequence[int]) -> bool:
+        """Equal deltas of which the same elements stay cancel out where their weights sum to 0 and signs do not count.
+
+        The base does not cancel out, and neither do deltas that are thinned at random: their masks differ.
+        """
+        if 0 in inputs or self.consensus:
+            return False
+        experts = [k - 1 for k in inputs]
+        kept = {tuple(shares[k] for shares in (self.densities, self.gammas) if shares) for k in experts}
+        is_same = self.sparsify is Sparsify.NONE or (len(kept) == 1 and not self.sparsify.draws)
+        return is_same and sum_to_zero([self.weights[k] for k in experts])
 
     @property
     def divisor(self) -> float:

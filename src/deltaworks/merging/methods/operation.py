@@ -98,6 +98,11 @@ class Block:
         return self.inputs.rows[r, start : start + self.count * bits // 8]
 
 
+def sum_to_zero(weights: Sequence[float]) -> bool:
+    """Whether weights sum to 0, up to what decimal fractions lose in binary (0.1 + 0.2 - 0.3)."""
+    return abs(math.fsum(weights)) <= 1e-12 * math.fsum(map(abs, weights))
+
+
 class Operation(ABC):
     """How the inputs of one tensor become one output.
 
@@ -120,6 +125,15 @@ class Operation(ABC):
     @property
     def is_zero(self) -> bool:
         """Whether every element of the output is zero, whatever the inputs hold."""
+        return False
+
+    def cancels(self, inputs: Sequence[int]) -> bool:
+        """Whether some inputs, which hold the same weights, cancel out: the output does not depend on what they hold.
+
+        Args:
+            inputs: their places among the inputs of the operation.
+        """
+        del inputs
         return False
 
     @property

@@ -12,7 +12,7 @@ from deltaworks.checkpoints.codec import TILE, encode
 from deltaworks.checkpoints.jit import inner, kernel
 from deltaworks.checkpoints.memory_vector import load, store
 from deltaworks.checkpoints.vector import LANES, ZERO, fma, fma_reference, splat
-from deltaworks.merging.methods.operation import Block, Inputs, Operation, find_rows, stage, stage_stand_in
+from deltaworks.merging.methods.operation import Block, Inputs, Operation, find_rows, stage, stage_stand_in, sum_to_zero
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,10 @@ class WeightedSum(Operation):
     def depends_on(self, k: int) -> bool:
         """An input of weight 0 counts for nothing."""
         return self.weights[k] != 0
+
+    def cancels(self, inputs: Sequence[int]) -> bool:
+        """Their weights sum to 0."""
+        return sum_to_zero([self.weights[k] for k in inputs])
 
     @property
     def is_zero(self) -> bool:
