@@ -177,6 +177,7 @@ def test_the_rules_can_be_read(shell: Shell) -> None:
     (("place", *P), "give a WORKLOAD"),
     (("place", "w.json"), "--profile P"),
     (("place", "w.json", *P, "--headroom", "x"), "write a share like 10%"),
+    (("place", "w.json", *P, "--headroom", "10"), "write a share like 10%"),
     (("place", "w.json", *P, "--slo", "ttft_p98=1s"), "did you mean 'ttft_p99'"),
     (("place", "w.json", *P, "--slo", "ttft_p99=1s", "--slo", "ttft_p99=2s"), "ttft_p99 is limited twice"),
     (("place", "w.json", "--profile", 300 * "x"), "unknown profile 'xxx"),

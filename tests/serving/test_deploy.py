@@ -189,7 +189,7 @@ def test_compose_and_kubernetes_agree_on_the_servers() -> None:
     for index, service in enumerate(services.values()):
         assert service["image"] == "${VLLM_IMAGE:-vllm/vllm-openai:v0.11.2}"
         container = documents[2 * index]["spec"]["template"]["spec"]["containers"][0]
-        assert container["command"] == ["vllm", "serve"]
+        assert container["command"] == service["entrypoint"] == ["vllm", "serve"]
         assert container["args"] == service["command"]
         assert container["resources"]["limits"] == {"nvidia.com/gpu": "1"}
         labels = documents[2 * index]["spec"]["template"]["metadata"]["labels"]

@@ -242,15 +242,16 @@ def _prices(given: list[str] | None, profiles: "list[Profile]", recorded: "Recor
 
 
 def _share(text: str) -> float:
-    from deltaworks.errors import PlacementError
+    from deltaworks.errors import PlacementError, quoted
     from deltaworks.serving.judge import MAX_HEADROOM
 
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value <= MAX_HEADROOM:
-        raise PlacementError(f"--headroom {text!r}: write a share like 10% or 0.1")
+    if not 0 <= value <= MAX_HEADROOM or (value > 1 and not text.endswith("%")):
+        # Who writes 10 means 10%, not ten times the traffic more.
+        raise PlacementError(f"--headroom {quoted(text)}: write a share like 10% or 0.1; shares above 1 need the %")
     return value
 
 

@@ -129,10 +129,13 @@ def compose(gpus: list[Any], profiles: Mapping[str, Profile], paths: Mapping[str
     services = {}
     for index, gpu in enumerate(gpus):
         profile = profiles[gpu["type"]]
+        words = _contained(gpu, profile, paths)
         devices = [{"driver": "nvidia", "device_ids": [str(index)], "capabilities": ["gpu"]}]
         services[gpu["id"]] = {
             "image": f"${{VLLM_IMAGE:-{image(profile)}}}",
-            "command": _contained(gpu, profile, paths)[2:],
+            # Images of vLLM differ in their entry points, and not all of them take the model as `vllm serve` does.
+            "entrypoint": words[:2],
+            "command": words[2:],
             "ports": [f"{FIRST_PORT + index}:{FIRST_PORT}"],
             "environment": {"HF_TOKEN": "${HF_TOKEN:-}"},
             "volumes": ["${ADAPTERS:-./adapters}:/adapters:ro"],
