@@ -1,6 +1,6 @@
 """How far placements are from their lower bound, on random workloads of mixed ranks, lengths and rates.
 
-    python benchmarks/placement_bound.py [--seeds 2,3] [--workloads 60] [--only N,M]
+    python benchmarks/placement_bound.py [--seeds 2,3] [--workloads 30] [--only N,M]
 
 Writes benchmarks/results/placement_bound.json and a table of docs/placement.md; with ``--only``, or with other seeds or
 numbers than the defaults, it only prints them. Workloads have 2 to 400 adapters, ranks from 8 to 128 in any mix, for
@@ -29,7 +29,7 @@ from deltaworks.serving.workload import parse_workload
 
 RESULTS = Path(__file__).parent / "results" / "placement_bound.json"
 DOC = Path(__file__).parents[1] / "docs" / "placement.md"
-SEEDS, WORKLOADS = (2, 3), 60
+SEEDS, WORKLOADS = (2, 3), 30
 PROFILES = ("llama-3.1-8b-h100-64gb", "qwen-2.5-7b-h100-64gb")
 RANKS = (8, 16, 32, 64, 128)
 DURATIONS = (600, 1200, 1800, 3600)
