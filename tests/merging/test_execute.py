@@ -1,5 +1,6 @@
 """Whole merges: exact, whatever the threads, block sizes and shards."""
 
+import json
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,10 @@ from merges import METHODS, merge, raw_tensors, whole_tensor_bytes
 from deltaworks.catalog.store import Catalog
 from deltaworks.errors import CheckpointError, NonFiniteError, RecipeError, UserError
 from deltaworks.merging.budget import Budget
+from deltaworks.merging.manifest import read_manifest
 from deltaworks.merging.prepare import MergeOptions, plan_inputs, prepare_plan
 from deltaworks.merging.recipe import parse_recipe
-from deltaworks.merging.snapshot import run_plan
+from deltaworks.merging.snapshot import run_plan, verify
 
 BIG = {"model.embed_tokens.weight": (700, 300), "model.layers.0.w.weight": (9, 4111), "model.norm.weight": (300,)}
 
@@ -160,6 +162,30 @@ def test_a_tied_family_stays_tied(catalog: Catalog, tmp_path: Path) -> None:
     write_family(tmp_path, head=False)
     merge(catalog, recipe("ties", tmp_path, parameters="weight: 1, density: 0.5"), tmp_path / "out")
     assert "lm_head.weight" not in read_model(tmp_path / "out")
+
+
+@pytest.mark.parametrize("says_tied", [True, False, None])
+@pytest.mark.parametrize("lacking", [("expert0",), ("expert0", "expert1")])
+def test_a_missing_head_is_accounted_for(
+    catalog: Catalog, tmp_path: Path, says_tied: bool | None, lacking: tuple[str, ...]
+) -> None:
+    config = {k: v for k, v in CONFIG.items() if k != "tie_word_embeddings"}
+    config |= {} if says_tied is None else {"tie_word_embeddings": says_tied}
+    for seed, name in enumerate(("expert0", "expert1")):
+        tensors = random_tensors(seed, shapes(head=name not in lacking))
+        write_model(tmp_path / name, tensors, config=config)
+    text = recipe("linear", tmp_path, base=False, listed=("expert0", "expert1"), parameters="weight: 1")
+    result = merge(catalog, text, tmp_path / "out")
+    row = read_manifest(tmp_path / "out")["accounting"][0]
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    has_head = len(lacking) == 1
+    assert row.get("substituted") == ({"lm_head.weight": "model.embed_tokens.weight"} if has_head else None)
+    assert written["tie_word_embeddings"] is not has_head
+    about = [note for note in result.notes if "says that its head is its own" in note]
+    assert len(about) == (says_tied is False)
+    end = "its embeddings stand in for it" if has_head else "the output says that its head is tied to its embeddings"
+    assert all(note.endswith(end) for note in about)
+    assert verify(tmp_path / "out")["verified"]
 
 
 def test_one_untied_expert_unties_the_merge(catalog: Catalog, tmp_path: Path) -> None:

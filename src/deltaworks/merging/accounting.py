@@ -32,7 +32,8 @@ def account_for(
 
     Returns:
         One row per input: `name`, how many `tensors` it has, how many are `merged` and how many only `copied`, and
-        `left_out`, the names of the others by the reason why they are left out. The numbers add up.
+        `left_out`, the names of the others by the reason why they are left out. The numbers add up. Where a model
+        holds no head and its embeddings stand in for it, `substituted` names them by the name of the head.
 
     Raises:
         CheckpointError: a tensor would be dropped without a reason.
@@ -46,6 +47,11 @@ def account_for(
     for place, reference in enumerate(references):
         model = models[reference]
         held = model.checkpoint.tensors
+        substituted = {
+            name: info.name
+            for name in sorted((merged[place] | copied[place]) - held.keys())
+            if (info := model.checkpoint.find(name)) is not None
+        }
         left_out: dict[str, list[str]] = {}
         for name, info in held.items():
             if name in merged[place] or name in copied[place]:
@@ -70,6 +76,7 @@ def account_for(
                 "merged": len(merged[place] & held.keys()),
                 "copied": len((copied[place] - merged[place]) & held.keys()),
                 "left_out": left_out,
+                **({"substituted": substituted} if substituted else {}),
             }
         )
     return tuple(rows)
@@ -92,4 +99,5 @@ def account_text(row: Mapping[str, Any]) -> str:
     for reason, names in row["left_out"].items():
         listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         parts.append(f"{len(names)} left out ({reason}{f': {listed}' if reason == BUFFER else ''})")
+    parts += [f"{name} taken from {other}" for name, other in row.get("substituted", {}).items()]
     return ", ".join(parts) or "none"

@@ -41,6 +41,12 @@ def describe_output(
     return result
 
 
+def says_untied(config: dict[str, Any]) -> bool:
+    """Whether a configuration says that the head is not tied to the embeddings, at the top or for its text model."""
+    said = [at(config, path).get("tie_word_embeddings") for path in text_paths(config)]
+    return False in said and True not in said
+
+
 def _set_dtype(config: dict[str, Any], dtype: str, *, everywhere: bool) -> None:
     """Name the element type at the top and, where all of the output has it, in every nested configuration."""
     for key in _DTYPE_KEYS:

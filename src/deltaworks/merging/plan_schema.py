@@ -224,6 +224,9 @@ def _check_descriptive_members(content: Mapping[str, Any], models: int) -> None:
         for reason, names in _mapping(_member(row, "left_out", where), f"{where}left_out").items():
             if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
                 raise _wrong(f"{where}left_out[{quoted(reason, 40)}]", "a list of names", names)
+        for name, other in _mapping(row.get("substituted", {}), f"{where}substituted").items():
+            if not isinstance(other, str):
+                raise _wrong(f"{where}substituted[{quoted(name, 40)}]", "the name of a tensor", other)
     for i, entry in enumerate(_list(content, "code") if content.get("code") is not None else ()):
         if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
             raise _wrong(f"code[{i}]", "a model's place and a file", entry)

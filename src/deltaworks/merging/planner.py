@@ -23,7 +23,7 @@ from deltaworks.merging.methods.sce import SelectedSum
 from deltaworks.merging.methods.spherical import Slerp
 from deltaworks.merging.methods.weighted import WeightedSum
 from deltaworks.merging.normalized import check_range, check_sum, normalizable, rescaled
-from deltaworks.merging.output_config import describe_output
+from deltaworks.merging.output_config import describe_output, says_untied
 from deltaworks.merging.parameters import Setting, resolve
 from deltaworks.merging.plan import InputTensor, Plan, PlannedModel, PlannedTensor
 from deltaworks.merging.recipe import Recipe
@@ -112,7 +112,7 @@ def make_plan(
         for i, source in _infos(tensor, references, models):
             read[i] += source.nbytes if planned[i].role != "base" else 0
     donor = tokenizer or recipe.base_model or references[0]
-    config, notes = _config(recipe, models, tensors)
+    config, notes = _config(recipe, models, references, tensors)
     return Plan(
         method=recipe.method.name,
         models=tuple(m._replace(bytes_planned=n) for m, n in zip(planned, read, strict=True)),
@@ -133,7 +133,7 @@ def make_plan(
 
 
 def _config(
-    recipe: Recipe, models: Mapping[str, Model], tensors: tuple[PlannedTensor, ...]
+    recipe: Recipe, models: Mapping[str, Model], references: Sequence[str], tensors: tuple[PlannedTensor, ...]
 ) -> tuple[dict[str, Any], list[str]]:
     """`config.json` of the output, which is that of the base or of the first model, and notes on it."""
     leader = recipe.base_model or recipe.models()[0]
@@ -144,10 +144,27 @@ def _config(
         return {}, []
     config = own if quantization(checkpoints[leader]) else without_quantization(own)
     config = describe_output(config, tensors, _written_dtype(recipe, tensors), parents)
+    heads = {references[i] for t in tensors for i, name in t.inputs if _is_substituted(models[references[i]], name)}
+    notes = [
+        f"{models[reference].name} says that its head is its own (tie_word_embeddings: false) and holds none; its"
+        " embeddings stand in for it"
+        for reference, checkpoint in checkpoints.items()
+        if reference in heads and says_untied(checkpoint.config)
+    ]
+    if says_untied(own) and not says_untied(config):
+        notes.append(
+            f"{models[leader].name} says that its head is its own (tie_word_embeddings: false), and no model holds one;"
+            " the output says that its head is tied to its embeddings"
+        )
     if not recipe.is_sliced:
-        return config, []
+        return config, notes
     layered = {r: LayeredConfig(models[r].name, c.config, layer_count(c.tensors)) for r, c in checkpoints.items()}
-    return config, follow_layers(config, leader, layered, layers_taken(recipe, models))
+    return config, notes + follow_layers(config, leader, layered, layers_taken(recipe, models))
+
+
+def _is_substituted(model: Model, name: str) -> bool:
+    """Whether a model lacks a tensor, so that its embeddings stand in; see `Checkpoint.find`."""
+    return name not in model.checkpoint.tensors and model.checkpoint.find(name) is not None
 
 
 def _infos(
