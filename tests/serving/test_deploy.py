@@ -1,8 +1,11 @@
 """The files that run a placement, and the file that records it."""
 
+import contextlib
 import itertools
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -68,6 +71,47 @@ def test_the_script_is_shell_and_quotes_names(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-2:] == ["hot=org/hot", "it's $odd=/a b/it's $odd"]
     assert wrong.returncode == 2
     assert "no server called gpu-7" in wrong.stderr
+
+
+LIVING = "echo $$; exec tail -f /dev/null"
+"""A server that prints its process id and runs until it is stopped."""
+
+
+@pytest.mark.parametrize(
+    ("server", "ended", "number", "status"),
+    [
+        pytest.param(LIVING, "script", signal.SIGTERM, 143, id="the script is ended"),
+        pytest.param(LIVING, "server", signal.SIGKILL, 137, id="a server is killed"),
+        pytest.param(LIVING, "server", signal.SIGTERM, 143, id="a server is ended"),
+        pytest.param("echo $$; exit 3", "", None, 3, id="every server fails at the start"),
+        pytest.param("echo $$; case $4 in 8000) exit 3; esac; exec tail -f /dev/null", "", None, 3, id="one fails"),
+        pytest.param("echo $$; case $4 in 8001) exit 3; esac", "", None, 3, id="one fails and the other is done"),
+        pytest.param("echo $$", "", None, 0, id="every server is done"),
+    ],
+)
+def test_the_servers_of_the_script_end_together(
+    tmp_path: Path, server: str, ended: str, number: signal.Signals | None, status: int
+) -> None:
+    (tmp_path / "serve.sh").write_text(FILES["serve.sh"])
+    (tmp_path / "vllm").write_text(f"#!/bin/sh\n{server}\n")
+    (tmp_path / "vllm").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    words = ["bash", str(tmp_path / "serve.sh")]
+    script = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    try:
+        assert script.stdout
+        if number:
+            servers = [int(script.stdout.readline()) for _ in GPUS]
+            os.kill(servers[0] if ended == "server" else script.pid, number)
+        # The servers hold the other end of the pipe, so this returns only when all of them have ended.
+        _, said = script.communicate(timeout=30)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(script.pid, signal.SIGKILL)
+    assert script.returncode == status
+    assert (f"ended with status {status}" in said) == (status != 0 and ended != "script")
 
 
 def vllm_modules(words: list[str]) -> dict[str, str]:

@@ -58,9 +58,10 @@ def capacities(
         told: Told how many more numbers of slots are done.
 
     Returns:
-        A row each: ``slots``, ``adapters``, ``adapters_is_lower_bound`` (none of up to `MOST_ADAPTERS` was refused),
-        ``throughput_tps``, ``ttft_p50_ms``, ``ttft_p99_ms``, ``itl_mean_ms`` (at
-        the plain traffic), ``throughput_with_margin_tps`` (with `MARGIN` more traffic, or the headroom), ``kv_tokens``.
+        A row for each server that was simulated, by rising ``slots``, which are at most its ``adapters``; with
+        ``adapters_is_lower_bound`` (none of up to `MOST_ADAPTERS` was refused), ``throughput_tps``, ``ttft_p50_ms``,
+        ``ttft_p99_ms``, ``itl_mean_ms`` (at the plain traffic), ``throughput_with_margin_tps`` (with `MARGIN` more
+        traffic, or the headroom), ``kv_tokens``.
 
     Raises:
         ImpossibleError: a single request on an idle GPU does not fit, or does not keep the goals.
@@ -78,7 +79,7 @@ def capacities(
         count, answer, is_cut_off = found
         more = _ask(profile, one, count, slots, rank, 1 + max(headroom, MARGIN))
         return {
-            "slots": slots,
+            "slots": min(slots, count),
             "adapters": count,
             "adapters_is_lower_bound": is_cut_off,
             "throughput_tps": answer["throughput_tps"],
@@ -96,10 +97,13 @@ def capacities(
             # More slots cannot serve more than the most that are tried.
             if any(found["adapters"] >= MOST_ADAPTERS * (1 - _PRECISION) for found in rows):
                 break
-    # A slot for each adapter is all they can use: one row beyond the most adapters is enough.
-    most_adapters = max((found["adapters"] for found in rows), default=0)
-    enough = [i for i, found in enumerate(rows) if found["slots"] >= most_adapters]
-    return rows[: enough[0] + 1] if enough else rows
+    # Several numbers of slots above that of the adapters are one and the same server.
+    by_slots: dict[int, dict[str, Any]] = {}
+    for found in rows:
+        known = by_slots.setdefault(found["slots"], found)
+        if found["adapters"] > known["adapters"]:
+            by_slots[found["slots"]] = found
+    return [by_slots[slots] for slots in sorted(by_slots)]
 
 
 def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

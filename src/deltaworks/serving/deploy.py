@@ -88,7 +88,11 @@ def files(placement: Mapping[str, Any], profiles: Mapping[str, Profile], paths: 
 
 
 def script(gpus: list[Any], profiles: Mapping[str, Profile], paths: Mapping[str, str]) -> str:
-    """A shell script that starts one server, or all on one machine."""
+    """A bash script that starts one server, or all on one machine.
+
+    With all of them, the script stops every server when it is ended by a signal, or as soon as one server fails; it
+    exits with the status of that server.
+    """
     lines = [
         "#!/usr/bin/env bash",
         "# Starts the servers of this placement: `serve.sh gpu-0` one, `serve.sh` all, each on its own GPU.",
@@ -112,8 +116,23 @@ def script(gpus: list[Any], profiles: Mapping[str, Profile], paths: Mapping[str,
         "esac; }",
         "",
         'if [ $# -gt 0 ]; then start "$1"; fi',
-        f'for gpu in {" ".join(gpu["id"] for gpu in gpus)}; do (start "$gpu") & done',
-        "wait",
+        "# However this script ends, no server outlives it; it fails as soon as one of them does.",
+        "stop() { kill $(jobs -rp) 2>/dev/null || :; wait || :; }",
+        "trap stop EXIT",
+        "trap 'exit 129' HUP; trap 'exit 130' INT; trap 'exit 143' TERM",
+        f"gpus=({' '.join(gpu['id'] for gpu in gpus)}) pids=()",
+        'for gpu in "${gpus[@]}"; do (start "$gpu") & pids+=($!); done',
+        'for _ in "${gpus[@]}"; do',
+        "  wait -n || failed=$?",
+        '  if [ -n "${failed:-}" ]; then break; fi',
+        "done",
+        "# `wait -n` does not say which server ended, and bash 4 may miss those that end before it is called.",
+        "status=0",
+        'for i in "${!pids[@]}"; do',
+        '  if kill -0 "${pids[i]}" 2>/dev/null; then continue; fi',
+        '  wait "${pids[i]}" || { status=$?; echo "${gpus[i]} ended with status $status; all servers stop" >&2; }',
+        "done",
+        'exit "$status"',
     ]
     return "\n".join(lines) + "\n"
 
