@@ -276,7 +276,8 @@ def _hash_but(fd: int, place: int) -> str:
 
 def pack_floats(rows: NDArray[Any]) -> pa.FixedSizeBinaryArray:
     """Rows of numbers as a column of float32 bytes, little-endian."""
-    data = np.ascontiguousarray(rows, "<f4")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity
+        data = np.ascontiguousarray(rows, "<f4")
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(4 * data.shape[1]), len(data), [None, pa.py_buffer(data)])
 
 
