@@ -253,7 +253,7 @@ def test_a_merge_within_a_budget(shell: Shell, tmp_path: Path) -> None:
     assert [line.split()[0] for line in shown.splitlines()[-6:]] == ["embed_tokens", "0", "1", "2", "norm", "lm_head"]
     assert "predicted, relative to the full merge's distance from the base" in shell.run("show", "out").stdout
     assert "more than the experts hold" in shell.error("merge", "ties.yml", "out3", "--budget", "120%")
-    assert "no budget" in shell.error("plan", "ties.yml", "--budget", "some")
+    assert "is not a budget" in shell.error("plan", "ties.yml", "--budget", "some")
 
 
 @pytest.mark.parametrize("command", [("merge", "ties.yml", "out"), ("plan", "ties.yml"), ("sweep", "ties.yml")])

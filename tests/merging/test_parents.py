@@ -165,3 +165,11 @@ def test_files_of_tokens_of_equal_size_may_differ(tmp_path: Path) -> None:
     donor, other = tokenizer(tmp_path / "donor", {"a": 0, "b": 1}), tokenizer(tmp_path / "other", {"b": 0, "a": 1})
     (note,) = compare_tokens(donor, [other])
     assert note.startswith("other has other tokens than donor at 2 ids")
+
+
+def test_tokens_that_cannot_be_read_are_noted(tmp_path: Path) -> None:
+    donor, other = tokenizer(tmp_path / "donor", {"a": 0}), tokenizer(tmp_path / "other", {"a": 0})
+    (tmp_path / "other" / "tokenizer.json").write_text("{}")
+    (note,) = compare_tokens(donor, [other])
+    assert note.startswith("the tokens of other are not compared with those of donor: ")
+    assert "tokenizer.json" in note

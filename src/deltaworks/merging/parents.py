@@ -11,7 +11,7 @@ from blake3 import blake3
 from deltaworks.checkpoints.json_files import read_json
 from deltaworks.checkpoints.own_files import own_file
 from deltaworks.checkpoints.sidecars import vocabulary
-from deltaworks.errors import RecipeError, quoted
+from deltaworks.errors import CheckpointError, RecipeError, quoted
 
 _INCOMPATIBLE = re.compile(
     r"model_type|(num_)?(attention_|key_value_|kv_)?heads|num_attention_heads|num_key_value_heads|head_dim|n_heads?"
@@ -192,10 +192,8 @@ def compare_tokens(donor: Parent, others: Sequence[Parent]) -> list[str]:
         others: the others.
 
     Returns:
-        A note for every model with different or additional tokens.
-
-    Raises:
-        CheckpointError: a tokenizer's file cannot be read.
+        A note for every model with different or additional tokens, or whose tokens cannot be compared because a
+        tokenizer's file is malformed: the weights can be merged all the same.
     """
     notes = []
     own: dict[int, str] | None = None
@@ -204,8 +202,12 @@ def compare_tokens(donor: Parent, others: Sequence[Parent]) -> list[str]:
     for other in others:
         if _same_files(files, _token_files(other.path), digests):
             continue
-        own = _tokens(donor.path) if own is None else own
-        theirs = _tokens(other.path)
+        try:
+            own = _tokens(donor.path) if own is None else own
+            theirs = _tokens(other.path)
+        except CheckpointError as error:
+            notes.append(f"the tokens of {other.name} are not compared with those of {donor.name}: {error}")
+            continue
         if not own or not theirs:
             continue
         moved = [i for i in sorted(own.keys() & theirs.keys()) if own[i] != theirs[i]]
