@@ -213,7 +213,7 @@ def test_requests_are_dealt_by_zipf(tmp_path: Path) -> None:
         ({"requests": [], "lengths": None}, "there are no requests"),
         ({"requests": [{"time": 0, "prompt_tokens": 5}], "lengths": None}, "no column for the output"),
         ({"requests": [{"time": 0, "prompt_tokens": 5, "output_tokens": 0}], "lengths": None}, "at least one token"),
-        ({"requests": [{"time": -1, "prompt_tokens": 5, "output_tokens": 5}], "lengths": None}, "seconds from 0 on"),
+        ({"requests": [{"time": -1, "prompt_tokens": 5, "output_tokens": 5}], "lengths": None}, "must not be negative"),
         (
             {"requests": [{"time": "x", "prompt_tokens": 5, "output_tokens": 5}], "lengths": None},
             "request 1 is malformed",
