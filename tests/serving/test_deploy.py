@@ -110,6 +110,7 @@ def test_the_servers_of_the_script_end_together(
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(script.pid, signal.SIGKILL)
+        script.communicate()
     assert script.returncode == status
     assert (f"ended with status {status}" in said) == (status != 0 and ended != "script")
 
