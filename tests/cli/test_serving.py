@@ -59,6 +59,21 @@ def test_memory_and_starvation_are_foreseen(shell: Shell) -> None:
     assert "STARVED" in shell.run("simulate", "busy.json", *P, "--slots", 8).stdout
 
 
+LAST = [{"time": t, "adapter": a, "prompt_tokens": 100, "output_tokens": 50} for t, a in ((0, "a"), (99.999, "b"))]
+
+
+@pytest.mark.parametrize(("rows", "said"), [
+    pytest.param(LAST[:1], ": not starved", id="all are served"),
+    pytest.param(LAST, "CANNOT BE JUDGED: b (1 of 2 that ask)", id="one is not, too late to tell"),
+    pytest.param(LAST[1:], "CANNOT BE JUDGED: b (1 of 1 that ask)", id="nobody is, too late to tell"),
+])  # fmt: skip
+def test_the_headline_says_who_cannot_be_judged(shell: Shell, rows: list[Any], said: str) -> None:
+    (shell.root / "last.json").write_text(json.dumps({"duration": 100, "requests": rows}))
+    headline = shell.run("simulate", "last.json", *P, "--slots", 2).stdout.splitlines()[0]
+    assert said in headline
+    assert ("not starved" in headline) == ("a" in {row["adapter"] for row in rows})
+
+
 def test_a_batch_is_answered_in_order_on_any_number_of_threads(shell: Shell) -> None:
     lines = [{"id": f"q{i}", "workload": {**WORKLOAD, "seed": i % 3}, "slots": 4 + i} for i in range(12)]
     one = batch(shell, lines, "--threads", "1")

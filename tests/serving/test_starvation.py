@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_server import LENGTHS, SMALL
+from small_server import LENGTHS, SMALL, judge
 
 from deltaworks.serving.censored import statistics
+from deltaworks.serving.parts import Piece
 from deltaworks.serving.simulate import BASE_MODEL, Configuration, simulate
 from deltaworks.serving.workload import parse_workload
 
@@ -103,6 +104,32 @@ def test_who_starves(what: str, rows: list[dict[str, Any]], starved: list[str]) 
     assert [name for name, adapter in answer["adapters"].items() if adapter["starved"]] == starved
 
 
+@pytest.mark.parametrize(("rows", "starved", "unjudged"), [
+    pytest.param([request(0, "a"), request(599.999, "b")], [], ["b"], id="the only request comes at the bell"),
+    pytest.param([request(0, "a"), *[request(600, "b", 100, 5000)] * 3], [], ["b"], id="several do, and none can end"),
+    pytest.param([request(600, "a"), request(600, "")], [], ["a", BASE_MODEL], id="all that is asked comes at the bell"),
+    pytest.param([*BUSY, request(550, "cold")], [], ["cold"], id="it waits, but not for a tenth of the run"),
+    pytest.param([*BUSY, request(530, "cold")], ["cold"], [], id="it waits for more than that, and starves"),
+    pytest.param([request(300, "b"), request(599.999, "b")], [], [], id="a request of the adapter was served before"),
+    pytest.param([request(598, "b", 100, 5000)], [], [], id="its request is under way"),
+    pytest.param([request(0, "a"), request(2, "b", 9000)], ["b"], [], id="its request is refused"),
+])  # fmt: skip
+def test_who_cannot_be_judged(rows: list[dict[str, Any]], starved: list[str], unjudged: list[str]) -> None:
+    answer = ask(rows, 600.0001)
+    assert answer["starved_adapters"] == starved
+    assert answer["unjudged_adapters"] == unjudged
+
+
+def test_a_run_that_judges_nobody_proves_nothing() -> None:
+    """All of 16,000 requests come at the bell: nobody starves, but they are twice what a GPU can take."""
+    rows = [request(600, f"a{i % 4}", 100, 200) for i in range(16_000)]
+    asked = judge(parse_workload({"duration": 600.0001, "requests": rows}, Path()))
+    part = tuple(Piece(adapter) for adapter in range(4))
+    assert asked.accepts(asked.ask(part, 0, 4))
+    assert not asked.serves(part, 0, 4, 1.0)
+    assert asked.serves(part[:1], 0, 1, 1.0)
+
+
 def test_waiting_counts_in_latencies() -> None:
     waits = ask(sorted([*BUSY, *(request(60 + t, "cold") for t in range(200))], key=lambda row: row["time"]), 600)
     assert waits["adapters"]["cold"] == {
@@ -159,6 +186,9 @@ def test_what_starves_waits(adapters: list[dict[str, Any]], slots: int, seed: in
     assert answer["starved_adapters"] == [name for name, entry in entries.items() if entry["starved"]]
     for count in ("arrived", "waiting", "rejected"):
         assert sum(entry[count] for entry in entries.values()) == answer["requests"][count]
+    for name in answer["unjudged_adapters"]:
+        assert entries[name]["waiting"] > 0 == entries[name]["served_share"]
+        assert not entries[name]["starved"]
     for entry in entries.values():
         assert entry["waiting"] > 0 or entry["oldest_wait_s"] == 0
         assert not entry["starved"] or entry["oldest_wait_s"] > 6 or answer["ttft_ms"]["p99"] > 6000

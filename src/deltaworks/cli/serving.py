@@ -8,6 +8,7 @@ import typer
 
 from deltaworks.cli.options import AsJson, CatalogPath, ProfileName, Quiet, Threads, print_json
 from deltaworks.units import format_time
+from deltaworks.wording import counted, listed
 
 if TYPE_CHECKING:
     from deltaworks.serving.profile import Profile
@@ -175,9 +176,16 @@ def _answer(answer: dict[str, Any], profile: str, slots: int) -> None:
     # Those with the most waiting requests first.
     starved = sorted(answer["starved_adapters"], key=lambda name: -answer["adapters"][name]["waiting"])
     server = f"{profile} with {slots} slots, {answer['kv_tokens']:,} KV tokens"
+    unjudged = answer["unjudged_adapters"]
+    asked = sum(a["arrived"] > 0 for a in answer["adapters"].values())
     if starved:
-        asked = sum(a["arrived"] > 0 for a in answer["adapters"].values())
-        typer.echo(f"STARVED: {_listed(starved)} ({len(starved):,} of {asked:,} that ask); {server}\n")
+        typer.echo(f"STARVED: {listed(starved)} ({len(starved):,} of {asked:,} that ask); {server}\n")
+    elif unjudged:
+        others = "" if len(unjudged) == asked else "; the others are not starved"
+        typer.echo(
+            f"CANNOT BE JUDGED: {listed(unjudged)} ({len(unjudged):,} of {asked:,} that ask), the run ends before any of"
+            f" their requests is served; {server}{others}\n"
+        )
     else:
         typer.echo(f"{server}: not starved\n")
     spreads = {"TTFT": answer["ttft_ms"], "ITL": answer["itl_ms"], "TPOT": answer["tpot_ms"]}
@@ -199,17 +207,12 @@ def _answer(answer: dict[str, Any], profile: str, slots: int) -> None:
         typer.echo(f"\nnote: {note}")
 
 
-def _listed(names: list[str], most: int = 5, longest: int = 40) -> str:
-    """Some names as a sentence lists them."""
-    shown = ", ".join(name if len(name) <= longest else f"{name[:longest]}..." for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
-
-
 def _behind(name: str, adapter: dict[str, Any]) -> str:
     """What an adapter got, and what of it waits."""
-    said = f"{_listed([name])} got {adapter['served_share']:.0%} of its tokens"
+    said = f"{listed([name])} got {adapter['served_share']:.0%} of its tokens"
     if adapter["waiting"]:
-        said += f"; {adapter['waiting']:,} requests wait, the oldest for {format_time(1000 * adapter['oldest_wait_s'])}"
+        said += f"; {counted(adapter['waiting'], 'request waits', 'requests wait')}, the oldest for"
+        said += f" {format_time(1000 * adapter['oldest_wait_s'])}"
     return said
 
 

@@ -15,6 +15,7 @@ from deltaworks.serving.profile import Profile, check_max_rank, parse_profile
 from deltaworks.serving.schema import mapping, number, text, whole
 from deltaworks.serving.workload import Workload, parse_workload
 from deltaworks.units import format_time
+from deltaworks.wording import counted, listed
 
 SCHEMA = 1
 FILE = "placement.json"
@@ -122,8 +123,8 @@ def _gpu(judge: Judge, name: str, gpu: Gpu) -> dict[str, Any]:
 def idle(profile: Profile, judge: Judge) -> dict[str, Any]:
     """What the twin would say of a GPU with nothing to do."""
     return {
-        "throughput_tps": 0.0, "offered_tps": 0.0, "starved": False, "starved_adapters": [], "starved_server": False,
-        "memory_error": False, "kv_tokens": profile.kv_tokens(1, judge.rank_of(())), "adapters": {}, "notes": [],
+        "throughput_tps": 0.0, "offered_tps": 0.0, "starved": False, "starved_adapters": [], "unjudged_adapters": [],
+        "starved_server": False, "memory_error": False, "kv_tokens": profile.kv_tokens(1, judge.rank_of(())), "adapters": {}, "notes": [],
         "requests": {"arrived": 0, "completed": 0, "running": 0, "waiting": 0, "rejected": 0},
         "ttft_ms": {"mean": None, "p50": None, "p99": None}, "itl_ms": {"mean": None, "p50": None, "p99": None},
     }  # fmt: skip
@@ -143,6 +144,11 @@ def notes(gpus: list[dict[str, Any]], judge: Judge) -> list[str]:
         )
     if short := [(gpu["id"], note) for gpu in gpus for note in gpu["predicted"]["notes"]]:
         found.append(f"on {short[0][0]}, {short[0][1]}")
+    if unjudged := sorted({name for answer in said for name in answer["unjudged_adapters"]}):
+        found.append(
+            f"{counted(len(unjudged), 'adapter')} cannot be judged, because the run ends before any of their requests on"
+            f" a GPU is served: {listed(unjudged)}; give a longer duration to have them judged"
+        )
     if any(a["share"] < 1 for gpu in gpus for a in gpu["adapters"]):
         found.append("some adapters are served by several GPUs; routes.json says which share of requests each takes")
     trace = judge.demand.workload.trace

@@ -286,8 +286,9 @@ class Judge:
     def serves(self, part: Part, kind: int, slots: int, factor: float) -> bool:
         """Whether the twin accepts a GPU at ``factor`` times the traffic, and its answer proves something.
 
-        A run that is short against one answer ends before queues form; there the equilibrium must keep up as well. A
-        share of an adapter of which no request arrived in the run was not tried at all.
+        A run that is short against one answer, or ends before a request of any adapter that asks is served, ends before
+        queues form; there the equilibrium must keep up as well. A share of an adapter of which no request arrived in
+        the run was not tried at all.
         """
         answer = self.ask(part, kind, slots, factor)
         if not self.accepts(answer):
@@ -297,7 +298,7 @@ class Judge:
             piece.share < 1.0 and rate > 0 for piece, rate in zip(part, traffic.rate, strict=True)
         ):
             return False
-        return not answer["short"] or keeps_up(traffic, self.profiles[kind], slots, self.rank_of(part))
+        return not is_inconclusive(answer) or keeps_up(traffic, self.profiles[kind], slots, self.rank_of(part))
 
     def fits(self, part: Part, kind: int, tries: int = TRIES) -> int | None:
         """Slots with which the twin accepts a GPU, with all the headroom and without, or None if none were found.
@@ -356,6 +357,12 @@ def best_configuration(answers: Sequence[tuple[float, float, float]]) -> int:
         most = max(answers[i][column] for i in kept)
         kept = [i for i in kept if answers[i][column] >= (1 - ALIKE) * most]
     return min(kept, key=lambda i: (answers[i][2], i))
+
+
+def is_inconclusive(answer: dict[str, Any]) -> bool:
+    """Whether a run of the twin ended too soon to say who would starve."""
+    asked = sum(adapter["arrived"] > 0 for adapter in answer["adapters"].values())
+    return bool(answer["short"] or (asked and len(answer["unjudged_adapters"]) == asked))
 
 
 def keeps_up(traffic: Traffic, profile: Profile, slots: int, max_rank: int) -> bool:

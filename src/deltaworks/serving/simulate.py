@@ -186,6 +186,7 @@ def _no_start(workload: Workload, requests: Requests, kv_tokens: int) -> dict[st
         oldest_wait_s=np.zeros(groups),
         served_share=np.where(arrived_of > 0, 0.0, 1.0),
         starved=arrived_of > 0,
+        unjudged=np.zeros(groups, bool),
     )
     return {
         "throughput_tps": 0.0,
@@ -286,11 +287,12 @@ def _round_up(seconds: float) -> float:
 
 
 def _verdict(workload: Workload, served: starvation.Service) -> dict[str, Any]:
-    """Who starves: ``starved``, and the names of the adapters."""
-    names = [adapter.name for adapter, starved in zip(workload.adapters, served.starved, strict=False) if starved]
-    if served.starved[-1]:
-        names.append(BASE_MODEL)
-    return {"starved": bool(names), "starved_adapters": names}
+    """Who starves, and of whom the run says nothing: ``starved``, and the names of the adapters."""
+    names = [*(adapter.name for adapter in workload.adapters), BASE_MODEL]
+    starved, unjudged = (
+        [names[place] for place in np.flatnonzero(which)] for which in (served.starved, served.unjudged)
+    )
+    return {"starved": bool(starved), "starved_adapters": starved, "unjudged_adapters": unjudged}
 
 
 def _adapters(workload: Workload, served: starvation.Service) -> dict[str, dict[str, Any]]:

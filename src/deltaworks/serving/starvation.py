@@ -7,6 +7,8 @@ It starves as well when it is let in so seldom that a tenth of what it asks in t
 first token for more than a tenth of the run, even if its queue happens to be empty when time is up; the crowd of
 requests at the start of a run is no sign of that. Requests that are being served when time is up count against nobody,
 however long their answers are.
+
+An adapter of which every request waits, but none for that long, cannot be judged: the run ends too soon after them.
 """
 
 from typing import NamedTuple
@@ -36,6 +38,8 @@ class Service(NamedTuple):
         oldest_wait_s: How long the oldest waiting request has waited, (adapters + 1,) float64; 0 where none waits.
         served_share: Tokens processed and generated, of those asked for, (adapters + 1,) float64; 1 where none were.
         starved: Whether the adapter starves, (adapters + 1,) bool.
+        unjudged: Whether the run says nothing of the adapter: it was asked and does not starve, but no token of any of
+            its requests was processed, (adapters + 1,) bool.
     """
 
     arrived: I64
@@ -45,6 +49,7 @@ class Service(NamedTuple):
     oldest_wait_s: F64
     served_share: F64
     starved: NDArray[np.bool_]
+    unjudged: NDArray[np.bool_]
 
 
 class Refused(NamedTuple):
@@ -109,15 +114,19 @@ def service(
     late = arrival_s[:arrived] >= duration_s / 2
     first_s = np.where(silent, duration_s, first_token_s[:arrived]) - arrival_s[:arrived]
     slow, recent = total(late & (first_s > long_s) & ~rejected, tokens), total(late, tokens)
+    starved = (unserved + queued >= STARVED_DEFICIT * np.maximum(offered, 1)) | (
+        slow >= STARVED_DEFICIT * np.maximum(recent, 1)
+    )
+    asked, served, waits = total(slice(None)) + refused_of, total(slice(None), made), total(waiting)
     return Service(
-        arrived=total(slice(None)) + refused_of,
+        arrived=asked,
         completed=total(of == server.COMPLETED),
-        waiting=total(waiting),
+        waiting=waits,
         rejected=total(rejected) + refused_of,
         oldest_wait_s=oldest_wait_s,
-        served_share=np.where(offered > 0, total(slice(None), made) / np.maximum(offered, 1), 1.0),
-        starved=(unserved + queued >= STARVED_DEFICIT * np.maximum(offered, 1))
-        | (slow >= STARVED_DEFICIT * np.maximum(recent, 1)),
+        served_share=np.where(offered > 0, served / np.maximum(offered, 1), 1.0),
+        starved=starved,
+        unjudged=~starved & (waits > 0) & (served == 0) & (total(of == server.RUNNING) == 0),
     )
 
 
