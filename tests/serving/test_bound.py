@@ -1,5 +1,6 @@
 """The lower bound, the groups and costs behind it, and placements that must be near it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from small_server import SMALL, check_placement, judge, workload
 
 from deltaworks.serving import partition
 from deltaworks.serving.bound import Capacities, Relaxation
+from deltaworks.serving.estimate import STEP_MS, UTILISATION, Traffic, estimate, traffic_of
 from deltaworks.serving.groups import MOST, group
 from deltaworks.serving.judge import Demand, Judge
 from deltaworks.serving.parts import part_of
 from deltaworks.serving.placement import attempt, place
-from deltaworks.serving.profile import find_profile
+from deltaworks.serving.profile import Profile, find_profile
 from deltaworks.serving.surrogate import find_surrogate
 from deltaworks.serving.workload import parse_workload, requests_of
 
@@ -76,6 +78,48 @@ def test_what_adapters_cost_is_what_the_twin_can_take(lengths: dict[str, Any], r
     capacities = Capacities(asker, 0)
     # The bound's capacity is at 10% more traffic, of which up to a tenth may be lost.
     assert capacities.weight.sum() * float(capacities.columns[0].max()) == pytest.approx(1.0, rel=0.2)
+
+
+def equal_adapters(count: int, rate: float) -> Traffic:
+    return traffic_of(workload([{"count": count, "rank": 8, "rate": rate}]))
+
+
+def full_rate(profile: Profile, count: int) -> float:
+    """The rate of equal adapters at which they need all of one GPU's time."""
+    low, high = 0.0, 1000.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        is_full = estimate(equal_adapters(count, middle), profile, count, 8)[UTILISATION] >= 1.0
+        low, high = (low, middle) if is_full else (middle, high)
+    return low
+
+
+@pytest.mark.parametrize("decode_prefill", [0.0, 1e-4, 1e-3, 4e-3])
+def test_what_decoding_costs_beside_prompts_is_part_of_what_adapters_cost(decode_prefill: float) -> None:
+    profile = replace(SMALL, step=replace(SMALL.step, decode_prefill=decode_prefill))
+    rate = full_rate(profile, 8)
+    for gpus in (1, 2, 5):
+        assert partition.weights(equal_adapters(8 * gpus, rate), profile, gpus).sum() == pytest.approx(gpus, rel=0.03)
+    traffic = equal_adapters(8, rate)
+    without = partition.resources(traffic, SMALL, 1)[:, partition.COMPUTE]
+    taken = partition.resources(traffic, profile, 1)[:, partition.COMPUTE]
+    step_s = estimate(traffic, profile, 8, 8)[STEP_MS] / 1000
+    decodes, prefill = (float((traffic.rate * tokens).sum()) * step_s for tokens in (traffic.output, traffic.prompt))
+    assert (taken - without).sum() == pytest.approx(decode_prefill / 1000 * decodes * prefill / step_s)
+
+
+@pytest.mark.parametrize(("kinds", "ratio"), [
+    pytest.param((MIDDLE, MIDDLE), 1.0, id="the same lengths"),
+    # The one has all the prompts, the other decodes nearly all: each pays half of what meets.
+    pytest.param(({**MIDDLE, "input_mean": 1000, "output_mean": 2}, {**MIDDLE, "input_mean": 2, "output_mean": 1000}),
+                 1.0, id="prompts of one meet answers of the other"),
+    pytest.param(({**MIDDLE, "input_mean": 200, "output_mean": 100}, MIDDLE), 2.0, id="twice as long"),
+])  # fmt: skip
+def test_prompts_and_answers_share_what_they_cost_together(kinds: tuple[Any, Any], ratio: float) -> None:
+    asked = workload([{"name": n, "rank": 8, "rate": 1.0, "lengths": own} for n, own in zip("ab", kinds, strict=True)])
+    profile = replace(SMALL, step=replace(SMALL.step, decode_prefill=0.01))
+    more = partition.resources(traffic_of(asked), profile, 1) - partition.resources(traffic_of(asked), SMALL, 1)
+    assert more[0, partition.COMPUTE] / more[1, partition.COMPUTE] == pytest.approx(ratio)
 
 
 def test_the_api_server_limits_short_requests() -> None:

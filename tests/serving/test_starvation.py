@@ -107,7 +107,7 @@ def test_who_starves(what: str, rows: list[dict[str, Any]], starved: list[str]) 
 @pytest.mark.parametrize(("rows", "starved", "unjudged"), [
     pytest.param([request(0, "a"), request(599.999, "b")], [], ["b"], id="the only request comes at the bell"),
     pytest.param([request(0, "a"), *[request(600, "b", 100, 5000)] * 3], [], ["b"], id="several do, and none can end"),
-    pytest.param([request(600, "a"), request(600, "")], [], ["a", BASE_MODEL], id="all that is asked comes at the bell"),
+    pytest.param([request(600, "a"), request(600, "")], [], ["a", BASE_MODEL], id="everything comes at the bell"),
     pytest.param([*BUSY, request(550, "cold")], [], ["cold"], id="it waits, but not for a tenth of the run"),
     pytest.param([*BUSY, request(530, "cold")], ["cold"], [], id="it waits for more than that, and starves"),
     pytest.param([request(300, "b"), request(599.999, "b")], [], [], id="a request of the adapter was served before"),

@@ -183,8 +183,8 @@ def _answer(answer: dict[str, Any], profile: str, slots: int) -> None:
     elif unjudged:
         others = "" if len(unjudged) == asked else "; the others are not starved"
         typer.echo(
-            f"CANNOT BE JUDGED: {listed(unjudged)} ({len(unjudged):,} of {asked:,} that ask), the run ends before any of"
-            f" their requests is served; {server}{others}\n"
+            f"CANNOT BE JUDGED: {listed(unjudged)} ({len(unjudged):,} of {asked:,} that ask), the run ends before any"
+            f" of their requests is served; {server}{others}\n"
         )
     else:
         typer.echo(f"{server}: not starved\n")

@@ -124,7 +124,8 @@ def idle(profile: Profile, judge: Judge) -> dict[str, Any]:
     """What the twin would say of a GPU with nothing to do."""
     return {
         "throughput_tps": 0.0, "offered_tps": 0.0, "starved": False, "starved_adapters": [], "unjudged_adapters": [],
-        "starved_server": False, "memory_error": False, "kv_tokens": profile.kv_tokens(1, judge.rank_of(())), "adapters": {}, "notes": [],
+        "starved_server": False, "memory_error": False, "adapters": {}, "notes": [],
+        "kv_tokens": profile.kv_tokens(1, judge.rank_of(())),
         "requests": {"arrived": 0, "completed": 0, "running": 0, "waiting": 0, "rejected": 0},
         "ttft_ms": {"mean": None, "p50": None, "p99": None}, "itl_ms": {"mean": None, "p50": None, "p99": None},
     }  # fmt: skip
@@ -146,8 +147,8 @@ def notes(gpus: list[dict[str, Any]], judge: Judge) -> list[str]:
         found.append(f"on {short[0][0]}, {short[0][1]}")
     if unjudged := sorted({name for answer in said for name in answer["unjudged_adapters"]}):
         found.append(
-            f"{counted(len(unjudged), 'adapter')} cannot be judged, because the run ends before any of their requests on"
-            f" a GPU is served: {listed(unjudged)}; give a longer duration to have them judged"
+            f"{counted(len(unjudged), 'adapter')} cannot be judged, because the run ends before any of their requests"
+            f" on a GPU is served: {listed(unjudged)}; give a longer duration to have them judged"
         )
     if any(a["share"] < 1 for gpu in gpus for a in gpu["adapters"]):
         found.append("some adapters are served by several GPUs; routes.json says which share of requests each takes")

@@ -22,7 +22,8 @@ def resources(traffic: Traffic, profile: Profile, gpus: int) -> F64:
     """Estimated load of each adapter on a busy GPU: seconds per second of four resources, (adapters, 4) float64.
 
     An adapter costs the time of its tokens and, for every step in which it is busy, the time of one more adapter in the
-    batch; how long a step is follows from ``1 / gpus`` of all the traffic. On a busy GPU the KV cache is full, so the
+    batch; how long a step is follows from ``1 / gpus`` of all the traffic. What prompts and decoding requests cost
+    beside each other (``decode_prefill``) is shared equally between the two. On a busy GPU the KV cache is full, so the
     fixed time of a step is shared in proportion to the KV cache that requests hold. The API server works beside the
     GPU, so that either may be the one that limits a server.
 
@@ -45,6 +46,10 @@ def resources(traffic: Traffic, profile: Profile, gpus: int) -> F64:
     held_tokens = traffic.output * (traffic.prompt + traffic.spread / 2 + profile.server.block_size / 2)
     token = (costs[twin.PER_DECODE] + costs[twin.PER_RUNNING] + costs[twin.LORA_DECODE]) * traffic.output
     token += (costs[twin.PER_PREFILL] + costs[twin.LORA_PREFILL]) * traffic.prompt
+    # Decoding requests and prompt tokens in a mean step of one GPU.
+    in_step = step_s * traffic.rate / gpus
+    decodes, prefill = float((in_step * traffic.output).sum()), float((in_step * traffic.prompt).sum())
+    token += costs[twin.DECODE_PREFILL] * (decodes * traffic.prompt + prefill * traffic.output) / 2
     found[:, COMPUTE] = traffic.rate * (token + costs[twin.PER_CONTEXT] * held_tokens)
     fixed_s = costs[twin.BASE] + costs[twin.QUEUE] + costs[twin.LORA]
     kv_share = np.maximum(
