@@ -57,6 +57,21 @@ LISTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"heads": {"0": 4, "1": 5, "2": 6, "3": 7}}, {"heads": {"0": 5, "1": 6, "2": 7, "3": 6, "4": 7}}),
     ({"attn_config": {"kinds": [1, 2, 3, 4]}}, {"attn_config": {"kinds": [2, 3, 4, 3, 4]}}),
     ({"hybrid_override_pattern": "M-M*"}, {"hybrid_override_pattern": "-M*M*"}),
+    ({"sliding_window_pattern": "LLLG", "layer_types": [S, S, S, F]},
+     {"sliding_window_pattern": "LLGLG", "layer_types": [S, S, F, S, F]}),
+    ({"model_type": "exaone4", "sliding_window_pattern": "LG"},
+     {"model_type": "exaone4", "sliding_window_pattern": "GLGLG"}),
+    ({"layers_block_type": ["mamba", "hybrid", "mamba", "mamba"], "hybrid_layer_ids": [1]},
+     {"layers_block_type": ["hybrid", "mamba", "mamba", "mamba", "mamba"], "hybrid_layer_ids": [0]}),
+    ({"attn_layer_indices": [3]}, {"attn_layer_indices": [2, 4]}),
+    ({"cross_attention_layers": [1, 2]}, {"cross_attention_layers": [0, 1, 3]}),
+    ({"moe_layers_enum": "1,2,3"}, {"moe_layers_enum": "0,1,2,3,4"}),
+    ({"per_layer_config": {"3": {"head_dim": 8}}}, {"per_layer_config": {"2": {"head_dim": 8}, "4": {"head_dim": 8}}}),
+    ({"num_kv_shared_layers": 0}, {"num_kv_shared_layers": 0}),
+    ({"moe_layer_start_index": 0, "moe_layer_end_index": 3}, {"moe_layer_start_index": 0, "moe_layer_end_index": 4}),
+    ({"moe_layer_end_index": -1}, {"moe_layer_end_index": -1}),
+    ({"cla_share_factor": 2, "use_cla": False}, {"cla_share_factor": 2, "use_cla": False}),
+    ({"altup_active_idx": 0, "altup_num_inputs": 4}, {"altup_active_idx": 0, "altup_num_inputs": 4}),
     ({"block_types": ["r", "r", "a"]}, {"block_types": ["r", "a", "r", "a", "r"]}),
     ({"mlp_only_layers": [0, 2]}, {"mlp_only_layers": [1, 3]}),
     ({"mlp_only_layers": []}, {"mlp_only_layers": []}),
@@ -80,8 +95,11 @@ LISTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"model_type": "qwen3_next", "full_attention_interval": 4},
      {"model_type": "qwen3_next", "full_attention_interval": 4, "layer_types": [L, L, F, L, F]}),
     ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
-     {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2,
-      "layer_types": [F, S, S, S, S]}),
+     {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
+     {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3,
+      "layer_types": [F, F, S, F, S]}),
+    ({"use_sliding_window": True, "max_window_layers": 4}, {"use_sliding_window": True, "max_window_layers": 5}),
     ({"model_type": "qwen2", "use_sliding_window": False, "max_window_layers": 2},
      {"model_type": "qwen2", "use_sliding_window": False, "max_window_layers": 2}),
     ({"decoder_sparse_step": 2, "mlp_only_layers": [1]}, {"decoder_sparse_step": 1, "mlp_only_layers": [0, 1, 3]}),
@@ -105,19 +123,75 @@ def test_entries_come_from_the_model_of_the_layer() -> None:
 def test_a_pattern_that_is_kept_needs_no_list() -> None:
     config = {"num_hidden_layers": 4, "model_type": "gemma2"}
     assert follow(config, (0, 4), (2, 4), layers=4) == config | {"num_hidden_layers": 6}
+    config = {"num_hidden_layers": 4, "model_type": "exaone4", "sliding_window_pattern": "LG"}
+    assert follow(config, (0, 4), (2, 4), layers=4) == config | {"num_hidden_layers": 6}
+
+
+SHARING: list[tuple[dict[str, Any], list[tuple[int, int]], dict[str, Any]]] = [
+    ({"num_kv_shared_layers": 2}, [(0, 4)], {"num_kv_shared_layers": 2}),
+    ({"num_kv_shared_layers": 2}, [(0, 4), (2, 4)], {"num_kv_shared_layers": 4}),
+    ({"num_kv_shared_layers": 2}, [(0, 2)], {"num_kv_shared_layers": 0}),
+    ({"num_kv_shared_layers": 2}, [(0, 3)], {"num_kv_shared_layers": 1}),
+    ({"num_kv_shared_layers": 1, "layer_types": [S, F, S, S]}, [(0, 4), (3, 4)],
+     {"num_kv_shared_layers": 2, "layer_types": [S, F, S, S, S]}),
+    ({"model_type": "gemma3n_text", "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 2}, [(0, 4), (3, 4)],
+     {"model_type": "gemma3n_text", "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 3,
+      "layer_types": [S] * 5}),
+    ({"model_type": "gemma3n_text", "hidden_size_per_layer_input": 256, "num_kv_shared_layers": 2}, [(0, 4)],
+     {"model_type": "gemma3n_text", "hidden_size_per_layer_input": 256, "num_kv_shared_layers": 2}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["at the top", "in text_config"])
+@pytest.mark.parametrize(("config", "ranges", "expected"), SHARING)
+def test_layers_that_share_keys_and_values_are_counted_anew(
+    config: dict[str, Any], ranges: list[tuple[int, int]], expected: dict[str, Any], nested: bool
+) -> None:
+    def wrapped(part: dict[str, Any]) -> dict[str, Any]:
+        return {"model_type": "outer", "text_config": part} if nested else part
+
+    layers = sum(end - first for first, end in ranges)
+    found = follow(wrapped({"num_hidden_layers": 4} | config), *ranges, layers=4)
+    assert found == wrapped({"num_hidden_layers": layers} | expected)
+
+
+def test_keys_and_values_from_another_layer_than_before_are_noted() -> None:
+    own = {"num_hidden_layers": 4, "num_kv_shared_layers": 1}
+    config = copy.deepcopy(own)
+    taken = [(("a", i),) for i in (0, 1, 3)]
+    assert follow_layers(config, "a", {"a": LayeredConfig("a", own, 4)}, taken) == [
+        "layer 2 (layer 3 of a) now takes keys and values from layer 1 of a, and had them from layer 2 of its own model"
+    ]
+    assert config == {"num_hidden_layers": 3, "num_kv_shared_layers": 1}
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        ({"num_kv_shared_layers": 2}, "keys and values of its own after one that takes those of an earlier layer"),
+        ({"num_kv_shared_layers": 4, "layer_types": [S, S, S, F], "model_type": "gemma4_text",
+          "hidden_size_per_layer_input": 8}, "hidden_size_per_layer_input: 8, so a tensor outside of the layers"),
+        ({"model_type": "gemma3n_text"}, "hidden_size_per_layer_input: 256"),
+        ({"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "layer_types": [S, F, F, S]},
+         "the last layer that the slices take is of kind 'sliding_attention'"),
+        ({"use_sliding_window": True, "max_window_layers": 2}, "puts? a layer on this side of max_window_layers after"),
+        ({"moe_layer_end_index": 2}, "moe_layer_end_index: the slices put a layer without experts before"),
+        ({"cla_share_factor": 2, "use_cla": True}, "take layers in whole groups of 2"),
+        ({"num_kv_shared_layers": -1}, "num_kv_shared_layers is -1; expected a number of layers"),
         ({"expert_layer_period": 2}, "has expert_layer_period: 2, a pattern over layers that the slices break"),
         ({"moe_layer_freq": 4}, "take layers in whole groups of 4"),
         ({"first_k_dense_replace": 2}, "puts? a layer without experts after one with experts"),
     ],
-)
+)  # fmt: skip
 def test_what_no_config_can_describe_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         follow({"num_hidden_layers": 4} | config, (0, 4), (1, 4), layers=4)
+
+
+def test_a_layer_whose_keys_and_values_are_left_out_is_refused() -> None:
+    config = {"num_hidden_layers": 4, "num_kv_shared_layers": 1, "layer_types": [S, F, S, F]}
+    with pytest.raises(RecipeError, match="layer 3 of a takes keys and values from layer 1, and the slices take no"):
+        follow(config, (0, 1), (2, 4), layers=4)
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

@@ -7,26 +7,37 @@ from itertools import pairwise
 from typing import Any
 
 from deltaworks.errors import RecipeError, quoted
+from deltaworks.merging.layer_kinds import cycled, derived, implied_keys
 from deltaworks.merging.nested_config import KeyPath, at, text_paths
 
 _MOST_LAYERS = 1 << 16
 """A configuration that counts more layers than that is wrong; lists with an entry for each would fill the memory."""
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers", "decoder_layers")
 _NOT_PER_LAYER = re.compile(
-    r"architectures|.*_token_ids?|.*_ids|.*tokens|.*_range|.*_limit|.*_shape|.*_section|.*_sections|languages"
+    r"architectures|.*_token_ids?|.*(?<!layer)_ids|.*tokens|.*_range|.*_limit|.*_shape|.*_section|.*_sections|languages"
     r"|out_(features|indices)|stage_names|keys_to_.*|.*_pinpoints|.*(vision|audio|image|video|speech).*"
     r"|id2label|label2id|rope_.*|.*quant.*|talker.*|code2wav.*|auto_map|.*generation.*|task_specific_params"
 )
-_NUMBERS_OF_LAYERS = re.compile(r".*layers?(_(ids|idx|idxs|indices|indexes|list))?|.*_(idxs?|indices|indexes)")
+_NUMBERS_OF_LAYERS = re.compile(r".*layers?(_(ids|idx|idxs|indices|indexes|list|enum))?|.*_(idxs?|indices|indexes)")
 _PER_LAYER = {"layer_types", "no_rope_layers", "mlp_layer_types", "attention_layers", "nope_layers"}
 _FROM_ONE = {"kda_layers", "full_attn_layers"}
 """Lists of numbers of layers that begin at 1."""
-_PATTERN_TEXTS = ("hybrid_override_pattern",)
-"""Keys of a text with a character a layer."""
+_PATTERN_TEXT = re.compile(r"[A-Z*-]+")
+"""A text with a character a layer, under a key that ends in ``pattern``; a shorter one is repeated."""
+_NUMBERS_TEXT = re.compile(r"\d{1,6}(?:,\s*\d{1,6})*")
+"""A text that lists numbers of layers."""
 _CYCLES = ("block_types", "_block_types")
 """Lists that are repeated until every layer has an entry."""
-_FIRST_DENSE = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
-"""The number of first layers that have no experts."""
+_WINDOW = "max_window_layers"
+_DENSE = ("without experts", "with experts")
+_FIRST = {
+    "first_k_dense_replace": _DENSE,
+    "num_dense_layers": _DENSE,
+    "moe_layer_start_index": _DENSE,
+    _WINDOW: ("on this side of max_window_layers", "beyond it"),
+}
+"""Keys that count the first layers, which are of another kind than those after them; and what both are."""
+_LAST_WITH_EXPERTS = "moe_layer_end_index"
 _PERIODS = {
     "sliding_window_pattern": "layer_types",
     "_sliding_window_pattern": "layer_types",
@@ -38,35 +49,24 @@ _PERIODS = {
     "expert_layer_period": "",
     "moe_layer_freq": "",
     "moe_layer_frequency": "",
+    "moe_layer_interval": "",
+    "layer_group_size": "",
+    "cla_share_factor": "",
+    "dense_attention_every_n_layers": "",
     "decoder_sparse_step": "",
     "cross_attn_every_n_layers": "",
 }
 """Numbers by which a kind of layer comes again, and the list with an entry a layer that a loader prefers."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    """How a family tells kinds of layers where its configuration has no list of them."""
-
-    key: str
-    period: str | None
-    default: int
-    inside: str | int
-    last: str | int
-
-
-_SLIDING = ("sliding_attention", "full_attention")
-_RULES = {
-    "gemma2": _Rule("layer_types", None, 2, *_SLIDING),
-    "gpt_oss": _Rule("layer_types", None, 2, *_SLIDING),
-    "gemma3_text": _Rule("layer_types", "sliding_window_pattern", 6, *_SLIDING),
-    "cohere2": _Rule("layer_types", "sliding_window_pattern", 4, *_SLIDING),
-    "exaone4": _Rule("layer_types", "sliding_window_pattern", 4, *_SLIDING),
-    "olmo3": _Rule("layer_types", None, 4, *_SLIDING),
-    "qwen3_next": _Rule("layer_types", "full_attention_interval", 4, "linear_attention", "full_attention"),
-    "smollm3": _Rule("no_rope_layers", "no_rope_layer_interval", 4, 1, 0),
-    "llama4_text": _Rule("no_rope_layers", "no_rope_layer_interval", 4, 1, 0),
-}
+_ONLY_IF = {"cla_share_factor": "use_cla"}
+"""Patterns that hold only where a switch is on."""
+_SHARING = "num_kv_shared_layers"
+"""The number of last layers that take keys and values from the last layer of their kind before them."""
+_SHARING_DEFAULTS = {"gemma3n_text": 15}
+_ENDS_FULL = ("gemma4_text",)
+"""Families whose loaders make the last layer one of full attention, whatever the configuration says."""
+_EMBEDDED = "hidden_size_per_layer_input"
+"""The width of what one tensor outside of the layers holds for each layer; not zero where there is such a tensor."""
+_EMBEDDED_DEFAULTS = {"gemma3n_text": 256, "gemma4_text": 256}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +111,11 @@ def follow_layers(
     before = _count(target, counts, models[leader].layers)
     layers = _Layers(sources, taken)
     notes: list[str] = []
+    _check_embedded(target, layers, before)
+    _boundaries(target, layers)
     _entries(target, layers, (), before, notes)
-    _first_dense(target, layers)
+    _check_end(target, layers)
+    _shared(target, layers, notes)
     _periods(target, layers, before)
     for key in counts or ["num_hidden_layers"]:
         target[key] = len(taken)
@@ -141,8 +144,9 @@ class _Source:
     def entries(self, path: KeyPath, key: str) -> list[Any] | None:
         """The entry of each layer under a key, as the configuration has it or as the family derives it."""
         value = at(self.config, path).get(key)
-        if isinstance(value, str | list) and key in (*_CYCLES, *_PATTERN_TEXTS) and value:
-            return [value[i % len(value)] for i in range(self.count)]
+        is_cycle = isinstance(value, list) and key in _CYCLES and len(value) > 0
+        if isinstance(value, str | list) and (is_cycle or _is_pattern(key, value)):
+            return cycled(value, self.count)
         if isinstance(value, list) and len(value) == self.count:
             return value
         if isinstance(value, dict) and value.keys() == {str(i) for i in range(self.count)}:
@@ -200,36 +204,18 @@ def _count(config: Mapping[str, Any], keys: Sequence[str], otherwise: int) -> in
     return int(config[keys[0]]) if keys else otherwise
 
 
-def derived(config: Mapping[str, Any], key: str, count: int) -> list[Any] | None:
-    """What a family puts in a list with an entry a layer where its configuration has none; None where nobody knows."""
-    kind = config.get("model_type")
-    if key == "layer_types" and kind in ("qwen2", "qwen3"):
-        slides = config.get("use_sliding_window") and config.get("sliding_window") is not None
-        first = config.get("max_window_layers", 28)
-        if slides and type(first) is not int:
-            return None
-        return [_SLIDING[0] if slides and i >= first else _SLIDING[1] for i in range(count)]
-    rule = _RULES.get(str(kind))
-    if rule is None or rule.key != key:
-        return None
-    period = config.get(rule.period, config.get(f"_{rule.period}", rule.default)) if rule.period else rule.default
-    if type(period) is not int or period < 1:
-        return None
-    return [rule.inside if (i + 1) % period else rule.last for i in range(count)]
-
-
 def _entries(target: dict[str, Any], layers: _Layers, path: KeyPath, before: int, notes: list[str]) -> None:
     """Rewrite everything in a configuration, and in those nested in it, that has an entry a layer."""
     leaders = {t[0][0] for t in layers.taken}
     found = {k: v for r in leaders for k, v in at(layers.sources[r].config, path).items()} | target
-    kind = target.get("model_type")
-    implied = (
-        [] if path else [r.key for m, r in _RULES.items() if m == kind] + ["layer_types"] * (kind in ("qwen2", "qwen3"))
-    )
+    implied = [] if path else implied_keys(target)
     for key in [*found, *(k for k in implied if k not in found)]:
         if _NOT_PER_LAYER.fullmatch(key):
             continue
         value = found.get(key)
+        if key == "per_layer_config":
+            _renumber_keys(target, key, layers, path)
+            continue
         if isinstance(value, dict) and value.keys() != {str(i) for i in range(before)}:
             if isinstance(target.get(key), dict) and key not in ("text_config", "thinker_config"):
                 _entries(target[key], layers, (*path, key), before, notes)
@@ -251,6 +237,12 @@ def _entries(target: dict[str, Any], layers: _Layers, path: KeyPath, before: int
         layers.check_alike(key, lambda s, k=key: s.entries(path, k), notes)  # type: ignore[misc]
         if key not in found and entries == derived(target, key, len(entries)):
             continue  # the loader derives the same
+        if (
+            _is_pattern(key, target.get(key))
+            and len(target[key]) < before
+            and cycled(target[key], len(entries)) == entries
+        ):
+            continue  # the pattern still tells every layer
         is_text = isinstance(value, str) and all(isinstance(entry, str) for entry in entries)
         target[key] = (
             "".join(entries)
@@ -261,46 +253,158 @@ def _entries(target: dict[str, Any], layers: _Layers, path: KeyPath, before: int
         )
 
 
+def _is_pattern(key: str, value: Any) -> bool:
+    return key.endswith("pattern") and isinstance(value, str) and bool(_PATTERN_TEXT.fullmatch(value))
+
+
+def _numbers(value: Any) -> list[int] | None:
+    """The numbers of layers that a value lists, as a list or as a text; None where it is neither."""
+    if isinstance(value, str) and _NUMBERS_TEXT.fullmatch(value):
+        return [int(n) for n in value.split(",")]
+    return value if isinstance(value, list) and all(type(n) is int for n in value) else None
+
+
 def _are_numbers(key: str, value: Any, count: int) -> bool:
     """Whether a value lists numbers of layers rather than an entry for each."""
-    if key in _PER_LAYER or not isinstance(value, list) or not value or any(type(n) is not int for n in value):
+    numbers = _numbers(value)
+    if key in _PER_LAYER or not numbers or not _NUMBERS_OF_LAYERS.fullmatch(key):
         return False
     first = 1 if key in _FROM_ONE else 0
-    in_order = all(a < b for a, b in pairwise(value))
-    return bool(_NUMBERS_OF_LAYERS.fullmatch(key)) and in_order and first <= value[0] and value[-1] < count + first
+    in_order = all(a < b for a, b in pairwise(numbers))
+    return in_order and first <= numbers[0] and numbers[-1] < count + first
 
 
 def _renumber(target: dict[str, Any], key: str, layers: _Layers, path: KeyPath) -> None:
     first = 1 if key in _FROM_ONE else 0
 
     def is_listed(source: _Source) -> list[bool]:
-        value = at(source.config, path).get(key)
-        listed = {n for n in value if type(n) is int} if isinstance(value, list) else set()
+        listed = set(_numbers(at(source.config, path).get(key)) or ())
         return [i + first in listed for i in range(source.count)]
 
-    target[key] = [i + first for i, listed in enumerate(layers.of(is_listed)) if listed]
+    numbers = [i + first for i, listed in enumerate(layers.of(is_listed)) if listed]
+    target[key] = ",".join(map(str, numbers)) if isinstance(target.get(key), str) else numbers
 
 
-def _first_dense(target: dict[str, Any], layers: _Layers) -> None:
-    """Count anew how many layers come before those with experts."""
-    for key in _FIRST_DENSE:
-        if type(target.get(key)) is not int:
+def _renumber_keys(target: dict[str, Any], key: str, layers: _Layers, path: KeyPath) -> None:
+    """Have settings of some layers, by the number of the layer, follow them."""
+
+    def settings(source: _Source) -> list[Any]:
+        value = at(source.config, path).get(key)
+        return [value.get(str(i)) if isinstance(value, dict) else None for i in range(source.count)]
+
+    target[key] = {str(i): own for i, own in enumerate(layers.of(settings)) if own is not None}
+
+
+def _boundaries(target: dict[str, Any], layers: _Layers) -> None:
+    """Count anew how many layers come before those of another kind."""
+    for key, (first, then) in _FIRST.items():
+        if type(target.get(key)) is not int or (key == _WINDOW and not _has_window(target)):
             continue
-        dense = layers.of(lambda s, k=key: _is_dense(s, k))  # type: ignore[misc]
-        if True in dense[dense.index(False) :] if False in dense else False:
+        flags = layers.of(lambda s, k=key: _is_first(s, k))  # type: ignore[misc]
+        if flags == sorted(flags, reverse=True):
+            target[key] = sum(flags)
+        elif key != _WINDOW or not (isinstance(target.get("layer_types"), list) or implied_keys(target)):
             raise RecipeError(
-                f"{key}: the slices put a layer without experts after one with experts, which config.json cannot"
-                " describe; take the first layers first"
+                f"{key}: the slices put a layer {first} after one {then}, which config.json cannot describe; take the"
+                " first layers first"
             )
-        target[key] = sum(dense)
+    end = target.get(_LAST_WITH_EXPERTS)
+    if type(end) is int and end >= 0:
+        flags = layers.of(lambda s: _is_first(s, _LAST_WITH_EXPERTS, 1))
+        if flags != sorted(flags, reverse=True) or not any(flags):
+            raise RecipeError(
+                f"{_LAST_WITH_EXPERTS}: the slices put a layer without experts before one with experts, which"
+                " config.json cannot describe; take the last layers last"
+            )
+        target[_LAST_WITH_EXPERTS] = sum(flags) - 1
 
 
-def _is_dense(source: _Source, key: str) -> list[bool]:
-    """Whether each layer of a model comes before those with experts."""
+def _has_window(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("use_sliding_window")) and config.get("sliding_window", 4096) is not None
+
+
+def _is_first(source: _Source, key: str, more: int = 0) -> list[bool]:
+    """Whether each layer of a model is among the first ones, which a key counts; `more` is added to the count."""
     first = source.config.get(key)
     if first is not None and type(first) is not int:
         raise source.wrong(key, "a number of layers")
-    return [i < (first or 0) for i in range(source.count)]
+    if more and (first is None or first < 0):
+        return [True] * source.count
+    return [i < (first or 0) + more for i in range(source.count)]
+
+
+def _check_embedded(target: dict[str, Any], layers: _Layers, before: int) -> None:
+    """Make sure that a tensor outside of the layers that holds a part for each still fits them."""
+    width = target.get(_EMBEDDED, _EMBEDDED_DEFAULTS.get(str(target.get("model_type"))))
+    if width and [index for (_, index), *_ in layers.taken] != list(range(before)):
+        raise RecipeError(
+            f"config.json has {_EMBEDDED}: {quoted(width, 60)}, so a tensor outside of the layers holds a part for each"
+            " layer, in their order; no layer can be left out, repeated or moved: take all layers in order"
+        )
+
+
+def _check_end(target: dict[str, Any], layers: _Layers) -> None:
+    """Make sure that a loader that changes the kind of the last layer has nothing to change."""
+    last = layers.of(_kinds)[-1]
+    if target.get("model_type") in _ENDS_FULL and last not in (None, "full_attention"):
+        raise RecipeError(
+            f"the last layer that the slices take is of kind {quoted(last, 60)}, and loaders of this family take it as"
+            " full_attention; end with a layer of that kind"
+        )
+
+
+def _shared(target: dict[str, Any], layers: _Layers, notes: list[str]) -> None:
+    """Count anew the last layers, which take keys and values from the last layer of their kind before them."""
+    own = [_sharing(layers.sources[r]) for r in {t[0][0] for t in layers.taken}]
+    if not any(own):
+        return
+    shares = layers.of(lambda s: [i >= s.count - _sharing(s) for i in range(s.count)])
+    if shares != sorted(shares):
+        raise RecipeError(
+            f"{_SHARING}: the slices put a layer with keys and values of its own after one that takes those of an"
+            " earlier layer, which config.json cannot describe; take the layers that share them last"
+        )
+    if _SHARING in target or sum(shares) != _SHARING_DEFAULTS.get(str(target.get("model_type")), 0):
+        target[_SHARING] = sum(shares)
+    kinds = layers.of(_kinds)
+    givers = {kind: i for i, kind in enumerate(kinds) if not shares[i]}
+    for number, ((reference, index), *_) in enumerate(layers.taken):
+        if not shares[number]:
+            continue
+        source, giver = layers.sources[reference], givers.get(kinds[number])
+        theirs = _giver(source, index)
+        if giver is None and theirs is not None:
+            raise RecipeError(
+                f"{_SHARING}: layer {index} of {source.model.name} takes keys and values from layer {theirs}, and the"
+                " slices take no earlier layer of that kind; take one before it"
+            )
+        if giver is not None and layers.taken[giver][0] != (reference, theirs):
+            other, place = layers.taken[giver][0]
+            notes.append(
+                f"layer {number} (layer {index} of {source.model.name}) now takes keys and values from layer {place} of"
+                f" {layers.sources[other].model.name}, and had them from layer {theirs} of its own model"
+            )
+            return
+
+
+def _sharing(source: _Source) -> int:
+    """How many of the last layers of a model take keys and values from an earlier one."""
+    number = source.config.get(_SHARING, _SHARING_DEFAULTS.get(str(source.config.get("model_type")), 0))
+    if number is None:
+        return 0
+    if type(number) is not int or number < 0:
+        raise source.wrong(_SHARING, "a number of layers")
+    return min(number, source.count)
+
+
+def _kinds(source: _Source) -> list[Any]:
+    return source.entries((), "layer_types") or [None] * source.count
+
+
+def _giver(source: _Source, index: int) -> int | None:
+    """The layer of a model that a layer takes keys and values from; None where there is none."""
+    kinds = _kinds(source)
+    return max((i for i in range(source.count - _sharing(source)) if kinds[i] == kinds[index]), default=None)
 
 
 def _attention_types(source: _Source) -> list[Any]:
@@ -321,6 +425,8 @@ def _periods(target: dict[str, Any], layers: _Layers, before: int) -> None:
     for key, listed in _PERIODS.items():
         period = target.get(key)
         if type(period) is not int or period < 2 or isinstance(target.get(listed), list):
+            continue
+        if key in _ONLY_IF and not target.get(_ONLY_IF[key]):
             continue
         if all((i - index) % period == 0 for i, ((_, index), *_) in enumerate(layers.taken)):
             continue
