@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from families import random_tensors, read_model, shapes, write_model
+from families import random_tensors, read_model, recipe, shapes, write_family, write_model
+from merges import merge
 from safetensors.numpy import save_file
 
 from deltaworks.catalog.register import register
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.checkpoint import open_checkpoint
 from deltaworks.checkpoints.reader import ByteCounter
+from deltaworks.checkpoints.unread import unread_weights
 from deltaworks.errors import ChangedError, CheckpointError
+from deltaworks.merging.manifest import MANIFEST
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00002.safetensors"
@@ -227,3 +230,58 @@ def test_a_pointer_for_a_tokenizer_that_is_no_json(catalog: Catalog, sharded: Pa
     (sharded / "tokenizer.model").write_bytes(POINTER)
     with pytest.raises(CheckpointError, match=r"tokenizer.model is a Git LFS pointer"):
         register(catalog, "m", str(sharded))
+
+
+# Weights that no loader looks for
+
+
+def renamed(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name.replace("model.layers", "layers"): 2 * value for name, value in tensors.items()}
+
+
+def halves(tensors: dict[str, Any]) -> list[dict[str, Any]]:
+    names = sorted(tensors)
+    return [{n: tensors[n] for n in half} for half in (names[::2], names[1::2])]
+
+
+UNREAD = [
+    pytest.param(lambda t: {"consolidated.safetensors": renamed(t)}, [("consolidated.safetensors",)], id="Mistral's"),
+    pytest.param(lambda t: {"model.fp16.safetensors": t}, [("model.fp16.safetensors",)], id="a variant"),
+    pytest.param(
+        lambda t: {f"old-0000{i}-of-00002.safetensors": half for i, half in enumerate(halves(t), 1)},
+        [("old-00001-of-00002.safetensors", "old-00002-of-00002.safetensors")],
+        id="another set of shards",
+    ),
+    pytest.param(lambda t: {"old-00001-of-00002.safetensors": dict(list(t.items())[:1])}, [], id="a part of a set"),
+    pytest.param(lambda _: {"vision.safetensors": {"a": np.zeros((3, 5), np.float32)}}, [], id="another model"),
+    pytest.param(lambda t: {"optimizer.safetensors": t}, [], id="the state of a training run"),
+    pytest.param(lambda t: {"model-00001-of-00001.safetensors": t}, [("model-00001-of-00001.safetensors",)], id="one"),
+]
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize(("others", "expected"), UNREAD)
+def test_weights_beside_those_of_the_model_are_found(
+    tmp_path: Path, others: Callable[[dict[str, Any]], dict[str, dict[str, Any]]], expected: list[Any], shards: int
+) -> None:
+    path = write_model(tmp_path / "m", tensors := random_tensors(0, shapes()), shards)
+    for name, content in others(tensors).items():
+        save_file(content, path / name)
+    assert unread_weights(opened(path)) == expected
+
+
+def test_a_damaged_file_beside_the_weights_is_passed_over(sharded: Path) -> None:
+    (sharded / "consolidated.safetensors").write_bytes(b"\xff" * 64)
+    assert unread_weights(opened(sharded)) == []
+
+
+def test_a_merge_names_weights_that_it_does_not_read(catalog: Catalog, tmp_path: Path) -> None:
+    family = write_family(tmp_path, experts=1)
+    save_file(renamed(family["expert0"]), tmp_path / "expert0" / "consolidated.safetensors")
+    text = recipe("task_arithmetic", tmp_path, listed=("expert0",), parameters="weight: 0.5")
+    merge(catalog, text, tmp_path / "out")
+    (note,) = json.loads((tmp_path / "out" / MANIFEST).read_text())["notes"]
+    assert note == (
+        "'consolidated.safetensors' is not read: expert0 has weights of the same shapes in"
+        " 'model-00001-of-00002.safetensors', which transformers loads"
+    )

@@ -69,7 +69,10 @@ def test_trusted_code_is_copied_with_what_it_imports(catalog: Catalog, tmp_path:
     ("change", "message"),
     [
         ({"auto_map": {"AutoModel": "gone_x.XModel"}}, r"base names custom code in gone_x.py, and .* has no such file"),
-        ({"auto_map": {"AutoModel": "../../etc.X"}}, "which is no module"),
+        ({"auto_map": {"AutoModel": "modeling_x"}}, "names custom code as 'modeling_x'; expected a module"),
+        ({"auto_map": {"AutoModel": "modeling_x."}}, "names custom code as 'modeling_x.'; expected a module"),
+        ({"auto_map": {"AutoModel": ""}}, "names custom code as ''; expected a module"),
+        ({"auto_map": {"AutoModel": "../../etc.X"}}, "names custom code as '../../etc.X'; expected a module"),
     ],
 )
 def test_code_that_cannot_be_copied(
@@ -79,6 +82,44 @@ def test_code_that_cannot_be_copied(
     with pytest.raises(CheckpointError, match=message):
         merge(catalog, text(family), tmp_path / "out", TRUST)
     merge(catalog, text(family), tmp_path / "out")
+
+
+MALFORMED: list[Any] = [
+    {"auto_map": 5},
+    {"auto_map": True},
+    {"auto_map": "modeling_x.XForCausalLM"},
+    {"auto_map": [1]},
+    {"auto_map": [["modeling_x.XForCausalLM"], 1]},
+    {"auto_map": {"AutoModel": 5}},
+    {"auto_map": {"AutoModel": [["modeling_x.XForCausalLM"]]}},
+    {"auto_map": {"AutoModel": {"impl": "modeling_x.XForCausalLM"}}},
+    {"custom_pipelines": ["modeling_x.Pipeline"]},
+    {"custom_pipelines": {"one": "modeling_x.Pipeline"}},
+    {"custom_pipelines": {"one": {"impl": 5}}},
+]
+
+
+@pytest.mark.parametrize("options", [None, TRUST], ids=["untrusted", "trusted"])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("change", MALFORMED, ids=str)
+def test_what_names_code_in_no_known_way_is_noted_and_left_out(
+    catalog: Catalog, tmp_path: Path, family: Path, file: str, change: Any, options: MergeOptions | None
+) -> None:
+    (family / "base" / "config.json").write_text(json.dumps(CONFIG))
+    (family / "base" / "tokenizer_config.json").write_text("{}")
+    (family / "base" / file).write_text(json.dumps((CONFIG if file == "config.json" else {}) | {"part": change}))
+    result = merge(catalog, text(family), tmp_path / "out", options)
+    ((key, value),) = change.items()
+    assert result.notes == (f"{key} in {file} of base is {value!r}, which names no classes; the output leaves it out",)
+    assert key not in (tmp_path / "out" / file).read_text()
+    assert not list((tmp_path / "out").glob("*.py"))
+
+
+def test_the_pair_of_an_early_tokenizer_is_followed(catalog: Catalog, tmp_path: Path, family: Path) -> None:
+    (family / "base" / "config.json").write_text(json.dumps(CONFIG))
+    (family / "base" / "tokenizer_config.json").write_text('{"auto_map": ["tokenization_x.XTokenizer", null]}')
+    result = merge(catalog, text(family), tmp_path / "out", TRUST)
+    assert ([p.name for p in (tmp_path / "out").glob("*.py")], result.notes) == (["tokenization_x.py"], ())
 
 
 IMPORTS: list[tuple[str, str, set[str]]] = [

@@ -1,6 +1,7 @@
 """Which files of a model folder hold its weights, by the order in which transformers looks for them."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +88,24 @@ def find_weight_files(path: Path, *, is_adapter: bool) -> WeightFiles:
             f"{path} holds {len(found)} safetensors files and no {INDEX}; the index is needed to read them"
         )
     raise CheckpointError(f"{path} holds no safetensors files{_what_is_there(path)}")
+
+
+def other_weights(path: Path, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """The safetensors files of a model folder that are not its weight files, shards of one set together.
+
+    Args:
+        path: the folder.
+        names: of the model's weight files; where those are shards and loaders may take a single file, or the other way
+            round, `find_weight_files` has made sure that both hold the same, and they are left out.
+    """
+    known = {ADAPTER, *names}
+    if SINGLE in known and (path / INDEX).is_file():
+        known |= set(_weight_map(path).values())
+    sets: dict[str, list[str]] = {}
+    for name in sorted(p.name for p in path.glob("*.safetensors")):
+        if name not in known and not name.startswith(_TRAINING_STATE):
+            sets.setdefault(_set_of(name) or name, []).append(name)
+    return [tuple(found) for found in sets.values()]
 
 
 def _weight_map(path: Path) -> dict[str, str]:

@@ -48,10 +48,12 @@ def settle_code(plan: Plan, models: Sequence[Model], leader: int, *, trust: bool
         CheckpointError: a model lacks code that its configuration names.
     """
     named: dict[int, list[str]] = {leader: list(_references(plan.config))}
-    for content in _sidecars(models[plan.tokenizer].path).values():
+    notes = _malformed(models[leader].name, "config.json", plan.config)
+    for path, content in _sidecars(models[plan.tokenizer].path).items():
         named.setdefault(plan.tokenizer, []).extend(_references(content))
+        notes += _malformed(models[plan.tokenizer].name, path.name, content)
     if not trust:
-        notes = [_note(models[place].name, names) for place, names in named.items() if names]
+        notes += [_note(models[place].name, names) for place, names in named.items() if names]
         return replace(plan, config=without_code(plan.config), notes=(*plan.notes, *notes))
     code: dict[str, int] = {}
     for place, names in named.items():
@@ -63,7 +65,8 @@ def settle_code(plan: Plan, models: Sequence[Model], leader: int, *, trust: bool
                         f"{models[known].name} and {models[place].name} have different code in {file}; take the"
                         " tokenizer and the configuration from one model"
                     )
-    return replace(plan, code=tuple((place, file) for file, place in code.items()))
+    config, notes = without_code(plan.config, only_malformed=True), [*plan.notes, *notes]
+    return replace(plan, config=config, notes=tuple(notes), code=tuple((place, file) for file, place in code.items()))
 
 
 def code_names(plan: Plan) -> list[str]:
@@ -72,7 +75,7 @@ def code_names(plan: Plan) -> list[str]:
 
 
 def write_code(plan: Plan, models: Sequence[Model], folder: Path) -> None:
-    """Copy a plan's custom code to its output; where it has none, have the files beside the weights name none.
+    """Copy a plan's custom code to its output, and have the files beside the weights name no other.
 
     Raises:
         CheckpointError: a file is gone, or is no file of the model.
@@ -82,18 +85,18 @@ def write_code(plan: Plan, models: Sequence[Model], folder: Path) -> None:
         if not _is_inside(name):
             raise CheckpointError(f"the plan names {quoted(name)} as custom code, which is no file of a model")
         copy_files(models[place].path, folder, [name])
-    if plan.code is None:
-        for path, content in _sidecars(folder).items():
-            if any(_references(content)):
-                write_json(path, without_code(content))
+    for path, content in _sidecars(folder).items():
+        kept = without_code(content, only_malformed=plan.code is not None)
+        if kept != content:
+            write_json(path, kept)
 
 
-def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration that names no custom code, at no level."""
+def without_code(config: Mapping[str, Any], *, only_malformed: bool = False) -> dict[str, Any]:
+    """A configuration that names no custom code, at no level; or none in a way that no loader understands."""
     return {
-        key: without_code(value) if isinstance(value, dict) else copy.deepcopy(value)
+        key: without_code(value, only_malformed=only_malformed) if isinstance(value, dict) else copy.deepcopy(value)
         for key, value in config.items()
-        if key not in _KEYS
+        if key not in _KEYS or (only_malformed and _classes(key, value) is not None)
     }
 
 
@@ -101,22 +104,28 @@ def _references(config: Mapping[str, Any]) -> Iterator[str]:
     """Classes of custom code that a configuration names: ``modeling_x.Model``, or ``org/name--modeling_x.Model``."""
     for key, value in config.items():
         if key in _KEYS:
-            yield from _texts(value)
+            yield from _classes(key, value) or ()
         elif isinstance(value, dict):
             yield from _references(value)
 
 
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        # A pipeline names code in `impl`, and other things elsewhere.
-        for key, item in value.items():
-            if "impl" not in value or key == "impl":
-                yield from _texts(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-    elif isinstance(value, str):
-        yield value
+def _classes(key: str, value: Any) -> list[str] | None:
+    """The classes that `auto_map` or `custom_pipelines` names; None where it is not what a loader understands.
+
+    `auto_map` gives each kind of model one class, or a slow and a fast tokenizer of which one may be null; files of
+    early tokenizers hold that pair alone. A pipeline names its class in ``impl``, and other things elsewhere.
+    """
+    if value is None:
+        return []
+    entries: list[Any]
+    if not isinstance(value, dict):
+        entries = [value] if isinstance(value, list) and key == "auto_map" else [0]
+    elif key == "auto_map":
+        entries = list(value.values())
+    else:
+        entries = [e.get("impl", 0) if isinstance(e, dict) else 0 for e in value.values()]
+    classes: list[Any] = [e for entry in entries for e in (entry if isinstance(entry, list) else [entry])]
+    return [e for e in classes if e is not None] if all(isinstance(e, str | None) for e in classes) else None
 
 
 def _sidecars(folder: Path) -> dict[Path, dict[str, Any]]:
@@ -127,7 +136,7 @@ def _sidecars(folder: Path) -> dict[Path, dict[str, Any]]:
 
 def _files(model: Model, references: Sequence[str]) -> list[str]:
     """Files of a model folder that hold the classes named, and those they import."""
-    waiting = [_file(model, r.rpartition(".")[0]) for r in references if "--" not in r]
+    waiting = [_file(model, reference) for reference in references if "--" not in reference]
     found: dict[str, None] = {}
     while waiting:
         name = waiting.pop()
@@ -172,10 +181,12 @@ def _imported(text: str, name: str) -> Iterator[str]:
                 yield "/".join([*target, f"{words[0]}.py"])
 
 
-def _file(model: Model, module: str) -> str:
-    if not _MODULE.fullmatch(module):
+def _file(model: Model, reference: str) -> str:
+    module, _, name = reference.rpartition(".")
+    if not _MODULE.fullmatch(module) or not name:
         raise CheckpointError(
-            f"the configuration of {model.name} names custom code in {quoted(module)}, which is no module"
+            f"the configuration of {model.name} names custom code as {quoted(reference)}; expected a module in the"
+            " model folder and a class, such as 'modeling_x.Model'"
         )
     return f"{module.replace('.', '/')}.py"
 
@@ -184,8 +195,21 @@ def _is_inside(name: str) -> bool:
     return name.endswith(".py") and bool(_MODULE.fullmatch(name.removesuffix(".py").replace("/", ".")))
 
 
+def _malformed(name: str, file: str, config: Mapping[str, Any]) -> list[str]:
+    """Notes on what names custom code in a way that no loader understands."""
+    notes = []
+    for key, value in config.items():
+        if key in _KEYS and _classes(key, value) is None:
+            notes.append(
+                f"{key} in {file} of {name} is {quoted(value, 60)}, which names no classes; the output leaves it out"
+            )
+        elif key not in _KEYS and isinstance(value, dict):
+            notes += _malformed(name, file, value)
+    return notes
+
+
 def _note(name: str, references: Sequence[str]) -> str:
-    modules = sorted({r.rpartition(".")[0] for r in references})
+    modules = sorted({r.rpartition(".")[0] or r for r in references})
     shown = ", ".join(quoted(m, 60) for m in modules[:3]) + (", ..." if len(modules) > 3 else "")
     return (
         f"{name} names custom code ({shown}), which is not copied without --trust-remote-code; the output does not"

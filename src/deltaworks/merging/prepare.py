@@ -16,7 +16,16 @@ from deltaworks.catalog.storage import is_far, read_cost
 from deltaworks.catalog.store import Catalog
 from deltaworks.catalog.tables import DeltaTable, read_table
 from deltaworks.checkpoints.reader import ByteCounter
-from deltaworks.errors import CatalogError, ChangedError, CheckpointError, DamagedError, NonFiniteError, RecipeError
+from deltaworks.checkpoints.unread import unread_weights
+from deltaworks.errors import (
+    CatalogError,
+    ChangedError,
+    CheckpointError,
+    DamagedError,
+    NonFiniteError,
+    RecipeError,
+    quoted,
+)
 from deltaworks.layers.file import LayerIndex
 from deltaworks.merging.accounting import plan_notes
 from deltaworks.merging.budget import Budget, parse_budget
@@ -177,6 +186,8 @@ class Prepared:
         parents = {r: Parent(m.name, m.checkpoint.config, m.path) for r in recipe.models() if (m := self.models[r])}
         leader = recipe.base_model or recipe.models()[0]
         others = [p for r, p in parents.items() if r != leader]
+        for reference in recipe.models():
+            self._note_unread(self.models[reference])
         notes, incompatible = compare_configs(parents[leader], others, is_sliced=recipe.is_sliced)
         if recipe.tokenizer_source is None:  # where one is asked for, vocabularies must be equal
             notes += compare_tokens(parents[leader], others)
@@ -184,6 +195,15 @@ class Prepared:
             self._note(note)
         if not self._options.allow_mismatch:
             check_compatible(incompatible)
+
+    def _note_unread(self, model: Model) -> None:
+        """Note weights beside those of a model that no loader looks for, and that may hold other values."""
+        for first, *more in unread_weights(model.checkpoint):
+            names = f"{quoted(first)} and {len(more)} more are" if more else f"{quoted(first)} is"
+            self._note(
+                f"{names} not read: {model.name} has weights of the same shapes in"
+                f" {quoted(model.checkpoint.shards[0].name)}, which transformers loads"
+            )
 
     def _compare_weights(self, recipe: Recipe) -> tuple[frozenset[str], ...]:
         """Note models that hold the same weights, or weights too far apart.
