@@ -7,7 +7,7 @@ from deltaworks.units import format_bytes, format_error, parse_bytes
 @pytest.mark.parametrize(
     ("text", "count"),
     [
-        ("1000", 1000),
+        ("1000B", 1000),
         ("5GB", 5 * 10**9),
         ("2GiB", 2 << 30),
         ("1.5 kB", 1500),
@@ -20,10 +20,19 @@ def test_amounts(text: str, count: int) -> None:
     assert parse_bytes(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "big", "-5GB", "0", "5XB", "GB", "1e9", "5 G i B", "9" * 400, "9" * 5000])
+@pytest.mark.parametrize(
+    "text", ["", "big", "-5GB", "0B", "5XB", "GB", "1e9B", "5 G i B", "9" * 400 + "B", "9" * 5000 + "B"]
+)
 def test_no_amounts(text: str) -> None:
-    with pytest.raises(UserError, match="write it like 500MB"):
+    with pytest.raises(UserError, match="is not an amount of bytes; write it like 500MB"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["5", "0", " 1000 ", "0.5", "-1", "+5", "1e9", "1E-3", ".5", "5.", "9" * 5000])
+def test_a_number_without_a_unit_is_not_an_amount(text: str) -> None:
+    with pytest.raises(UserError, match=r"^--shard-size: .* needs a unit; write it like 500MB or 2GiB$") as told:
+        parse_bytes(text, "--shard-size")
+    assert len(str(told.value)) < 250
 
 
 @pytest.mark.parametrize(

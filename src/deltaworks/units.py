@@ -2,28 +2,37 @@
 
 import re
 
-from deltaworks.errors import UserError, quoted
+from deltaworks.errors import UserError, one_line, quoted
 
 _UNITS = {"": 1} | {u: 1000 ** (i + 1) for i, u in enumerate("kmgt")}
 _UNITS |= {f"{u}i": 1024 ** (i + 1) for i, u in enumerate("kmgt")}
 
 
-def parse_bytes(text: str) -> int:
-    """A number of bytes, written like ``500MB``, ``2GiB`` or ``1000``.
+def parse_bytes(text: str, where: str = "") -> int:
+    """A number of bytes, written like ``500MB``, ``2GiB`` or ``1000B``.
+
+    Args:
+        text: the amount.
+        where: the option or key that holds it, for messages.
 
     Raises:
-        UserError: it is no amount, or less than one byte.
+        UserError: it is not an amount, has no unit, or is less than one byte.
     """
-    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]i?)?b?\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*(?:([kmgt]i?)b?|b)\s*", text.lower())
     count = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if count < 1:
-        raise UserError(f"{quoted(text)} is not an amount of bytes; write it like 500MB or 2GiB")
+        problem = (
+            f"{one_line(text.strip())} needs a unit"
+            if lacks_unit(text)
+            else f"{quoted(text)} is not an amount of bytes"
+        )
+        raise UserError(f"{where}{': ' if where else ''}{problem}; write it like 500MB or 2GiB")
     return count
 
 
 def lacks_unit(text: str) -> bool:
-    """Whether an amount is a plain number, such as ``25`` or ``0.5``: neither a share nor bytes."""
-    return re.fullmatch(r"\s*\d+(?:\.\d+)?\s*", text) is not None
+    """Whether an amount is a plain number, such as ``25``, ``-1`` or ``1e9``: neither a share nor bytes."""
+    return re.fullmatch(r"\s*[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?\s*", text) is not None
 
 
 def format_bytes(nbytes: float) -> str:

@@ -86,6 +86,8 @@ def test_mistakes_exit_with_two(shell: Shell, tmp_path: Path) -> None:
     assert "name the experts" in shell.error("analyze")
     assert "none.yml: cannot be read as a recipe" in shell.error("merge", "none.yml", "out")
     assert "is not an amount of bytes" in shell.error("merge", "ties.yml", "out", "--shard-size", "big")
+    assert "--shard-size: 5 needs a unit" in shell.error("merge", "ties.yml", "out", "--shard-size", "5")
+    assert "--layers-limit: 5 needs a unit" in shell.error("analyze", "--all", "--layers", "--layers-limit", "5")
     assert "power of two" in shell.error("merge", "ties.yml", "out", "--block-size", "5000")
     (tmp_path / "typo.yml").write_text((tmp_path / "ties.yml").read_text().replace("density", "densty"))
     assert "did you mean 'density'" in shell.error("merge", "typo.yml", "out")
@@ -258,7 +260,7 @@ def test_a_merge_within_a_budget(shell: Shell, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", [("merge", "ties.yml", "out"), ("plan", "ties.yml"), ("sweep", "ties.yml")])
 def test_a_budget_needs_a_unit(shell: Shell, command: tuple[str, ...]) -> None:
-    assert "--budget 25 needs a unit: 25% or 25B" in shell.error(*command, "--budget", "25")
+    assert "--budget: 25 needs a unit: 25% or 25B?" in shell.error(*command, "--budget", "25")
 
 
 def test_a_plan_that_reads_nothing_is_made_on_demand_only(shell: Shell) -> None:

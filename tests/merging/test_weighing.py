@@ -288,7 +288,9 @@ def test_budgets_as_people_write_them(text: str, expected: Budget) -> None:
     assert Budget(share=0.25).of(1001) == 250
 
 
-@pytest.mark.parametrize("text", ["a lot", "-5%", "101%", "5 %%", "", "0B", "9" * 400 + "%", "9" * 5000 + "B", "1e9"])
+@pytest.mark.parametrize(
+    "text", ["a lot", "-5%", "101%", "5 %%", "", "0B", "9" * 400 + "%", "9" * 5000 + "B", "1e9B", "nan", "inf"]
+)
 def test_what_is_no_budget(text: str) -> None:
     with pytest.raises(UserError, match=r"budget|more than the experts hold") as told:
         parse_budget(text)
@@ -298,18 +300,26 @@ def test_what_is_no_budget(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "advice"),
     [
-        ("25", "needs a unit: 25% or 25B"),
-        ("0", "needs a unit: 0% or 0B"),
-        ("70000", "needs a unit: 70000% or 70000B"),
-        (" 12.5 ", "needs a unit: 12.5% or 12.5B"),
-        ("0.25", "needs a unit: 25% or 0.25B"),
+        ("25", "needs a unit: 25% or 25B?"),
+        ("0", "needs a unit: 0% or 0B?"),
+        (" 12.5 ", "needs a unit: 12.5% or 12.5B?"),
+        ("0.25", "needs a unit: 25% or 0.25B?"),
+        ("70000", "needs a unit; write a share like 25%, or an amount like 2GiB"),
+        ("1e9", "needs a unit; write a share like 25%, or an amount like 2GiB"),
+        ("-1", "needs a unit; write a share like 25%, or an amount like 2GiB"),
     ],
 )
-def test_a_number_without_a_unit_is_no_budget(text: str, advice: str) -> None:
-    with pytest.raises(UserError, match=re.escape(f"--budget {text.strip()} {advice}")):
+def test_a_number_without_a_unit_is_not_a_budget(text: str, advice: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"--budget: {text.strip()} {advice}")):
         parse_budget(text, "--budget")
-    with pytest.raises(RecipeError, match=re.escape(advice)):
+    with pytest.raises(RecipeError, match=f"^x-deltaworks.budget: .* {re.escape(advice)}"):
         parse_recipe(RECIPE_WITH_BUDGET.format(text))
+
+
+@pytest.mark.parametrize("value", [".nan", "-.inf", "1.0e+400"])
+def test_a_budget_that_is_not_finite_is_named_once(value: str) -> None:
+    with pytest.raises(RecipeError, match=r"^x-deltaworks.budget: '-?(nan|inf)' is not a budget; write a share"):
+        parse_recipe(RECIPE_WITH_BUDGET.format(value))
 
 
 RECIPE_WITH_BUDGET = "merge_method: linear\nmodels: [{{model: a}}]\nx-deltaworks: {{budget: {}}}\n"

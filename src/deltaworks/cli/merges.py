@@ -151,7 +151,7 @@ def merge(
 
     progress = make_progress(quiet=quiet)
     options = MergeOptions(
-        parse_bytes(shard_size),
+        parse_bytes(shard_size, "--shard-size"),
         seed,
         block_size,
         threads,
@@ -213,7 +213,7 @@ def plan(
     from deltaworks.units import parse_bytes
 
     options = MergeOptions(
-        parse_bytes(shard_size),
+        parse_bytes(shard_size, "--shard-size"),
         seed,
         block_size,
         threads,

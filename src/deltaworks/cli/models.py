@@ -104,7 +104,7 @@ def analyze(
 
     if bool(names) == every:
         raise UserError("name the experts to analyze, or give --all")
-    limit = parse_bytes(layers_limit) if layers_limit else None
+    limit = parse_bytes(layers_limit, "--layers-limit") if layers_limit else None
     progress = make_progress(quiet=quiet)
     results = []
     with Catalog(catalog) as opened:

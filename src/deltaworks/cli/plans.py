@@ -132,7 +132,7 @@ def sweep(
     for one in budgets:
         parse_budget(one, "--budget")
     options = MergeOptions(
-        parse_bytes(shard_size),
+        parse_bytes(shard_size, "--shard-size"),
         seed,
         block_size,
         threads,

@@ -31,15 +31,21 @@ def parse_budget(text: str, where: str = "budget") -> Budget:
     """
     if match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text):
         if float(match[1]) > 100:
-            raise UserError(f"{where} {quoted(text.strip())} is more than the experts hold; 100% reads everything")
+            raise UserError(f"{where}: {quoted(text.strip())} is more than the experts hold; 100% reads everything")
         return Budget(share=float(match[1]) / 100)
     if lacks_unit(text):
-        number = one_line(text.strip())
-        share = f"{100 * float(number):g}%" if len(number) < 30 and 0 < float(number) < 1 else f"{number}%"
-        raise UserError(f"{where} {number} needs a unit: {share} or {number}B")
+        raise UserError(f"{where}: {one_line(text.strip())} needs a unit{_suggestion(text.strip())}")
     try:
         return Budget(nbytes=parse_bytes(text))
     except UserError as error:
         raise UserError(
             f"{where}: {quoted(text)} is not a budget; write a share like 25%, or an amount like 2GiB"
         ) from error
+
+
+def _suggestion(number: str) -> str:
+    """The end of a message about a number without a unit: what may have been meant."""
+    if re.fullmatch(r"\d{1,15}(?:\.\d{1,15})?", number) and float(number) <= 100:
+        share = f"{100 * float(number):g}%" if 0 < float(number) < 1 else f"{number}%"
+        return f": {share} or {number}B?"
+    return "; write a share like 25%, or an amount like 2GiB"

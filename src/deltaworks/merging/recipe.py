@@ -187,7 +187,7 @@ class _Reader:
         if budget is not None:
             budget = budget if isinstance(budget, str) else quoted(budget)
             try:
-                parse_budget(budget, f"{EXTENSION}.budget:")
+                parse_budget(budget, f"{EXTENSION}.budget")
             except UserError as error:
                 raise RecipeError(str(error)) from error
         for name, value in switches.items():
