@@ -354,7 +354,7 @@ def test_where_a_model_came_from_and_where_it_went(shell: Shell, tmp_path: Path)
     assert shell.json("lineage", "base")["experts"] == ["expert0", "expert1", "expert2", "first"]
     assert "did you mean 'expert1'" in shell.error("lineage", "expert11")
     shutil.rmtree(tmp_path / "out2")
-    assert "(deleted)" in shell.run("lineage", "expert2").stdout
+    assert "(gone)" in shell.run("lineage", "expert2").stdout
     assert shell.json("lineage", "out2")["plan_digest"] == again["plan_digest"]
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -374,11 +374,17 @@ class Catalog:
         """The text of every plan whose digest begins with `prefix`."""
         return [row[1] for row in self._sound("plans", "WHERE substr(digest, 1, ?) = ?", len(prefix), prefix)]
 
-    def unused_plans(self) -> list[tuple[str, int]]:
-        """Digest and bytes of every plan that no recorded snapshot and no unfinished merge was made by."""
+    def unused_plans(self, without: Collection[Path] = ()) -> list[tuple[str, int]]:
+        """Digest and bytes of every plan that no recorded snapshot and no unfinished merge was made by.
+
+        Args:
+            without: folders of snapshots that do not count.
+        """
         return self._rows(
             "SELECT digest, length(CAST(content AS BLOB)) FROM plans WHERE digest NOT IN"
-            " (SELECT plan_digest FROM snapshots UNION SELECT plan_digest FROM stagings) ORDER BY made_at, digest"
+            " (SELECT plan_digest FROM snapshots WHERE path NOT IN (SELECT value FROM json_each(?))"
+            " UNION SELECT plan_digest FROM stagings) ORDER BY made_at, digest",
+            json.dumps([str(path) for path in without]),
         )
 
     def drop_unused_plans(self) -> list[tuple[str, int]]:
@@ -415,6 +421,14 @@ class Catalog:
                     "UPDATE snapshots SET committed_at = datetime(?, 'unixepoch') WHERE path = ?", [(when, str(path))]
                 )
             self._write("DELETE FROM stagings WHERE out = ?", [(str(path),)])
+
+    def drop_snapshots(self, paths: Iterable[Path]) -> None:
+        """Forget merged models, given by their folders.
+
+        Raises:
+            DeltaworksError: the database cannot be written.
+        """
+        self._write("DELETE FROM snapshots WHERE path = ?", [(str(path),) for path in paths])
 
     def snapshots(self) -> list[tuple[Path, str, dict[str, Any], str]]:
         """Path, plan digest, manifest and time of every committed snapshot, newest last.

@@ -47,23 +47,24 @@ def lineage(
 def _snapshot(facts: dict[str, Any]) -> None:
     when = f" on {facts['committed_at']} UTC" if facts["committed_at"] else ""
     budget = "no budget" if facts["budget_bytes"] is None else f"a budget of {format_bytes(facts['budget_bytes'])}"
-    typer.echo(f"{facts['snapshot']}, made{when} by {facts['method']} with {budget}")
+    typer.echo(f"{facts['snapshot']}{_gone(facts['present'])}, made{when} by {facts['method']} with {budget}")
     typer.echo(f"plan {facts['plan_digest']}, predicted error {format_error(facts['predicted_error'])}\n")
     for row in facts["inputs"]:
-        origin = f", itself a merge: {row['snapshot']}" if row["snapshot"] else ""
+        origin = f", itself a merge: {row['snapshot']}{_gone(row['snapshot_present'])}" if row["snapshot"] else ""
         if row["role"] == "base":
             typer.echo(f"  base    {row['name']} ({row['fingerprint'][:12]}){origin}")
         else:
             typer.echo(f"  expert  {row['name']} ({row['fingerprint'][:12]}){origin}: {_taken(row)}")
     if facts["used_by"]:
-        typer.echo(f"\nused by {', '.join(facts['used_by'])}")
+        users = [f"{path}{_gone(path not in facts['used_by_gone'])}" for path in facts["used_by"]]
+        typer.echo(f"\nused by {', '.join(users)}")
     if facts["recipe"]:
         typer.echo("\nrecipe:\n" + "\n".join(f"  {line}" for line in facts["recipe"].rstrip().splitlines()))
 
 
 def _model(facts: dict[str, Any]) -> None:
     of = f" of {facts['base']}" if facts["base"] else ""
-    origin = f", a merge: {facts['snapshot']}" if facts["snapshot"] else ""
+    origin = f", a merge: {facts['snapshot']}{_gone(facts['snapshot_present'])}" if facts["snapshot"] else ""
     typer.echo(f"{facts['name']}, {facts['kind']}{of} ({facts['fingerprint'][:12]}){origin}")
     if facts["experts"]:
         typer.echo(f"experts: {', '.join(facts['experts'])}")
@@ -72,10 +73,14 @@ def _model(facts: dict[str, Any]) -> None:
         return
     typer.echo("\nmade from it; removing it would leave these without a source:")
     for row in facts["used_by"]:
-        notes = "" if row["present"] else " (deleted)"
+        notes = _gone(row["present"])
         notes += "" if row["is_current"] else f" (from what {facts['name']} held before)"
         part = "as the base" if row["role"] == "base" else _taken(row)
         typer.echo(f"  {row['snapshot']}{notes}, {row['method']}, {part}")
+
+
+def _gone(is_present: bool) -> str:
+    return "" if is_present else " (gone)"
 
 
 def _taken(row: dict[str, Any]) -> str:

@@ -162,6 +162,14 @@ def gc(
     plans: Annotated[
         bool, typer.Option("--plans", help="Also delete plans that no recorded merged model uses.")
     ] = False,
+    gone: Annotated[
+        bool,
+        typer.Option(
+            "--gone",
+            help="Also delete the records of merged models whose folders are gone, unless one that is there was made"
+            " from them.",
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be deleted, and delete nothing.")] = False,
     catalog: CatalogPath = None,
     quiet: Quiet = False,
@@ -170,15 +178,17 @@ def gc(
     """Delete what the catalog no longer needs.
 
     That is statistics of models that are no longer registered, what killed processes and failed merges left, and
-    damaged rows of the catalog. Layers and plans are deleted only on request: the layers of the experts NAME or of all
-    experts (--layers), which `deltaworks analyze NAME --layers` builds again; layers whose expert or base is no longer
-    registered (--unregistered); and plans that no recorded merged model uses (--plans).
+    damaged rows of the catalog. Layers, plans and records are deleted only on request: the layers of the experts NAME
+    or of all experts (--layers), which `deltaworks analyze NAME --layers` builds again; layers whose expert or base is
+    no longer registered (--unregistered); records of merged models whose folders are gone (--gone); and plans that no
+    recorded merged model uses (--plans).
     """
     del quiet  # every command takes it; this one reports no progress
     from deltaworks.catalog.models import Kind
     from deltaworks.catalog.register import find_model, untouched
     from deltaworks.catalog.store import Catalog
     from deltaworks.catalog.tidy import find_unregistered_layers, find_waste, layers_of, remove
+    from deltaworks.merging.gone import find_gone
     from deltaworks.merging.unfinished import enter_finished, find_unfinished, remove_unfinished
 
     with Catalog(catalog) as opened:
@@ -198,8 +208,13 @@ def gc(
             going = {w.path for w in waste}
             kept_layers = [w for w in find_unregistered_layers(opened) if w.path not in going]
         stopped, unused = find_unfinished(opened), list[tuple[str, int]]()
+        # A row that is lost may have been what needs another one.
+        lost = [] if rows else find_gone(opened)
+        forgotten = [g.path for g in lost if gone and g.needed_by is None]
+        if not dry_run:
+            opened.drop_snapshots(forgotten)
         if plans:
-            unused = opened.unused_plans() if dry_run else opened.drop_unused_plans()
+            unused = opened.unused_plans(forgotten) if dry_run else opened.drop_unused_plans()
         nbytes = sum(w.nbytes for w in (*waste, *stopped)) + sum(n for _, n in unused)
         if not dry_run:
             remove(waste)
@@ -215,6 +230,10 @@ def gc(
                 "unregistered_layers": [{"path": str(w.path), "bytes": w.nbytes} for w in kept_layers],
                 "damaged_rows": rows,
                 "plans": [digest for digest, _ in unused],
+                "gone": [
+                    {"path": str(g.path), "needed_by": g.needed_by, "dropped": g.path in forgotten and not dry_run}
+                    for g in lost
+                ],
             }
         )
         return
@@ -222,8 +241,15 @@ def gc(
         typer.echo(f"{'row':>10}  {row}  damaged")
     for w in waste:
         typer.echo(f"{format_bytes(w.nbytes):>10}  {w.path.name}  {w.why}")
+    for path in forgotten:
+        typer.echo(f"{'record':>10}  {path}  a merged model that is gone")
     for digest, size in unused:
         typer.echo(f"{format_bytes(size):>10}  plan {digest[:12]}  that no merged model was made by")
+    for g in lost:
+        if g.needed_by is not None:
+            typer.echo(f"{'kept':>10}  record of {g.path}, which is gone, as {g.needed_by} comes from it")
+        elif g.path not in forgotten:
+            typer.echo(f"{'kept':>10}  record of {g.path}, which is gone; drop it with --gone")
     for name in spared:
         typer.echo(f"{'kept':>10}  layers of {name}, which are all there is of it: its weight files are gone")
     for w in kept_layers:
@@ -260,8 +286,17 @@ def list_(catalog: CatalogPath = None, quiet: Quiet = False, as_json: AsJson = F
     for m in facts["models"]:
         analyzed = "" if m["kind"] != "expert" else "yes" if m["analyzed"] else "no"
         table.add_row(
-            m["name"], m["kind"], m["base"] or "", f"{m['parameters']:,}", format_bytes(m["bytes"]), analyzed, m["path"]
+            m["name"],
+            m["kind"],
+            m["base"] or "",
+            f"{m['parameters']:,}",
+            format_bytes(m["bytes"]),
+            analyzed,
+            m["path"] if m["present"] else f"{m['path']} (gone)",
         )
     console.print(table)
     for s in facts["snapshots"]:
-        console.print(f"snapshot {s['path']} (plan {s['plan_digest'][:12]}, {s['committed_at']})", highlight=False)
+        gone = "" if s["present"] else ", gone"
+        console.print(
+            f"snapshot {s['path']} (plan {s['plan_digest'][:12]}, {s['committed_at']}{gone})", highlight=False
+        )

@@ -1,12 +1,15 @@
 """show: what a name, a plan or a snapshot is."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deltaworks.cli.options import AsJson, CatalogPath, Quiet, print_json
 from deltaworks.units import format_bytes, format_error
+
+if TYPE_CHECKING:
+    from deltaworks.catalog.store import Catalog
 
 
 def attach(app: typer.Typer) -> None:
@@ -27,7 +30,7 @@ def show(
     # Plans take kernels, which are slow to import: here only where there is one.
     from deltaworks.catalog.register import find_model
     from deltaworks.catalog.store import Catalog
-    from deltaworks.merging.manifest import MANIFEST, read_manifest
+    from deltaworks.merging.manifest import MANIFEST, holds_snapshot, read_manifest
     from deltaworks.merging.unfinished import enter_finished
     from deltaworks.reports.facts import analysis_facts, model_facts
 
@@ -40,7 +43,9 @@ def show(
 
             kind, facts = "plan", plan_facts(load_plan(path))
         elif opened.find(what) is None and (path / MANIFEST).is_file():
-            kind, facts = "snapshot", read_manifest(path)
+            kind, facts = "snapshot", read_manifest(path) | {"present": True}
+        elif opened.find(what) is None and (known := _recorded(opened, path)) and not holds_snapshot(path):
+            kind, facts = "snapshot", known | {"present": False}
         else:
             model = find_model(opened, what)
             kind, facts = "model", model_facts(model) | {"analysis": analysis_facts(opened, model)}
@@ -48,6 +53,11 @@ def show(
         print_json(facts)
     else:
         {"plan": _plan, "snapshot": _snapshot, "model": _model}[kind](facts)
+
+
+def _recorded(catalog: "Catalog", path: Path) -> dict[str, Any] | None:
+    """The manifest that the catalog has of the merged model in a folder."""
+    return next((m for p, _, m, _ in catalog.snapshots() if p == path.resolve()), None)
 
 
 def _lines(rows: list[tuple[str, str]]) -> None:
@@ -200,6 +210,7 @@ def _snapshot(facts: dict[str, Any]) -> None:
     _lines(
         [
             ("snapshot of plan", facts["plan_digest"]),
+            *([] if facts["present"] else [("folder", "gone; this is what the catalog recorded of it")]),
             ("method", f"{facts['method']} (seed {facts['seed']})"),
             ("weights", f"{format_bytes(total)} in {len(facts['shards'])} files"),
             ("read from experts", format_bytes(facts["expert_bytes_read"])),

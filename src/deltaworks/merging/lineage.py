@@ -10,6 +10,7 @@ from deltaworks.catalog.tables import read_table
 from deltaworks.errors import PlanError, UserError
 from deltaworks.merging.candidate import Knowledge
 from deltaworks.merging.contributions import Overlaps
+from deltaworks.merging.manifest import holds_snapshot
 from deltaworks.merging.plan import Plan
 from deltaworks.merging.stored import find_plan
 from deltaworks.merging.summary import elements_read, layer_of
@@ -21,9 +22,10 @@ def snapshot_lineage(catalog: Catalog, path: Path, manifest: dict[str, Any], whe
 
     Returns:
         `snapshot`, `plan_digest`, `method`, `seed`, `budget_bytes`, `expert_bytes_read`, `predicted_error`,
-        `committed_at`, `recipe`; `inputs`, a row a model with what the manifest says of it, what was taken of it (as
-        `taken_of` tells), `change_without`, and `snapshot` (the merged model it is, if it is one); `used_by`, the paths
-        of merged models that have this one among their inputs.
+        `committed_at`, `recipe`, `present` (whether its folder is still there); `inputs`, a row a model with what the
+        manifest says of it, what was taken of it (as `taken_of` tells), `change_without`, and `snapshot` (the merged
+        model it is, if it is one) with `snapshot_present`; `used_by`, the paths of merged models that have this one
+        among their inputs, and `used_by_gone`, those of them whose folders are gone.
     """
     plan = _plan_of(catalog, path, manifest["plan_digest"])
     changes = changes_without(catalog, plan) if plan else {}
@@ -33,10 +35,10 @@ def snapshot_lineage(catalog: Catalog, path: Path, manifest: dict[str, Any], whe
         row = {k: model.get(k) for k in ("reference", "name", "role", "fingerprint", "nbytes", "bytes_planned")}
         row |= taken_of(plan, place) if plan and model["role"] != "base" else {}
         row["change_without"] = changes.get(place)
-        row["snapshot"] = made.get(model["fingerprint"])
+        row |= _origin(made, model["fingerprint"])
         inputs.append(row)
     own = manifest.get("fingerprint")
-    used_by = [str(p) for p, _, m, _ in catalog.snapshots() if own in {i["fingerprint"] for i in m["inputs"]}]
+    used_by = [p for p, _, m, _ in catalog.snapshots() if own in {i["fingerprint"] for i in m["inputs"]}]
     return {
         "snapshot": str(path),
         "plan_digest": manifest["plan_digest"],
@@ -48,7 +50,9 @@ def snapshot_lineage(catalog: Catalog, path: Path, manifest: dict[str, Any], whe
         "committed_at": when,
         "recipe": plan.recipe if plan else None,
         "inputs": inputs,
-        "used_by": used_by,
+        "present": holds_snapshot(path),
+        "used_by": [str(p) for p in used_by],
+        "used_by_gone": [str(p) for p in used_by if not holds_snapshot(p)],
     }
 
 
@@ -56,10 +60,10 @@ def model_lineage(catalog: Catalog, model: Model) -> dict[str, Any]:
     """What was made from a registered model, and how much each of those merges would change without it.
 
     Returns:
-        `name`, `kind`, `base`, `fingerprint`, `snapshot` (the merged model it is, if it is one), `experts` (of a
-        base), and `used_by`: a row a merged model with `snapshot`, `plan_digest`, `method`, `role`, `bytes_planned`,
-        the blocks taken, `change_without`, `present` (whether it is still there) and `is_current` (whether it was made
-        from what the model holds now).
+        `name`, `kind`, `base`, `fingerprint`, `snapshot` (the merged model it is, if it is one) with
+        `snapshot_present`, `experts` (of a base), and `used_by`: a row a merged model with `snapshot`, `plan_digest`,
+        `method`, `role`, `bytes_planned`, the blocks taken, `change_without`, `present` (whether its
+        folder is still there) and `is_current` (whether it was made from what the model holds now).
     """
     rows = []
     for path, digest, manifest, when in catalog.snapshots():
@@ -74,7 +78,7 @@ def model_lineage(catalog: Catalog, model: Model) -> dict[str, Any]:
                 "role": used["role"],
                 "bytes_planned": used.get("bytes_planned"),
                 "committed_at": when,
-                "present": path.is_dir(),
+                "present": holds_snapshot(path),
                 "is_current": used["fingerprint"] == model.fingerprint,
                 "change_without": None,
             }
@@ -87,7 +91,7 @@ def model_lineage(catalog: Catalog, model: Model) -> dict[str, Any]:
         "kind": model.kind.value,
         "base": model.base,
         "fingerprint": model.fingerprint,
-        "snapshot": _by_fingerprint(catalog).get(model.fingerprint),
+        **_origin(_by_fingerprint(catalog), model.fingerprint),
         "experts": [m.name for m in catalog.models() if m.base == model.name],
         "used_by": rows,
     }
@@ -166,5 +170,10 @@ def taken_of(plan: Plan, place: int) -> dict[str, Any]:
     }
 
 
-def _by_fingerprint(catalog: Catalog) -> dict[str, str]:
-    return {m["fingerprint"]: str(p) for p, _, m, _ in catalog.snapshots() if "fingerprint" in m}
+def _origin(made: dict[str, Path], fingerprint: str) -> dict[str, Any]:
+    path = made.get(fingerprint)
+    return {"snapshot": path and str(path), "snapshot_present": path and holds_snapshot(path)}
+
+
+def _by_fingerprint(catalog: Catalog) -> dict[str, Path]:
+    return {m["fingerprint"]: p for p, _, m, _ in catalog.snapshots() if "fingerprint" in m}

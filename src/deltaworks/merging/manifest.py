@@ -52,6 +52,17 @@ _LATER: Final[Mapping[str, tuple[type, ...]]] = {
 }
 
 
+def holds_snapshot(path: Path) -> bool:
+    """Whether the folder of a merged model still holds one: its manifest or its weights.
+
+    A folder that cannot be looked into counts as one that does.
+    """
+    try:
+        return (path / MANIFEST).is_file() or any(path.glob("*.safetensors"))
+    except OSError:
+        return True
+
+
 def read_manifest(out: Path) -> dict[str, Any]:
     """The manifest of the snapshot at `out`.
 

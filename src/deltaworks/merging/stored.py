@@ -6,7 +6,7 @@ from typing import Any
 
 from deltaworks.catalog.store import Catalog
 from deltaworks.errors import PlanError
-from deltaworks.merging.manifest import MANIFEST, PLAN, read_manifest
+from deltaworks.merging.manifest import MANIFEST, PLAN, holds_snapshot, read_manifest
 from deltaworks.merging.plan import Plan, load_plan
 
 
@@ -40,4 +40,4 @@ def find_snapshot(catalog: Catalog, what: str) -> tuple[Path, dict[str, Any], st
         manifest = read_manifest(path)
         same = path in known and known[path][0]["plan_digest"] == manifest["plan_digest"]
         return path, manifest, known[path][1] if same else None
-    return (path, *known[path]) if path in known and not path.exists() else None
+    return (path, *known[path]) if path in known and not holds_snapshot(path) else None

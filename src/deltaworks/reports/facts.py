@@ -4,6 +4,7 @@ from typing import Any
 
 from deltaworks.catalog.models import Model
 from deltaworks.catalog.store import Catalog
+from deltaworks.merging.manifest import holds_snapshot
 
 
 def model_facts(model: Model) -> dict[str, Any]:
@@ -34,11 +35,12 @@ def catalog_facts(catalog: Catalog) -> dict[str, Any]:
         "catalog": str(catalog.path),
         "models": [
             model_facts(m)
+            | {"present": m.path.is_dir()}
             | {"analyzed": m.base in prints and catalog.find_analysis(m.fingerprint, prints[m.base]) is not None}
             for m in models
         ],
         "snapshots": [
-            {"path": str(path), "plan_digest": digest, "committed_at": when}
+            {"path": str(path), "plan_digest": digest, "committed_at": when, "present": holds_snapshot(path)}
             for path, digest, _, when in catalog.snapshots()
         ],
     }
