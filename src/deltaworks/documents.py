@@ -9,7 +9,6 @@ halves of surrogate pairs; and what is beyond `deltaworks.bounds`: nesting, digi
 import json
 import os
 import re
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import yaml
 
 from deltaworks.bounds import MAX_DEPTH, MAX_DIGITS, SURROGATE, TOO_DEEP, RefusedError
 from deltaworks.errors import DeltaworksError, one_line, quoted
+from deltaworks.regular_files import other_kind
 from deltaworks.yaml_loader import Loader, explained
 
 DOCUMENT_BYTES = 64 << 20
@@ -229,10 +229,8 @@ def _invalid_json(where: str, what: str, failure: json.JSONDecodeError) -> str:
 
 
 def _check_regular(found: os.stat_result, start: str, error: type[DeltaworksError]) -> None:
-    if stat.S_ISREG(found.st_mode):
-        return
-    kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, device or socket"
-    raise error(f"{start}: it is {kind}, not a file")
+    if (kind := other_kind(found.st_mode)) is not None:
+        raise error(f"{start}: it is {kind}, not a file")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 import pytest
 
-from deltaworks.checkpoints.comparison import Named, explain_difference, is_recomputed, shapes_differ
+from deltaworks.checkpoints.comparison import Named, explain_difference, shapes_differ
 from deltaworks.checkpoints.dtypes import DTYPES
 from deltaworks.checkpoints.header import TensorInfo
+from deltaworks.checkpoints.tensor_names import is_recomputed
 
 
 def info(name: str, shape: tuple[int, ...] = (4, 4), dtype: str = "F32") -> TensorInfo:

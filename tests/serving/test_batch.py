@@ -48,7 +48,7 @@ def question(**keys: Any) -> str:
         (question(max_rank="x"), 7, "max_rank: expected a number"),
         (question(workload="missing.json"), 7, "missing.json: cannot be read as a workload: No such file"),
         (question(workload="x" * 5000), 7, "too long"),
-        (question(workload="/dev/zero"), 7, "it is a pipe, device or socket"),
+        (question(workload="/dev/zero"), 7, "it is a device"),
         (question(workload=WORKLOAD | {"adapters": [{"name": "a", "rank": 8, "rate": 1e9}]}), 7, "6e+10 requests"),
         (question(workload={"duration": 60, "requests": [1, 2]}), 7, "request 1 is malformed"),
         (question(workload=None), 7, "expected keys and values, not None"),

@@ -8,11 +8,12 @@ from deltaworks.catalog.fingerprint import combine, hash_files
 from deltaworks.catalog.models import Kind, Model
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.checkpoint import Checkpoint, ShardFile, open_checkpoint, read_config
-from deltaworks.checkpoints.comparison import Named, explain_difference, is_recomputed, shapes_differ
+from deltaworks.checkpoints.comparison import Named, explain_difference, shapes_differ
 from deltaworks.checkpoints.hub import resolve_source
 from deltaworks.checkpoints.quantized import check_not_quantized, quantization
 from deltaworks.checkpoints.reader import ByteCounter
 from deltaworks.checkpoints.sidecars import sidecar_names
+from deltaworks.checkpoints.tensor_names import is_recomputed
 from deltaworks.checkpoints.weight_files import SINGLE
 from deltaworks.errors import CatalogError, ChangedError, CheckpointError, did_you_mean
 from deltaworks.progress import Progress, Silent

@@ -11,13 +11,9 @@ from deltaworks.checkpoints.header import TensorInfo, read_header
 from deltaworks.checkpoints.json_files import read_json
 from deltaworks.checkpoints.own_files import check_regular, own_file
 from deltaworks.checkpoints.reader import ByteCounter, RangeReader
+from deltaworks.checkpoints.tensor_names import HEAD, is_embeddings, is_recomputed
 from deltaworks.checkpoints.weight_files import ADAPTER_CONFIG, INDEX, SINGLE, find_weight_files
 from deltaworks.errors import CheckpointError, quoted
-
-HEAD = "lm_head.weight"
-_DERIVED = (".rotary_emb.inv_freq", ".attn.masked_bias")
-"""Buffers that are computed from the configuration and that old checkpoints hold, listed or not."""
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +78,7 @@ class Checkpoint:
         """The tensor `name`; for an `lm_head` that is tied and so left out, the embeddings."""
         tensor = self.tensors.get(name)
         if tensor is None and name.endswith(HEAD):
-            return next((t for t in self.tensors.values() if t.name.endswith(EMBEDDINGS)), None)
+            return next((t for t in self.tensors.values() if is_embeddings(t.name)), None)
         return tensor
 
 
@@ -143,7 +139,7 @@ def _read_headers(
             f" ({len(lost)} such); the shards are of another model: fetch them again"
         )
     unlisted = [n for n in tensors if n not in weight_map]
-    if unknown := [n for n in unlisted if not n.endswith(_DERIVED)]:
+    if unknown := [n for n in unlisted if not is_recomputed(tensors[n])]:
         raise CheckpointError(
             f"{path}: {tensors[unknown[0]].file} holds tensor {quoted(unknown[0])}, which {INDEX} does not list"
             f" ({len(unknown)} such), so loaders differ in whether they read it; fetch the index again, or write the"

@@ -4,17 +4,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from deltaworks.checkpoints.checkpoint import EMBEDDINGS, HEAD
 from deltaworks.checkpoints.header import TensorInfo
+from deltaworks.checkpoints.tensor_names import HEAD, LAYER, is_embeddings, is_recomputed
 from deltaworks.errors import quoted
 
-LAYER = re.compile(r"(?P<stack>(?:^|.*?\.)(?:layers|layer|h|blocks|block)\.)(?P<index>\d+)(?P<rest>\..*)")
-"""Name of a tensor inside a layer: the prefix of its stack of layers, the layer's number, and the rest."""
-
-_FREQUENCIES = re.compile(r"(?:^|[._])(?:(?:original_)?inv_freq|cos_cached|sin_cached)$")
-_POSITIONS = re.compile(r"(?:^|\.)(?:position_ids|token_type_ids)$")
-_CAUSAL_MASK = re.compile(r"(?:^|\.)(?:attn|attention|self_attn)\.(?:attention\.)?(?:bias|causal_mask)$")
-_MASKED_VALUE = re.compile(r"(?:^|\.)(?:attn|attention|self_attn)\.(?:attention\.)?masked_bias$")
 _WRAPPERS = {
     "_orig_mod", "module", "model", "transformer", "language_model", "text_model", "base_model", "backbone",
     "llm", "bert", "roberta", "gpt_neox", "thinker", "decoder",
@@ -29,20 +22,6 @@ class Named(NamedTuple):
 
     name: str
     tensors: Mapping[str, TensorInfo]
-
-
-def is_recomputed(tensor: TensorInfo) -> bool:
-    """Whether a tensor is a buffer that every current loader computes itself and ignores in files.
-
-    That is rotary frequencies, position numbers and causal masks, which older versions of transformers saved. Masks
-    are told from biases of the same name by their shapes.
-    """
-    name, shape = tensor.name, tensor.shape
-    if _FREQUENCIES.search(name) or _POSITIONS.search(name):
-        return True
-    if _CAUSAL_MASK.search(name):
-        return len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
-    return bool(_MASKED_VALUE.search(name)) and tensor.count == 1
 
 
 def explain_difference(first: Named, second: Named) -> str | None:
@@ -74,12 +53,12 @@ def explain_difference(first: Named, second: Named) -> str | None:
 def shapes_differ(tensor: str, first: tuple[str, Sequence[int]], second: tuple[str, Sequence[int]]) -> str:
     """A sentence that says how the shapes of a tensor differ between two models, given with their names."""
     (one, shape), (other, its) = first, second
-    is_vocabulary = (
-        tensor.endswith((*EMBEDDINGS, HEAD)) and len(shape) == len(its) and tuple(shape[1:]) == tuple(its[1:])
-    )
+    is_vocabulary = is_embeddings(tensor) or tensor.endswith(HEAD)
+    is_longer = len(shape) == len(its) and tuple(shape[1:]) == tuple(its[1:])
     return (
         f"tensor {quoted(tensor)} is {list(shape)} in {one} and {list(its)} in {other};"
-        " models can be merged only where shapes agree" + (" (align their vocabularies first)" if is_vocabulary else "")
+        " models can be merged only where shapes agree"
+        + (" (align their vocabularies first)" if is_vocabulary and is_longer else "")
     )
 
 

@@ -1,21 +1,14 @@
 """The small files of a model folder: read and copied only where they belong to the model."""
 
 import os
-import stat
 from pathlib import Path
 
 from blake3 import blake3
 
 from deltaworks.errors import CheckpointError
+from deltaworks.regular_files import other_kind
 
 _CHUNK = 1 << 20
-_KINDS = (
-    (stat.S_ISFIFO, "a named pipe"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISDIR, "a folder"),
-)
 
 
 def check_regular(path: Path, mode: int) -> None:
@@ -24,8 +17,7 @@ def check_regular(path: Path, mode: int) -> None:
     Raises:
         CheckpointError: it is a named pipe, a device, a socket or a folder.
     """
-    if not stat.S_ISREG(mode):
-        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "a special file")
+    if (kind := other_kind(mode)) is not None:
         raise CheckpointError(f"{path} is {kind} and not a file; remove it from the model, or put the file there")
 
 

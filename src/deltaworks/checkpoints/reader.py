@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from deltaworks.checkpoints.cached import PAGE, cached_bytes
 from deltaworks.checkpoints.descriptors import OpenFile
+from deltaworks.checkpoints.transfer import reads
 from deltaworks.errors import BudgetError, CheckpointError
 
 
@@ -211,20 +212,20 @@ class RangeReader:
     def _fill(self, fd: int, view: memoryview, offset: int, wanted: tuple[int, int], *, is_direct: bool) -> None:
         first, last = wanted
         done = 0
-        while done < last:
-            try:
-                got = os.preadv(fd, [view[done:]], offset + done)
-            except OSError as error:
-                if error.errno == errno.EINVAL and is_direct and not done:
-                    raise _UnalignedError from error
-                raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
-            self._counter.add(max(0, min(done + got, last) - max(done, first)))
-            done += got
-            # Around the page cache, only the end of the file is no multiple of a page.
-            if got == 0 or (done < last and is_direct and got % PAGE):
-                raise CheckpointError(
-                    f"{self.path} ends at byte {offset + done}, inside a tensor; it was cut short: fetch it again"
-                )
+        try:
+            for got in reads(fd, view, offset, last):
+                self._counter.add(max(0, min(done + got, last) - max(done, first)))
+                done += got
+                if is_direct and got % PAGE:
+                    break  # around the page cache, only the end of the file is not a multiple of a page
+        except OSError as error:
+            if error.errno == errno.EINVAL and is_direct and not done:
+                raise _UnalignedError from error
+            raise
+        if done < last:
+            raise CheckpointError(
+                f"{self.path} ends at byte {offset + done}, inside a tensor; it was cut short: fetch it again"
+            )
 
     def read(self, offset: int, length: int) -> bytes:
         """Read `length` bytes from `offset`."""

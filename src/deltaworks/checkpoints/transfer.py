@@ -7,6 +7,7 @@ through `RangeReader`.
 
 import errno
 import os
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -24,13 +25,29 @@ def read_available(fd: int, buffer: Any, offset: int) -> int:
     Raises:
         OSError: the device fails.
     """
-    view, done = memoryview(buffer).cast("B"), 0
-    while done < len(view):
-        got = os.preadv(fd, [view[done:]], offset + done)
-        if got == 0:
-            break
+    view = memoryview(buffer).cast("B")
+    return sum(reads(fd, view, offset, len(view)))
+
+
+def reads(fd: int, view: memoryview, offset: int, wanted: int) -> Iterator[int]:
+    """Fill the first bytes of a view from an open file, one call of the system after the other.
+
+    Args:
+        fd: the descriptor.
+        view: of bytes; a call may fill more of it than is wanted.
+        offset: position in the file.
+        wanted: how many bytes must be there in the end.
+
+    Yields:
+        The bytes that a call read, until enough are there or the file ends.
+
+    Raises:
+        OSError: the device fails.
+    """
+    done = 0
+    while done < wanted and (got := os.preadv(fd, [view[done:]], offset + done)):
         done += got
-    return done
+        yield got
 
 
 def write_all(fd: int, data: Any, offset: int) -> None:

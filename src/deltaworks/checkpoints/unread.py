@@ -1,9 +1,9 @@
 """Weights that stand beside those of a model under names that loaders do not look for."""
 
 from deltaworks.checkpoints.checkpoint import Checkpoint, ShardFile
-from deltaworks.checkpoints.comparison import is_recomputed
 from deltaworks.checkpoints.header import read_header
 from deltaworks.checkpoints.reader import ByteCounter, RangeReader
+from deltaworks.checkpoints.tensor_names import is_recomputed
 from deltaworks.checkpoints.weight_files import other_weights
 from deltaworks.errors import CheckpointError
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltaworks.catalog.models import Model
-from deltaworks.checkpoints.comparison import is_recomputed
+from deltaworks.checkpoints.tensor_names import is_recomputed
 from deltaworks.errors import CheckpointError, quoted
 from deltaworks.merging.plan import Plan, PlannedTensor
 

@@ -4,16 +4,11 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deltaworks.checkpoints.comparison import LAYER
 from deltaworks.checkpoints.dtypes import DTYPES
+from deltaworks.checkpoints.tensor_names import HEADS, LAYER, is_embeddings
 from deltaworks.merging.nested_config import at, text_paths
 from deltaworks.merging.plan import PlannedTensor
 
-_HEADS = ("lm_head.weight", "embed_out.weight")
-_EMBEDDINGS = (
-    "embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight",
-    "shared.weight", "embeddings.weight",
-)  # fmt: skip
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _SCALED_WHERE_TIED = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "pop2piano")
 """Families that scale activations when the head is tied, so that a copy of the embeddings is not an untied head."""
@@ -75,13 +70,13 @@ def _is_tied(
 ) -> bool | None:
     """Whether the head of the output is its embeddings; None where the tensors do not tell."""
     outside = [t for t in tensors if not LAYER.fullmatch(t.name)]
-    if any(t.name.endswith(_HEADS) for t in outside):
+    if any(t.name.endswith(HEADS) for t in outside):
         keeps = config.get("model_type") in _SCALED_WHERE_TIED
         return None if keeps and all(p.get("tie_word_embeddings", True) for p in parents) else False
-    embeddings = {t.shape for t in outside if t.name.endswith(_EMBEDDINGS)}
+    embeddings = {t.shape for t in outside if is_embeddings(t.name)}
     names = config.get("architectures")
     has_head = isinstance(names, list) and any(str(n).endswith(_WITH_HEAD) for n in names)
     if not embeddings or not has_head:
         return None
     # A head of another name has as many rows as the embeddings.
-    return None if any(t.shape in embeddings and not t.name.endswith(_EMBEDDINGS) for t in outside) else True
+    return None if any(t.shape in embeddings and not is_embeddings(t.name) for t in outside) else True

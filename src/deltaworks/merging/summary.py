@@ -1,26 +1,25 @@
 """A plan in a table: what each layer and each expert gets, and why."""
 
 import math
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from deltaworks.checkpoints.tensor_names import LAYER, is_embeddings
 
 if TYPE_CHECKING:
     from deltaworks.merging.plan import Plan, PlannedTensor
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
-
 
 def layer_of(tensor: str) -> str:
     """What a tensor is told under: its layer's number; outside the layers, its own name."""
-    match = _LAYER.search(tensor)
-    return match[1] if match else tensor.removesuffix(".weight").removeprefix("model.")
+    match = LAYER.fullmatch(tensor)
+    return match["index"] if match else tensor.removesuffix(".weight").removeprefix("model.")
 
 
 def module_of(tensor: str) -> str:
     """The kind of a tensor: its name inside a layer; outside the layers, its own name."""
-    match = _LAYER.search(tensor)
-    return tensor[match.end() :].removesuffix(".weight") if match else layer_of(tensor)
+    match = LAYER.fullmatch(tensor)
+    return match["rest"][1:].removesuffix(".weight") if match else layer_of(tensor)
 
 
 def by_layer(plan: "Plan") -> list[dict[str, Any]]:
@@ -68,7 +67,7 @@ def _by(plan: "Plan", what: str, of: Callable[[str], str]) -> list[dict[str, Any
 def _place(layer: str) -> tuple[int, int]:
     if layer.isdigit():
         return 1, int(layer)
-    return (0, 0) if layer.endswith(("embed_tokens", "wte", "wpe", "embed_in", "embeddings")) else (2, 0)
+    return (0, 0) if is_embeddings(f"{layer}.weight") or layer.endswith(("wpe", "embeddings")) else (2, 0)
 
 
 def _shares(plan: "Plan", tensors: "list[PlannedTensor]", models: list[int]) -> list[float | None]:

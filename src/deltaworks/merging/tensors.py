@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from deltaworks.catalog.models import Model
-from deltaworks.checkpoints.checkpoint import EMBEDDINGS, HEAD
-from deltaworks.checkpoints.comparison import LAYER, Named, explain_difference, is_recomputed, shapes_differ
+from deltaworks.checkpoints.comparison import Named, explain_difference, shapes_differ
 from deltaworks.checkpoints.header import TensorInfo
+from deltaworks.checkpoints.tensor_names import HEAD, LAYER, is_embeddings, is_recomputed
 from deltaworks.errors import CheckpointError, RecipeError
 from deltaworks.merging.layer_entries import Taken
 from deltaworks.merging.parameters import Settings
 from deltaworks.merging.recipe import Recipe, Slice
 
-_FIRST = (*EMBEDDINGS, "wpe.weight", "embed_positions.weight", "embeddings.weight")
+_POSITIONS = ("wpe.weight", "embed_positions.weight", "embeddings.weight")
+"""Ends of names of what is added to the embeddings before the first layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ def _sliced(recipe: Recipe, models: Mapping[str, Model]) -> list[TensorRecipe]:
     for i in (*first.inputs, *final.inputs):
         outside += [n for n in models[i.model].checkpoint.tensors if n.endswith(HEAD) and n not in outside]
     for name in outside:
-        part, place = (first, before) if name.endswith(_FIRST) else (final, after)
+        part, place = (first, before) if _is_first(name) else (final, after)
         place.append(TensorRecipe(name, (name,) * len(part.inputs), part, 0.0))
     layers: list[TensorRecipe] = []
     out = 0
@@ -160,8 +161,7 @@ def _outside(model: Model, part: Slice, recipe: Recipe) -> Named:
     chosen = {
         name: tensor
         for name, tensor in model.checkpoint.tensors.items()
-        if not LAYER.fullmatch(name)
-        and (part is recipe.slices[0] if name.endswith(_FIRST) else part is recipe.slices[-1])
+        if not LAYER.fullmatch(name) and (part is recipe.slices[0] if _is_first(name) else part is recipe.slices[-1])
     }
     return Named(model.name, chosen)
 
@@ -213,3 +213,8 @@ def _check(tensor: TensorRecipe, models: Mapping[str, Model]) -> None:
         if shape is not None and found.shape != shape:
             raise CheckpointError(shapes_differ(tensor.name, (owner, shape), (model.name, found.shape)))
         shape, owner = found.shape, model.name
+
+
+def _is_first(name: str) -> bool:
+    """Whether a tensor outside of the layers comes before the first of them."""
+    return is_embeddings(name) or name.endswith(_POSITIONS)

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaworks.checkpoints.checkpoint import EMBEDDINGS, HEAD, open_checkpoint
+from deltaworks.checkpoints.checkpoint import open_checkpoint
 from deltaworks.checkpoints.codec import decode_reference
 from deltaworks.checkpoints.reader import ByteCounter, RangeReader
+from deltaworks.checkpoints.tensor_names import HEAD, is_embeddings
 from deltaworks.errors import CheckpointError
 
 Array = NDArray[np.float32]
@@ -71,7 +72,7 @@ def forward(config: dict[str, Any], weights: dict[str, Array], tokens: NDArray[n
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     size = config.get("head_dim") or config["hidden_size"] // heads
     eps = config["rms_norm_eps"]
-    embeddings = next(v for k, v in weights.items() if k.endswith(EMBEDDINGS))
+    embeddings = next(v for k, v in weights.items() if is_embeddings(k))
     theta = (config.get("rope_parameters") or config).get("rope_theta", 10000.0)
     angles = np.outer(np.arange(t), theta ** (-np.arange(0, size, 2) / size)).astype(np.float32)
     cos, sin = np.cos(angles), np.sin(angles)

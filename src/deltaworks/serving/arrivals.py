@@ -7,13 +7,9 @@ no other's requests.
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
 from deltaworks.checkpoints.jit import kernel
-
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
-U64 = NDArray[np.uint64]
+from deltaworks.serving.arrays import F64, I64, U64
 
 
 @kernel

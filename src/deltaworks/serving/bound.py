@@ -20,11 +20,11 @@ import numpy as np
 from scipy.optimize import linprog
 
 from deltaworks.serving import partition
+from deltaworks.serving.arrays import F64, I64
 from deltaworks.serving.estimate import UTILISATION, estimate
 from deltaworks.serving.groups import group
 from deltaworks.serving.judge import Judge
 from deltaworks.serving.parts import Part, Piece
-from deltaworks.serving.server import F64, I64
 
 _PRECISION = 0.025
 _STEP = 1.06

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.optimize import lsq_linear
 
+from deltaworks.serving.arrays import F64
 from deltaworks.serving.profile import Profile
-from deltaworks.serving.server import F64
 from deltaworks.serving.simulate import Configuration, simulate
 from deltaworks.serving.workload import Requests, Workload, requests_of
 

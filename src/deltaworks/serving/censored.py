@@ -9,7 +9,7 @@ time seen stands for it, which makes the statistic a lower bound.
 
 import numpy as np
 
-from deltaworks.serving.server import F64
+from deltaworks.serving.arrays import F64
 
 _NOTHING: F64 = np.empty(0)
 QUANTILES = {"p50": 0.5, "p99": 0.99}

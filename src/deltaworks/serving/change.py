@@ -6,12 +6,12 @@ from typing import Any
 
 from deltaworks.errors import PlacementError
 from deltaworks.serving import partition
+from deltaworks.serving.arrays import F64
 from deltaworks.serving.document import Recorded
 from deltaworks.serving.judge import HOPELESS, Judge
 from deltaworks.serving.limits import check_one_model
 from deltaworks.serving.parts import Part, cut
 from deltaworks.serving.placement import Gpu, Placement, Told, check_feasible, place
-from deltaworks.serving.server import F64
 
 _ROUNDS = 200
 _MOST_TIMES = 2

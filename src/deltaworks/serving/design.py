@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.stats import qmc
 
+from deltaworks.serving.arrays import F64
 from deltaworks.serving.estimate import FEATURES, Traffic, estimate, traffic_of
 from deltaworks.serving.lengths import Lengths, parse_lengths
 from deltaworks.serving.profile import RANKS, Profile, allowed_rank
-from deltaworks.serving.server import F64
 from deltaworks.serving.simulate import Configuration, simulate
 from deltaworks.serving.traces import zipf_shares
 from deltaworks.serving.workload import Adapter, Workload

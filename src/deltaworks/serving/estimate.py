@@ -14,9 +14,9 @@ import numpy as np
 
 from deltaworks.checkpoints.jit import kernel
 from deltaworks.serving import twin
+from deltaworks.serving.arrays import F64, I64
 from deltaworks.serving.lengths import Lengths
 from deltaworks.serving.profile import Profile
-from deltaworks.serving.server import F64, I64
 from deltaworks.serving.workload import Workload
 
 FEATURES = {

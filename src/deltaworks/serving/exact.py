@@ -12,9 +12,9 @@ import numpy as np
 from ortools.sat.python import cp_model
 
 from deltaworks.errors import PlacementError
+from deltaworks.serving.arrays import I64
 from deltaworks.serving.judge import SLOTS, Judge
 from deltaworks.serving.parts import Part, Piece
-from deltaworks.serving.server import I64
 
 CLASSES, ROUNDS = 12, 400
 

@@ -12,12 +12,12 @@ import numpy as np
 
 from deltaworks.errors import ImpossibleError, WorkloadError
 from deltaworks.serving import server
+from deltaworks.serving.arrays import F64, I64
 from deltaworks.serving.censored import QUANTILES
 from deltaworks.serving.idle import alone
 from deltaworks.serving.judge import Goal
 from deltaworks.serving.limits import check_lengths, cut_to_length, is_beyond
 from deltaworks.serving.profile import Profile, allowed_rank
-from deltaworks.serving.server import F64, I64
 from deltaworks.serving.simulate import UNLIMITED, limits
 from deltaworks.serving.starvation import STARVED_DEFICIT
 from deltaworks.serving.workload import Requests, Workload

@@ -11,6 +11,7 @@ from scipy.optimize import nnls
 from deltaworks.documents import load_yaml, read_text
 from deltaworks.errors import ProfileError, WorkloadError
 from deltaworks.serving import batch
+from deltaworks.serving.arrays import F64
 from deltaworks.serving.calibrate import SPREAD, Known, Run, calibrate
 from deltaworks.serving.profile import (
     PARTS,
@@ -23,7 +24,6 @@ from deltaworks.serving.profile import (
     parse_profile,
 )  # fmt: skip
 from deltaworks.serving.schema import check_keys, number, whole
-from deltaworks.serving.server import F64
 from deltaworks.serving.simulate import MOST, Configuration
 from deltaworks.serving.tables import TABLES, Table, read_table
 from deltaworks.serving.workload import workload_from

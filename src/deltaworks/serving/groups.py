@@ -8,8 +8,8 @@ that strain the same resources in the same proportions may share a group.
 
 import numpy as np
 
+from deltaworks.serving.arrays import F64, I64
 from deltaworks.serving.profile import allowed_rank
-from deltaworks.serving.server import F64, I64
 
 MOST = 8
 """Groups at most."""

@@ -10,8 +10,8 @@ import numpy as np
 
 from deltaworks.checkpoints.jit import kernel
 from deltaworks.serving import twin
+from deltaworks.serving.arrays import F64, I64
 from deltaworks.serving.profile import Profile
-from deltaworks.serving.server import F64, I64
 
 
 class Alone(NamedTuple):

@@ -9,12 +9,10 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from deltaworks.errors import WorkloadError, quoted
+from deltaworks.serving.arrays import F64
 from deltaworks.serving.schema import check_keys, number, text
-
-F64 = NDArray[np.float64]
 
 SHAREGPT_PROMPT = (
     28974, 7737, 4105, 2763, 2289, 2053, 2053, 2132, 2211, 2289, 2526, 2447, 2289, 1974, 1816, 1500, 1342, 1342,

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from deltaworks.serving import twin
+from deltaworks.serving.arrays import F64, I64
 from deltaworks.serving.estimate import STEP_MS, Traffic, estimate
 from deltaworks.serving.parts import GOLDEN, Part, cut
 from deltaworks.serving.profile import Profile, allowed_rank
-from deltaworks.serving.server import F64, I64
 
 COMPUTE, MEMORY, ADAPTER, FRONT_END = range(4)
 """Columns of `resources`: the model's time for tokens, a step's fixed time by the KV cache that is held, the time of

@@ -17,13 +17,13 @@ import numpy as np
 
 from deltaworks.errors import ImpossibleError, PlacementError
 from deltaworks.serving import partition
+from deltaworks.serving.arrays import F64
 from deltaworks.serving.bound import Capacities, Relaxation, spread
 from deltaworks.serving.estimate import Traffic
 from deltaworks.serving.feasible import check_possible
 from deltaworks.serving.judge import HOPELESS, SLOTS, Judge, latency_ms
 from deltaworks.serving.parts import Part, Piece
 from deltaworks.serving.profile import allowed_rank
-from deltaworks.serving.server import F64
 from deltaworks.units import format_time
 
 RANDOM_SEED = 0

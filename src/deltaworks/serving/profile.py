@@ -13,8 +13,8 @@ import numpy as np
 from deltaworks.documents import load_json
 from deltaworks.errors import ProfileError, WorkloadError, quoted
 from deltaworks.serving import twin
+from deltaworks.serving.arrays import F64
 from deltaworks.serving.schema import MAX_NUMBER, check_keys, mapping, number, text, whole
-from deltaworks.serving.server import F64
 
 SCHEMA = 1
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

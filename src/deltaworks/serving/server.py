@@ -6,9 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.jit import kernel
-
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
+from deltaworks.serving.arrays import F64, I64
 
 PREVIOUS, NEXT = 0, 1
 NEVER, COMPLETED, RUNNING, WAITING, REJECTED = -1, 0, 1, 2, 3

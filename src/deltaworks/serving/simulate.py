@@ -9,6 +9,7 @@ import numpy as np
 
 from deltaworks.errors import WorkloadError, quoted
 from deltaworks.serving import censored, server, starvation, twin
+from deltaworks.serving.arrays import F64, I64
 from deltaworks.serving.idle import alone
 from deltaworks.serving.limits import cut_to_length, is_beyond
 from deltaworks.serving.profile import Profile, allowed_rank, check_max_rank
@@ -95,12 +96,12 @@ class _Run:
 
     state: server.Server
     arrived: int
-    arrival_s: server.F64
-    first_token_s: server.F64
-    finish_s: server.F64
-    gaps: server.F64
-    sums: server.F64
-    too_long: server.I64
+    arrival_s: F64
+    first_token_s: F64
+    finish_s: F64
+    gaps: F64
+    sums: F64
+    too_long: I64
 
 
 def _rank(workload: Workload, configuration: Configuration) -> int:
@@ -112,7 +113,7 @@ def _rank(workload: Workload, configuration: Configuration) -> int:
     return check_max_rank(configuration.max_rank)
 
 
-def limits(profile: Profile, slots: int, max_rank: int, served: int, outstanding: int | None = None) -> server.I64:
+def limits(profile: Profile, slots: int, max_rank: int, served: int, outstanding: int | None = None) -> I64:
     """The limits of a configured server, (`server.LIMITS`,) int64."""
     flags = profile.server
     limit = np.empty(server.LIMITS, np.int64)
@@ -325,7 +326,7 @@ def _ttft_ms(run: _Run, refused: int, duration_s: float) -> dict[str, float | No
     return censored.statistics(ttft[~np.isnan(ttft)], np.concatenate([so_far, np.full(refused, duration_s)]))
 
 
-def _decoding(run: _Run, done: server.I64, duration_s: float) -> dict[str, Any]:
+def _decoding(run: _Run, done: I64, duration_s: float) -> dict[str, Any]:
     """ITL and TPOT of the completed requests; where there are none, of those under way so far."""
     state, first, last, tokens = run.state, run.first_token_s, run.finish_s, run.state.output
     if not done.size:
@@ -354,7 +355,7 @@ def _unfinished(run: _Run, duration_s: float) -> float:
     return max(float(middle + slope * duration_s / 4), 0.0)
 
 
-def _penalised(ttft: server.F64, unfinished: float, arrived: int, duration_s: float) -> float | None:
+def _penalised(ttft: F64, unfinished: float, arrived: int, duration_s: float) -> float | None:
     """Mean TTFT in milliseconds if every request that is never finished counts as the whole run (arXiv 2508.08343)."""
     if not arrived:
         return None
@@ -362,7 +363,7 @@ def _penalised(ttft: server.F64, unfinished: float, arrived: int, duration_s: fl
     return 1000 * (mean * max(arrived - unfinished, 0.0) + duration_s * min(unfinished, arrived)) / arrived
 
 
-def _gap(gaps: server.F64, quantile: float) -> float | None:
+def _gap(gaps: F64, quantile: float) -> float | None:
     """A quantile of the gaps between tokens, in milliseconds, from their histogram."""
     total = gaps.sum()
     if total <= 0:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.serving import server
-from deltaworks.serving.server import F64, I64
+from deltaworks.serving.arrays import F64, I64
 
 STARVED_DEFICIT = 0.1
 """The share of the offered tokens that must be missing: of a server in the published definition (arXiv 2508.08343), of

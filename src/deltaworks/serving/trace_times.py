@@ -6,12 +6,9 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from deltaworks.errors import WorkloadError, quoted
-
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
+from deltaworks.serving.arrays import F64, I64
 
 UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 """Units of time that a trace may be in, and how many of them make a second."""

@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from deltaworks.bounds import SURROGATE
 from deltaworks.errors import WorkloadError, did_you_mean, one_line, quoted
 from deltaworks.serving import trace_times
+from deltaworks.serving.arrays import F64, I64
 from deltaworks.serving.lengths import MAX_TOKENS
 from deltaworks.serving.schema import MAX_TEXT
 from deltaworks.serving.trace_rows import VLLM_BENCH, rows_of
-
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "time": ("time", "arrival_s", "time_s", "t", "arrived_at", "timestamp", "start_time", "startTime"),

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 from sklearn.tree import DecisionTreeRegressor
 
+from deltaworks.serving.arrays import F64
 from deltaworks.serving.design import runs, unlabelled
 from deltaworks.serving.estimate import FEATURES, MONOTONE
 from deltaworks.serving.profile import Profile
-from deltaworks.serving.server import F64
 from deltaworks.serving.surrogate import Surrogate
 from deltaworks.serving.tree import Tree, merged
 

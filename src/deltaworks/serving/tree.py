@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaworks.checkpoints.jit import kernel
-from deltaworks.serving.server import F64, I64
+from deltaworks.serving.arrays import F64, I64
 
 _LEAF = -1
 

@@ -15,6 +15,7 @@ import math
 import numpy as np
 
 from deltaworks.checkpoints.jit import kernel
+from deltaworks.serving.arrays import F64
 from deltaworks.serving.server import (
     BLOCK,
     COMPLETED,
@@ -22,7 +23,6 @@ from deltaworks.serving.server import (
     DECODES,
     DISTINCT,
     DONE,
-    F64,
     FREE,
     JUMPS,
     LABEL_SETS,

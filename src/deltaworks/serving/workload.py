@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from deltaworks.documents import load_document
 from deltaworks.errors import WorkloadError, quoted
 from deltaworks.serving import arrivals
+from deltaworks.serving.arrays import F64, I64
 from deltaworks.serving.lengths import KeptLengths, Lengths, scaled
 from deltaworks.serving.profile import RANKS
 from deltaworks.serving.schema import check_keys, number, text, whole
@@ -26,9 +27,6 @@ from deltaworks.serving.workload_limits import (
     MIN_BURSTINESS,
     check_size,
 )
-
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
 
 KEYS = ("duration", "seed", "lengths", "arrivals", "adapters", "requests")
 ADAPTER_KEYS = ("name", "count", "rank", "rate", "burstiness", "lengths")
