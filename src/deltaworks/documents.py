@@ -131,7 +131,7 @@ def parse_json(
         finite: Whether to refuse NaN, infinity and numbers that are too large for a float64.
 
     Raises:
-        DeltaworksError: as ``error``: it is no JSON, or beyond one of the bounds of this module.
+        DeltaworksError: as ``error``: it is not JSON, or beyond one of the bounds of this module.
     """
     text = decoded(content, where, what, error) if isinstance(content, bytes) else content
     try:
@@ -149,7 +149,7 @@ def json_values(text: str, where: str, what: str, error: type[DeltaworksError]) 
     `parse_json`; depth only by what the interpreter can read.
 
     Raises:
-        DeltaworksError: as ``error``: the text is no JSON; the line is named.
+        DeltaworksError: as ``error``: the text is not JSON; the line is named.
     """
     try:
         yield from _values(text)
@@ -200,7 +200,7 @@ def parse_yaml(
     text, and tags other than those of plain values are unknown.
 
     Raises:
-        DeltaworksError: as ``error``: it is no YAML, or beyond one of the bounds of this module; the line is named.
+        DeltaworksError: as ``error``: it is not YAML, or beyond one of the bounds of this module; the line is named.
     """
     text = decoded(content, where, what, error) if isinstance(content, bytes) else content
     start = f"{where}: cannot be read as {what}"

@@ -9,7 +9,7 @@ DeltaworksError            a failure; the command line exits with 1
 │   ├── PlanError          a plan file that is malformed or of another version
 │   ├── WorkloadError      a workload or trace with an unknown key, a wrong value or an impossible request
 │   ├── ProfileError       a profile that is unknown or malformed, or tables that do not determine one
-│   ├── PlacementError     a placement that cannot be made, or a file that is none
+│   ├── PlacementError     a placement that cannot be made, or a file that is not one
 │   │   └── ImpossibleError    what no number of GPUs does; the command line exits with 1
 │   ├── ChangedError       a model that changed since it was registered
 │   └── OutputError        an output folder that exists, or that another process is writing
@@ -128,7 +128,7 @@ class ProfileError(UserError):
 
 
 class PlacementError(UserError):
-    """A placement cannot be made as asked, or a file is no placement."""
+    """A placement cannot be made as asked, or a file is not a placement."""
 
 
 class ImpossibleError(PlacementError):

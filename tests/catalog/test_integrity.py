@@ -59,7 +59,7 @@ def root(made: Path, tmp_path: Path) -> Path:
 
 
 def text_of(made: Path, density: str = "0.3751") -> str:
-    """A density that is no whole percent has its cuts placed by histograms, in the Parquet file."""
+    """A density that is not a whole percent has its cuts placed by histograms, in the Parquet file."""
     return recipe("ties", made / "family", parameters=f"weight: 1, density: {density}", listed=EXPERTS)
 
 

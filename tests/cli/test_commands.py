@@ -82,7 +82,7 @@ def test_mistakes_exit_with_two(shell: Shell, tmp_path: Path) -> None:
     assert "did you mean 'b'" in shell.error("show", "bb")
     assert "no folder 'nowhere'" in shell.error("register", "x", "nowhere")
     assert "the name 'b' is taken" in shell.error("register", "b", "expert0")
-    assert "is no expert of a registered base" in shell.error("analyze", "b")
+    assert "is not an expert of a registered base" in shell.error("analyze", "b")
     assert "name the experts" in shell.error("analyze")
     assert "none.yml: cannot be read as a recipe" in shell.error("merge", "none.yml", "out")
     assert "is not an amount of bytes" in shell.error("merge", "ties.yml", "out", "--shard-size", "big")
@@ -92,7 +92,7 @@ def test_mistakes_exit_with_two(shell: Shell, tmp_path: Path) -> None:
     (tmp_path / "typo.yml").write_text((tmp_path / "ties.yml").read_text().replace("density", "densty"))
     assert "did you mean 'density'" in shell.error("merge", "typo.yml", "out")
     assert "base exists; choose another" in shell.error("merge", "ties.yml", "base")
-    assert "is no snapshot" in shell.error("verify", "base")
+    assert "is not a snapshot" in shell.error("verify", "base")
     assert "none.json: cannot be read as a plan" in shell.error("run", "none.json", "out")
     assert not (tmp_path / "out").exists()
     assert shell.run("frobnicate", code=2).stdout == ""
@@ -373,7 +373,7 @@ def test_a_sweep_plans_every_point_of_a_grid(shell: Shell, tmp_path: Path) -> No
     assert weights["model.norm.weight"]["densities"] == [0.2, 0.2, 0.2]
     text = shell.run(*grid).stdout
     assert len(text.splitlines()) == 9
-    assert "is no axis" in shell.error("sweep", "ties.yml", "--set", "density")
+    assert "is not an axis" in shell.error("sweep", "ties.yml", "--set", "density")
     assert "no model 'expert9'" in shell.error("sweep", "ties.yml", "--set", "expert9:weight=1")
     assert "unknown parameter 'densty'" in shell.error("sweep", "ties.yml", "--set", "densty=1")
 

@@ -178,7 +178,7 @@ def test_integers_are_copied_and_a_stand_in_is_accounted_for(catalog: Catalog, t
 
 
 def test_a_plan_of_an_earlier_version_is_still_read(catalog: Catalog, tmp_path: Path) -> None:
-    """What was added to plans since is no part of the digest of a plan that lacks it."""
+    """What was added to plans since is not a part of the digest of a plan that lacks it."""
     from dataclasses import replace
 
     from deltaworks.merging.plan import save_plan

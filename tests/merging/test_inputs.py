@@ -56,5 +56,5 @@ def test_a_registered_model_with_other_tensors_is_refused(catalog: Catalog, tmp_
     write_model(tmp_path / "expert1", random_tensors(3, names), 2)
     register(catalog, "expert1", str(tmp_path / "expert1"))
     text = recipe("task_arithmetic", tmp_path, listed=EXPERTS, parameters="weight: 0.5")
-    with pytest.raises(CheckpointError, match=r"expert1 is no fine-tune of base: .*model\.norm\.weight"):
+    with pytest.raises(CheckpointError, match=r"expert1 is not a fine-tune of base: .*model\.norm\.weight"):
         prepare_plan(catalog, parse_recipe(text), MergeOptions(budget=parse_budget(budget) if budget else None))

@@ -95,7 +95,7 @@ def test_verify_tells_of_unknown_files(catalog: Catalog, tmp_path: Path, family:
     merge(catalog, recipe("ties", family, parameters=TIES), tmp_path / "out")
     (tmp_path / "out" / "extra").write_text("")
     assert verify(tmp_path / "out")["unknown"] == ["extra"]
-    with pytest.raises(OutputError, match="is no snapshot"):
+    with pytest.raises(OutputError, match="is not a snapshot"):
         verify(family)
 
 
@@ -295,7 +295,7 @@ def test_a_disk_that_fills_up_late(catalog: Catalog, tmp_path: Path, family: Pat
 
 
 def test_stopped_between_manifest_and_rename(catalog: Catalog, tmp_path: Path, family: Path, monkeypatch: Any) -> None:
-    """The manifest that is left behind is no file of the snapshot that the next run completes."""
+    """The manifest that is left behind is not a file of the snapshot that the next run completes."""
 
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt

@@ -88,12 +88,12 @@ def _file(staging: Path) -> None:
 FOREIGN: dict[Callable[[Path], None], str] = {
     _link: "it is a link",
     _folder: "was not created by deltaworks",
-    _with_foreign_journal: "is no journal of a merge",
-    _with_escaping_journal: "is no journal of a merge",
+    _with_foreign_journal: "is not the journal of a merge",
+    _with_escaping_journal: "is not the journal of a merge",
     _with_more_than_its_journal: "holds 'notes.txt'",
     _with_a_link_for_a_file: "holds 'model.safetensors'",
     _with_an_empty_folder: "holds 'inside'",
-    _file: "it is no folder",
+    _file: "it is not a folder",
 }
 
 

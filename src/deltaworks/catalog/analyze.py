@@ -112,7 +112,7 @@ def analyze(
         `bytes_read`, `statistics_bytes`, and where layers were asked for `layers_bytes`.
 
     Raises:
-        UserError: the block size is no power of two from 4 Ki to 4 Mi.
+        UserError: the block size is not a power of two from 4 Ki to 4 Mi.
         CheckpointError: the expert's weight files are gone, and the catalog has no statistics of it.
     """
     progress = progress or Silent()

@@ -27,7 +27,7 @@ class _Connection(sqlite3.Connection):
         try:
             return super().execute(sql, parameters)
         except UnicodeDecodeError as error:
-            # SQLite's message quotes the schema as it is; where that is no UTF-8, Python cannot make its exception.
+            # SQLite's message quotes the schema as it is; where that is not UTF-8, Python cannot make its exception.
             text = error.object.decode("utf-8", "backslashreplace")
             raise sqlite3.DatabaseError(quoted(text)) from error
 

@@ -1,7 +1,7 @@
 """How far a model may be from its base."""
 
 FAR_FROM_BASE = 1.0
-"""Relative norm of a delta from which on an expert is no plausible fine-tune: two unrelated models differ by 1.4."""
+"""Relative norm of a delta from which on an expert is not a plausible fine-tune: two unrelated models differ by 1.4."""
 
 
 def far_from(name: str, base: str, relative_norm: float) -> str:

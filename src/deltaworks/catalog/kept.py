@@ -23,7 +23,7 @@ def keep_files(expert: Path, kept: Path) -> dict[str, str]:
         The BLAKE3 of each, in hex, by its name.
 
     Raises:
-        CheckpointError: one is no file of the model.
+        CheckpointError: one is not a file of the model.
         DamagedError: the folder is a link.
         OSError: it cannot be written.
     """

@@ -146,7 +146,7 @@ class Layering:
             )
 
     def commit(self, source: Source) -> None:
-        """Write what is no delta, of the expert's open files, and finish the file."""
+        """Write what is not a delta, of the expert's open files, and finish the file."""
         record = self._first_rest
         for info in self._rest:
             for start in range(0, max(1, info.count), self._block_size):

@@ -49,7 +49,7 @@ def register(
 
     Raises:
         CatalogError: the name is taken or malformed.
-        CheckpointError: the folder is no readable model, or its tensors are not its base's.
+        CheckpointError: the folder is not a readable model, or its tensors are not its base's.
         ChangedError: a file was written meanwhile.
     """
     progress = progress or Silent()
@@ -229,7 +229,7 @@ def base_of(catalog: Catalog, model: Model, chosen: str | None = None, *, progre
         ChangedError: the base's files have changed.
     """
     if model.kind is Kind.ADAPTER or (chosen is None and model.base is None):
-        raise CatalogError(f"{model.name} is no expert of a registered base; give the base with --base")
+        raise CatalogError(f"{model.name} is not an expert of a registered base; give the base with --base")
     if chosen is not None:
         base = ensure_registered(catalog, chosen, progress=progress)
         check_same_tensors(model.name, model.checkpoint, base)
@@ -248,10 +248,10 @@ def untouched(model: Model) -> bool:
 def check_same_tensors(name: str, expert: Checkpoint, base: Model) -> None:
     """Make sure that an expert's tensors match its base's in name and shape.
 
-    A tied model may leave its `lm_head` out; that is no difference. Neither are buffers that loaders compute.
+    A tied model may leave its `lm_head` out; that is not a difference. Neither are buffers that loaders compute.
 
     Raises:
-        CheckpointError: they do not match, so it is no fine-tune of that base.
+        CheckpointError: they do not match, so it is not a fine-tune of that base.
     """
     check_not_quantized(name, expert)
     check_not_quantized(base.name, base.checkpoint)
@@ -262,11 +262,11 @@ def check_matching_tensors(name: str, expert: Checkpoint, base: Model) -> None:
     """As `check_same_tensors`, for models that are known not to be quantized."""
     theirs = base.checkpoint.tensors
     if difference := explain_difference(Named(base.name, theirs), Named(name, expert.tensors)):
-        raise CheckpointError(f"{name} is no fine-tune of {base.name}: {difference}")
+        raise CheckpointError(f"{name} is not a fine-tune of {base.name}: {difference}")
     for tensor in expert.tensors.values():
         other = theirs.get(tensor.name)
         if other is not None and other.shape != tensor.shape and not is_recomputed(tensor):
             raise CheckpointError(
-                f"{name} is no fine-tune of {base.name}: "
+                f"{name} is not a fine-tune of {base.name}: "
                 + shapes_differ(tensor.name, (base.name, other.shape), (name, tensor.shape))
             )

@@ -27,7 +27,7 @@ class Named(NamedTuple):
 def explain_difference(first: Named, second: Named) -> str | None:
     """A sentence that says which tensors one of two models has and the other lacks; None where there are none.
 
-    A head that one of them leaves out because it is tied to the embeddings is no difference, and neither are buffers
+    A head that one of them leaves out because it is tied to the embeddings is not a difference, and neither are buffers
     that loaders compute. Where the same tensors have other names, the sentence says so.
     """
     extra = _lacking(first, second), _lacking(second, first)
@@ -68,7 +68,7 @@ def _lacking(has: Named, lacks: Named) -> list[str]:
     return [
         name
         for name, tensor in has.tensors.items()
-        # A head under another name is no tied head.
+        # A head under another name is not a tied head.
         if name not in lacks.tensors and not (name.endswith(HEAD) and not heads) and not is_recomputed(tensor)
     ]
 

@@ -144,7 +144,7 @@ def _accompanied(tensors: Mapping[str, TensorInfo]) -> set[str]:
 
 
 def _is_packed(tensor: TensorInfo) -> bool:
-    """Whether a tensor of integers holds weights; buffers, such as positions and masks, are none."""
+    """Whether a tensor of integers holds weights; buffers, such as positions and masks, do not."""
     leaf = tensor.name.rpartition(".")[2]
     if not tensor.shape or tensor.name.endswith(_BUFFERS):
         return False

@@ -38,7 +38,7 @@ def sidecar_names(source: Path) -> list[str]:
     """Names of the files that a model folder needs beside its weights and `config.json`, relative to it and sorted.
 
     Raises:
-        CheckpointError: one of them is no file of the model, or a pointer to it; see `own_file` and `check_file`.
+        CheckpointError: one of them is not a file of the model, or a pointer to it; see `own_file` and `check_file`.
     """
     found = {p.relative_to(source).as_posix() for pattern in PATTERNS for p in source.glob(pattern)}
     found |= {p.name for p in source.iterdir() if _LICENCE.fullmatch(p.name)} if source.is_dir() else set()
@@ -58,7 +58,7 @@ def copy_sidecars(source: Path, target: Path) -> dict[str, str]:
         The BLAKE3 of each, in hex, by its name.
 
     Raises:
-        CheckpointError: one of them is no file of the model, or cannot be read; see `own_file`.
+        CheckpointError: one of them is not a file of the model, or cannot be read; see `own_file`.
         OSError: a copy cannot be written.
     """
     return copy_files(source, target, sidecar_names(source))

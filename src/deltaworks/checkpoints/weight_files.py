@@ -32,7 +32,7 @@ _OTHER_FORMATS = (
     ("*.bin", "PyTorch weights", "convert them to safetensors first"),
 )
 _TRAINING_STATE = ("optimizer", "scheduler", "training_args", "rng_state", "random_states", "scaler", "trainer_state")
-"""How files of a training checkpoint begin that are no weights."""
+"""How files of a training checkpoint begin that are not weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or file in (".", "..") or _is_too_long(file):
             raise CheckpointError(
-                f"{path / INDEX} places tensor {quoted(name)} in {quoted(file)}, which is no plain file name"
+                f"{path / INDEX} places tensor {quoted(name)} in {quoted(file)}, which is not a plain file name"
             )
     return weight_map
 

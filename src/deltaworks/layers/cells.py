@@ -33,7 +33,7 @@ STEPS: Final = 4
 """Means an octave, in drafts."""
 
 HIGHEST: Final = 15
-"""The code of a block's largest mean; 0 is no mean at all, and those between are steps apart."""
+"""The code of a block's largest mean; 0 stands for none, and those between are steps apart."""
 
 WAYS: Final = 5
 """Ways to cut a range. There is one range of each an octave."""

@@ -46,7 +46,7 @@ END: Final = np.dtype(
 
 
 def index_place(path: Path) -> int | None:
-    """The byte of a file at which its index begins and all that is read before any layer; None where it is none."""
+    """The byte of a file at which its index begins and all that is read before any layer; None where it is not one."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - END.itemsize))

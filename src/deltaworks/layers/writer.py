@@ -66,7 +66,7 @@ class LayerWriter:
         own["checksums"] = sums
 
     def add_raw(self, record: int, elements: NDArray[np.uint8]) -> None:
-        """Write a block of a tensor that is no delta: its elements (uint8) as they are."""
+        """Write a block of a tensor that is not a delta: its elements (uint8) as they are."""
         ends = np.zeros(DEPTH, np.int64)
         ends[-1] = len(elements)
         self.add(record, elements, ends, np.zeros(DEPTH + 1))

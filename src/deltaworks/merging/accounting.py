@@ -72,7 +72,7 @@ def account_for(
             {
                 "name": model.name,
                 "tensors": len(held),
-                # A tied head that a model leaves out is taken from its embeddings, and is no tensor of its own.
+                # A tied head that a model leaves out is taken from its embeddings, and is not a tensor of its own.
                 "merged": len(merged[place] & held.keys()),
                 "copied": len((copied[place] - merged[place]) & held.keys()),
                 "left_out": left_out,

@@ -78,12 +78,12 @@ def write_code(plan: Plan, models: Sequence[Model], folder: Path) -> None:
     """Copy a plan's custom code to its output, and have the files beside the weights name no other.
 
     Raises:
-        CheckpointError: a file is gone, or is no file of the model.
+        CheckpointError: a file is gone, or is not a file of the model.
         OSError: a copy cannot be written.
     """
     for place, name in plan.code or ():
         if not _is_inside(name):
-            raise CheckpointError(f"the plan names {quoted(name)} as custom code, which is no file of a model")
+            raise CheckpointError(f"the plan names {quoted(name)} as custom code, which is not a file of a model")
         copy_files(models[place].path, folder, [name])
     for path, content in _sidecars(folder).items():
         kept = without_code(content, only_malformed=plan.code is not None)

@@ -82,7 +82,7 @@ def check_bases(catalog: Catalog, recipe: Recipe, models: Mapping[str, Model]) -
 
 
 def _check_quantized(recipe: Recipe, model: Model, progress: Progress) -> None:
-    """Refuse to calculate with quantized weights; to pass them through as they are is no calculation."""
+    """Refuse to calculate with quantized weights; to pass them through as they are is not a calculation."""
     scales = [i.parameters for part in recipe.slices for i in part.inputs]
     scales += [recipe.parameters, *(part.parameters for part in recipe.slices)]
     wanted = recipe.out_dtype or recipe.dtype

@@ -71,7 +71,7 @@ def read_manifest(out: Path) -> dict[str, Any]:
     """
     path = out / MANIFEST
     if not path.is_file():
-        raise OutputError(f"{out} is no snapshot: it holds no {MANIFEST}")
+        raise OutputError(f"{out} is not a snapshot: it holds no {MANIFEST}")
     # A plan may predict an error without bound.
     raw = read_bytes(path, "a manifest", OutputError, _MANIFEST_BYTES)
     content = parse_json(raw, str(path), "a manifest", OutputError, finite=False)
@@ -84,12 +84,12 @@ def read_manifest(out: Path) -> dict[str, Any]:
     for member, kinds in (("shards", _SHARD), ("inputs", _INPUT)):
         for i, entry in enumerate(content[member]):
             if not isinstance(entry, dict):
-                raise OutputError(f"{path} is malformed: {member}[{i}] is no object")
+                raise OutputError(f"{path} is malformed: {member}[{i}] is not an object")
             _check(path, entry, kinds, f"{member}[{i}].")
     _check(path, content["files"], dict.fromkeys(content["files"], _TEXT), "files.")
     for name in listed_files(content):
         if not is_inside(name):
-            raise OutputError(f"{path} is malformed: it lists {quoted(name)}, which is no name inside of the folder")
+            raise OutputError(f"{path} is malformed: it lists {quoted(name)}, which is not a name inside of the folder")
     return content
 
 

@@ -1,7 +1,7 @@
 """A hidden folder in which a merge builds its output: made by us, locked by one process, emptied of nothing else.
 
 Anybody who may write beside an output can put a folder or a link where a merge wants to build. A folder is ours when it
-belongs to this user, is no link, and holds nothing but what its journal lists (or, when the journal is removed just
+belongs to this user, is not a link, and holds nothing but what its journal lists (or, when the journal is removed just
 before the output appears, its manifest). Everything is done relative to the open folder, so that a link which takes its
 place later leads nowhere.
 """
@@ -79,7 +79,7 @@ class OwnedFolder:
         except OSError as error:
             if error.errno not in (errno.ENOTDIR, errno.ELOOP):
                 raise
-            raise self._foreign("it is a link" if self.path.is_symlink() else "it is no folder") from error
+            raise self._foreign("it is a link" if self.path.is_symlink() else "it is not a folder") from error
         try:
             self.is_locked = lock(fd)
             if os.path.samestat(os.fstat(fd), os.lstat(self.path)):
@@ -119,7 +119,7 @@ class OwnedFolder:
             raise self._foreign(f"its {JOURNAL} cannot be read ({error.strerror})") from error
         with os.fdopen(fd, "rb") as file:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise self._foreign(f"its {JOURNAL} is no file")
+                raise self._foreign(f"its {JOURNAL} is not a file")
             raw = file.read(_JOURNAL_BYTES)
         where = str(self.path / JOURNAL)
         content = parse_json(raw, where, "the journal of a merge", OutputError)
@@ -133,7 +133,7 @@ class OwnedFolder:
             and isinstance(content.get("files"), list)
             and all(isinstance(n, str) and is_inside(n) for n in content["files"])
         ):
-            raise OutputError(f"{where} is no journal of a merge by this version; move {self.path} away")
+            raise OutputError(f"{where} is not the journal of a merge by this version; move {self.path} away")
         self._names = set(content.pop("files"))
         self.journal = content
 
@@ -163,7 +163,7 @@ class OwnedFolder:
         self.journal |= journal
         if outside := [n for n in self._names if not is_inside(n)]:
             self._names -= set(outside)
-            raise OutputError(f"{quoted(outside[0])} is no name of a file inside of an output")
+            raise OutputError(f"{quoted(outside[0])} is not the name of a file inside of an output")
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         with os.fdopen(os.open(_NEW, flags, 0o666, dir_fd=self._fd), "w", encoding="utf-8") as file:
             json.dump({_MARK: 1, "files": sorted(self._names), **self.journal}, file)

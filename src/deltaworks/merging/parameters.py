@@ -49,7 +49,7 @@ def parse_setting(raw: Any, kind: type, where: str) -> Setting:
         where: its place in the recipe, for messages.
 
     Raises:
-        RecipeError: it is none of these.
+        RecipeError: it is not one of these.
     """
     if isinstance(raw, dict) or (isinstance(raw, list) and any(isinstance(x, dict) for x in raw)):
         return Setting(tuple(_choice(x, kind, where) for x in (raw if isinstance(raw, list) else [raw])))

@@ -184,7 +184,7 @@ class Plan:
         return {
             "deltaworks_plan": SCHEMA_VERSION,
             "digest": self._digest_of(content),
-            # What a clock measured is told, and is no part of what the plan says.
+            # What a clock measured is told, and is not a part of what the plan says.
             "read_cost": self.read_cost and list(self.read_cost),
             "predicted_read_s": self.predicted_read_s,
             "layers": by_layer(self),
@@ -237,7 +237,7 @@ class Plan:
         """The inverse of `to_json`.
 
         Raises:
-            PlanError: the content is no plan, of another version, or was edited.
+            PlanError: the content is not a plan, of another version, or was edited.
         """
         if content.get("deltaworks_plan") != SCHEMA_VERSION:
             version = content.get("deltaworks_plan")
@@ -325,7 +325,7 @@ def load_plan(path: Path) -> Plan:
     """Read the plan in the file at `path`.
 
     Raises:
-        PlanError: there is no such file, or it is no plan of this version.
+        PlanError: there is no such file, or it is not a plan of this version.
     """
     # A configuration in it may hold infinity, as those that transformers writes do.
     raw = read_bytes(path, "a plan", PlanError, _PLAN_BYTES)

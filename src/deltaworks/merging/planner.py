@@ -323,7 +323,7 @@ def _delta_sum(
         if operation.sparsify is Sparsify.OUTLIERS:
             operation = replace(
                 operation,
-                # Of a small tensor, a small share is none at all.
+                # Of a small tensor, a small share is nothing at all.
                 densities=tuple(
                     0.0 if size and c is None and d < 1 else d
                     for d, (c, _) in zip(operation.densities, cuts, strict=True)

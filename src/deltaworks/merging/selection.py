@@ -144,7 +144,7 @@ def add_step(
         gain += gains[steps]
         nbytes += cost[steps]
     gains[steps], cost[steps], end[steps] = gain, nbytes, rank + 1
-    # What belonged to it is no step of its own any more.
+    # What belonged to it is not a step of its own any more.
     gains[steps + 1 : rank + 1], cost[steps + 1 : rank + 1], end[steps + 1 : rank + 1] = 0.0, 0, 0
     return steps + 1
 

@@ -25,12 +25,12 @@ def find_plan(catalog: Catalog, what: str) -> Plan:
     if len(found) > 1:
         raise PlanError(f"{what!r} is the beginning of {len(found)} plans' digests; give more of it")
     if not found:
-        raise PlanError(f"{what!r} is no plan file, no merged model, and no digest of a plan in {catalog.path}")
+        raise PlanError(f"{what!r} is not a plan file, a merged model, or the digest of a plan in {catalog.path}")
     return Plan.from_json(json.loads(found[0]))
 
 
 def find_snapshot(catalog: Catalog, what: str) -> tuple[Path, dict[str, Any], str | None] | None:
-    """Path, manifest and time of the merged model in the folder `what`; None where it is no merged model.
+    """Path, manifest and time of the merged model in the folder `what`; None where it is not a merged model.
 
     One that was moved or copied has no time; one that was deleted is still known by its former path.
     """

@@ -39,7 +39,7 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
     name, equals, values = text.partition("=")
     parsed = [yaml.safe_load(v) for v in values.split(",") if v.strip()]
     if not equals or not name.strip() or not parsed:
-        raise UserError(f"{text!r} is no axis of a grid; write it like density=0.1,0.2 or expert:weight=0.5,1")
+        raise UserError(f"{text!r} is not an axis of a grid; write it like density=0.1,0.2 or expert:weight=0.5,1")
     return name.strip(), parsed
 
 

@@ -38,7 +38,7 @@ def choose_template(recipe: Recipe, models: Mapping[str, Model]) -> str | None:
     """The chat template to install; None to keep the tokenizer's.
 
     Raises:
-        RecipeError: the recipe's is no template.
+        RecipeError: the recipe's is not a template.
         CheckpointError: a template cannot be read.
     """
     wanted = recipe.chat_template

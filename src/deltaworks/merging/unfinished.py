@@ -44,7 +44,7 @@ def enter(catalog: Catalog, out: Path) -> None:
     """Enter a snapshot that the catalog does not know.
 
     Raises:
-        OutputError: the folder is no snapshot.
+        OutputError: the folder is not a snapshot.
         DeltaworksError: the catalog cannot be written.
     """
     from deltaworks.merging.plan import keep_plan, load_plan  # noqa: PLC0415  # slow to import, seldom needed

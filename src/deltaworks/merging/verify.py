@@ -39,7 +39,7 @@ def verify(out: Path, progress: Progress | None = None) -> dict[str, Any]:
         (whether the manifest has a digest of itself, which older ones lack).
 
     Raises:
-        OutputError: `out` is no snapshot, or its manifest is malformed.
+        OutputError: `out` is not a snapshot, or its manifest is malformed.
         VerificationError: something is missing or differs; the message names it.
     """
     progress = progress or Silent()
