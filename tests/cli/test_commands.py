@@ -312,7 +312,7 @@ def test_two_plans_beside_each_other(shell: Shell, tmp_path: Path) -> None:
     assert shell.json("diff", "a.json", digest[:10])["same"]
     shell.run("run", "a.json", "out")
     assert "the same plan" in shell.run("diff", "out", "a.json").stdout
-    assert "no plan file" in shell.error("diff", "a.json", "c.json")
+    assert "is not a plan file" in shell.error("diff", "a.json", "c.json")
 
 
 def test_where_a_model_came_from_and_where_it_went(shell: Shell, tmp_path: Path) -> None:
