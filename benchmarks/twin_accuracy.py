@@ -239,7 +239,8 @@ def markdown(result: dict[str, Any]) -> str:
     ours = f"{fast['all']:,.0f} over all runs, {fast['starved']:,.0f} over starved ones, {fast['worst']:,.0f} at worst"
     published_ = f"{fast['published_all']:,.0f} in all, {fast['published_worst']:,.0f} at worst (its own logs)"
     said = [
-        "Memory: {foreseen} of {failed} failed starts foreseen, {invented} of {started} invented.".format(**starts),
+        "Memory: {foreseen} of {failed} out-of-memory startups predicted, {invented} false alarms in {started} startups"
+        " that succeeded.".format(**starts),
         f"Penalised TTFT where requests sent were reconstructed: data and their own last sample differ by {noise:.1f}.",
         f"Simulated seconds a second on one core: {ours}; the published twin {published_}.",
     ]

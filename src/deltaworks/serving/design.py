@@ -207,9 +207,10 @@ def _row(profile: Profile, experiment: Experiment) -> tuple[float, ...]:
 def unlabelled(profile: Profile, seed: int, count: int, progress: Callable[[int], None] | None = None) -> F64:
     """The features of a design's experiments, not run: (count, features) float64."""
     rows = []
-    for experiment in experiments(profile, seed, 0, count):
-        traffic = traffic_of(experiment.workload, profile.output_share)
-        rows.append(estimate(traffic, profile, experiment.slots, experiment.max_rank))
-        if progress:
-            progress(1)
+    for start in range(0, count, CHUNK):
+        for experiment in experiments(profile, seed, start, min(CHUNK, count - start)):
+            traffic = traffic_of(experiment.workload, profile.output_share)
+            rows.append(estimate(traffic, profile, experiment.slots, experiment.max_rank))
+            if progress:
+                progress(1)
     return np.stack(rows)

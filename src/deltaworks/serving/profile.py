@@ -61,8 +61,8 @@ class StepTime:
     requests, P prompt tokens, C tokens in the KV cache of the decoding requests, A distinct adapters in the batch, S
     slots, R the server's maximum rank. (vLLM 0.8.5 configures its LoRA kernels otherwise below 128 tokens.)
 
-    ``decode_prefill`` is what decoding costs more beside prompts: one attention kernel serves the whole batch, and its
-    grid, sized by the longest stretch of new tokens, has room for as many of every request that decodes one.
+    ``decode_prefill`` is the extra cost of decoding in a step that computes prompts as well. It is inferred from whole
+    runs; that one attention kernel, sized by the longest prompt, serves all requests of the batch is a hypothesis.
     """
 
     base: float
