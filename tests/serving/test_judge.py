@@ -52,6 +52,26 @@ def test_old_answers_are_forgotten_and_made_again(monkeypatch: pytest.MonkeyPatc
         assert answer | {"wall_s": 0} == other | {"wall_s": 0}
 
 
+def test_equal_parts_are_asked_about_once() -> None:
+    asker = judge(workload([{"name": "a", "count": 3, "rank": 8, "rate": 0.5}]))
+    first = asker.ask((Piece(0), Piece(2, 0.5)), 0, 1)
+    assert asker.ask((Piece(0), Piece(2, 0.5)), 0, 1) is first
+    assert asker.ask((Piece(0), Piece(2, 0.5, 0.5)), 0, 1) is not first
+    assert asker.runs == 2
+    # Other objects may get the ids of parts that are gone.
+    for adapter in (0, 1, 2) * 30:
+        part = (Piece(adapter),)
+        assert asker.traffic_of(part, 0).rate.tolist() == asker.traffic[0].rate[[adapter]].tolist()
+
+
+def test_details_are_the_answer_and_its_adapters() -> None:
+    asker = judge(workload([{"name": "a", "count": 3, "rank": 8, "rate": 0.5}]))
+    part = (Piece(0), Piece(2))
+    details = asker.details(part, 0, 1)
+    assert list(details.pop("adapters")) == ["a-0", "a-2"]
+    assert details | {"wall_s": 0} == asker.ask(part, 0, 1) | {"wall_s": 0}
+
+
 def test_the_strain_of_nothing_and_of_what_has_no_memory() -> None:
     asker = judge(workload([{"name": "a", "rank": 512, "rate": 0.5}]))
     no_memory = judge(workload([{"name": "a", "rank": 512, "rate": 0.5}]), 0.1, (), NO_MEMORY)

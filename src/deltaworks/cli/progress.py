@@ -73,18 +73,20 @@ def make_counter(label: str, total: int | None, kernel: str, *, quiet: bool) -> 
 
 
 def make_steps(kernel: str, *, quiet: bool) -> Callable[[str], None]:
-    """What to tell which step of long work begins; each is a line, the first ones after two seconds.
+    """What to tell which step of long work begins; a line is written at most every two seconds.
 
     Args:
         kernel: Of which the user is told if it must be compiled first.
         quiet: Show nothing.
     """
-    started = time.monotonic()
+    started = last = time.monotonic()
     if not quiet and not compiled_before(kernel):
         sys.stderr.write(f"note: {_COMPILING.format('the twin')}\n")
 
     def step(text: str) -> None:
-        if not quiet and time.monotonic() - started > _FIRST_LINE_AFTER:
+        nonlocal last
+        if not quiet and time.monotonic() - last > _FIRST_LINE_AFTER:
+            last = time.monotonic()
             sys.stderr.write(f"{time.monotonic() - started:4.0f} s  {text}\n")
 
     return step

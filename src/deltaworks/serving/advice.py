@@ -10,7 +10,7 @@ from typing import Any
 from deltaworks.errors import WorkloadError
 from deltaworks.serving.estimate import SLOT_WAIT, UTILISATION, estimate, traffic_of
 from deltaworks.serving.feasible import check_possible
-from deltaworks.serving.judge import MARGIN, SLOTS, Goal, best_configuration, is_inconclusive, keeps_up
+from deltaworks.serving.judge import MARGIN, SLOTS, Goal, best_configuration, keeps_up
 from deltaworks.serving.profile import Profile, allowed_rank
 from deltaworks.serving.simulate import Configuration, simulate
 from deltaworks.serving.twin import step_s
@@ -129,7 +129,7 @@ def _most_adapters(
         if answer["starved"] or not all(goal.met(answer) for goal in goals):
             return False
         traffic = traffic_of(of_adapters(one, count), profile.output_share, profile.server.max_model_len).scaled(factor)
-        return not is_inconclusive(answer) or keeps_up(traffic, profile, min(slots, count), rank)
+        return not answer["short"] or keeps_up(traffic, profile, min(slots, count), rank)
 
     def served(count: int) -> bool:
         return all(accepted(count, factor) for factor in sorted({1 + headroom, 1.0}, reverse=True))
@@ -160,7 +160,8 @@ def _guess(profile: Profile, one: Workload, slots: int, rank: int, factor: float
 def _ask(profile: Profile, one: Workload, count: int, slots: int, rank: int, factor: float) -> dict[str, Any]:
     workload = of_adapters(one, count)
     faster = tuple(replace(a, rate=tuple((s, r * factor) for s, r in a.rate)) for a in workload.adapters)
-    return simulate(replace(workload, adapters=faster), profile, Configuration(min(slots, count), rank, count))
+    configuration = Configuration(min(slots, count), rank, count)
+    return simulate(replace(workload, adapters=faster), profile, configuration, by_adapter=False)
 
 
 def overheads(profile: Profile, rank: int, slots: int, batch: int = 128) -> dict[str, str]:

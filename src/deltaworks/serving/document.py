@@ -100,7 +100,7 @@ def describe(
 
 def _gpu(judge: Judge, name: str, gpu: Gpu) -> dict[str, Any]:
     profile, workload = judge.profiles[gpu.kind], judge.demand.workload
-    predicted = judge.ask(gpu.part, gpu.kind, gpu.slots) if gpu.part else None
+    predicted = judge.details(gpu.part, gpu.kind, gpu.slots) if gpu.part else None
     return {
         "id": name,
         "type": profile.name,

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from os import cpu_count
 from threading import Lock
 from typing import Any
@@ -15,6 +15,7 @@ from deltaworks.serving.estimate import SLOT_PRESSURE, SLOT_WAIT, UTILISATION, T
 from deltaworks.serving.limits import check_one_model
 from deltaworks.serving.parts import Part, part_of
 from deltaworks.serving.profile import Profile, allowed_rank
+from deltaworks.serving.server import F64, I64
 from deltaworks.serving.simulate import Configuration, simulate
 from deltaworks.serving.starvation import STARVED_DEFICIT
 from deltaworks.serving.surrogate import Surrogate
@@ -40,9 +41,9 @@ MARGIN = 0.1
 ALIKE = 0.005
 """Throughputs that differ by less than this share are alike: repeated runs of a real server differ as much."""
 
-KEPT_ADAPTERS = 1_000_000
-"""The oldest of the twin's answers are forgotten where those remembered tell of more adapters than this in all; an
-adapter takes about a kilobyte."""
+KEPT_ADAPTERS = 4_000_000
+"""What was asked about the oldest parts is forgotten where those remembered hold more adapters than this in all; an
+adapter takes about 200 bytes."""
 
 KEPT_REQUESTS = 4_000_000
 """The most requests that are remembered for the next number of slots on the same GPU."""
@@ -153,6 +154,31 @@ class Demand:
     goals: tuple[Goal, ...] = ()
 
 
+@dataclass(eq=False)
+class _Known:
+    """What is known of a part.
+
+    Attributes:
+        part: It.
+        places: Its adapters, (pieces,) int64.
+        shares: Of their requests, (pieces,) float64.
+        rank: The least `--max-lora-rank` that it needs.
+        size: How many adapters it, and equal parts that were asked about, hold in all.
+        ids: Of those parts as Python objects: none of them has to be hashed twice.
+        slots: What `Judge.slots` says, by type of GPU.
+        answers: Of the twin, by type of GPU, slots and factor of the traffic.
+    """
+
+    part: Part
+    places: I64
+    shares: F64
+    rank: int
+    size: int = 0
+    ids: list[int] = field(default_factory=list)
+    slots: dict[int, list[tuple[float, int]]] = field(default_factory=dict)
+    answers: dict[tuple[int, int, float], dict[str, Any]] = field(default_factory=dict)
+
+
 class Judge:
     """Asks the surrogate and the twin about GPUs of several types; remembers what the twin said.
 
@@ -179,9 +205,10 @@ class Judge:
         self.pool = ThreadPoolExecutor(self.threads)
         self.traffic = [traffic_of(demand.workload, p.output_share, p.server.max_model_len) for p in profiles]
         self.runs = 0
-        self._said: dict[tuple[Part, int, int, int, float], dict[str, Any]] = {}
+        self._known: dict[Part, _Known] = {}
+        self._by_id: dict[int, tuple[Part, _Known]] = {}
         self._kept_adapters = 0
-        self._recent: dict[tuple[Part, float, float], tuple[Workload, Requests]] = {}
+        self._recent: dict[tuple[_Known, float, float], tuple[Workload, Requests]] = {}
         self._lock = Lock()
         self._workload = demand.workload
         self._drawn: dict[int, Requests] = {}
@@ -192,16 +219,39 @@ class Judge:
             self._drawn[kind] = requests_of(self._workload, self.profiles[kind].output_share)
         return self._drawn[kind]
 
+    def _about(self, part: Part) -> _Known:
+        """What is known of a part, and of others equal to it; the oldest parts are forgotten where they are many."""
+        with self._lock:
+            same, found = self._by_id.get(id(part), (None, None))
+            if found is not None and same is part:
+                return found
+            found = self._known.get(part)
+            if found is None:
+                places = np.array([piece.adapter for piece in part], np.int64)
+                shares = np.array([piece.share for piece in part], np.float64)
+                found = _Known(part, places, shares, allowed_rank(int(self._workload.ranks[places].max(initial=1))))
+                self._known[part] = found
+            found.ids.append(id(part))
+            found.size += len(part)
+            self._by_id[id(part)] = part, found
+            self._kept_adapters += len(part)
+            while self._kept_adapters > KEPT_ADAPTERS and len(self._known) > 1:
+                oldest = self._known.pop(next(iter(self._known)))
+                self._kept_adapters -= oldest.size
+                for own in oldest.ids:
+                    del self._by_id[own]
+            return found
+
     def rank_of(self, part: Part) -> int:
         """The least `--max-lora-rank` that a part needs; the least that vLLM takes if the part is empty."""
-        return allowed_rank(max((self._workload.adapters[p.adapter].rank for p in part), default=1))
+        return self._about(part).rank
 
     def traffic_of(self, part: Part, kind: int, factor: float = 1.0) -> Traffic:
         """The traffic of a part on a type of GPU."""
-        places = np.array([p.adapter for p in part], np.int64)
-        own = self.traffic[kind].of(places)
-        share = np.array([p.share for p in part]) * factor
-        return Traffic(own.rate * share, own.rank, own.prompt, own.output, own.spread, own.duration_s)
+        known = self._about(part)
+        own = self.traffic[kind].of(known.places)
+        rate = own.rate * (known.shares * factor)
+        return Traffic(rate, own.rank, own.prompt, own.output, own.spread, own.duration_s)
 
     def slots(self, part: Part, kind: int) -> list[tuple[float, int]]:
         """Numbers of slots to try for a part with all its headroom, the most promising first, each with its strain.
@@ -209,8 +259,11 @@ class Judge:
         More slots let adapters wait less for one until the GPU has no time left; where nobody waits, fewer are better.
         What the surrogate says does not starve comes before the rest.
         """
+        known = self._about(part)
+        if kind in known.slots:
+            return known.slots[kind]
         traffic = self.traffic_of(part, kind, 1.0 + self.demand.headroom)
-        profile, surrogate, rank = self.profiles[kind], self.surrogates[kind], self.rank_of(part)
+        profile, surrogate, rank = self.profiles[kind], self.surrogates[kind], known.rank
         most = min(len(part), profile.most_slots(rank))
         found = []
         for slots in sorted({*(s for s in SLOTS if s < most), most} - {0}):
@@ -220,7 +273,8 @@ class Judge:
             crowded = features[SLOT_PRESSURE] > COMFORTABLE
             cost = wait + 5.0 * max(used - FULL, 0.0)
             found.append(((starved, round(float(cost), 3), bool(crowded), used), max(used, float(wait)), slots))
-        return [(strain, slots) for _, strain, slots in sorted(found)]
+        known.slots[kind] = [(strain, slots) for _, strain, slots in sorted(found)]
+        return known.slots[kind]
 
     def promising(self, part: Part, kind: int, tries: int) -> list[tuple[float, int]]:
         """The most promising numbers of slots, as `slots` has them, then the largest: it shuts out the fewest."""
@@ -243,31 +297,34 @@ class Judge:
         return ranked[0][0] if ranked else float("inf")
 
     def ask(self, part: Part, kind: int, slots: int, factor: float = 1.0) -> dict[str, Any]:
-        """The twin's answer for a GPU, at ``factor`` times the traffic."""
-        rank = self.rank_of(part)
-        key = (part, kind, slots, rank, factor)
-        if (known := self._said.get(key)) is not None:
-            return known
-        profile = self.profiles[kind]
-        workload, requests = self._offered(part, kind, factor)
-        answer = simulate(workload, profile, Configuration(slots, rank, len(part)), requests)
+        """The twin's answer for a GPU, at ``factor`` times the traffic; `details` has ``adapters`` as well."""
+        known, key = self._about(part), (kind, slots, factor)
+        if (said := known.answers.get(key)) is not None:
+            return said
+        answer = self._simulated(known, kind, slots, factor)
         with self._lock:
-            self._kept_adapters += 0 if key in self._said else len(part)
-            self._said[key] = answer
-            while self._kept_adapters > KEPT_ADAPTERS and len(self._said) > 1:
-                oldest = next(iter(self._said))
-                del self._said[oldest]
-                self._kept_adapters -= len(oldest[0])
+            known.answers[key] = answer
             self.runs += 1
         return answer
 
-    def _offered(self, part: Part, kind: int, factor: float) -> tuple[Workload, Requests]:
+    def details(self, part: Part, kind: int, slots: int) -> dict[str, Any]:
+        """All that the twin says of a GPU, adapter by adapter; it is simulated again."""
+        return self._simulated(self._about(part), kind, slots, 1.0, by_adapter=True)
+
+    def _simulated(
+        self, known: _Known, kind: int, slots: int, factor: float, *, by_adapter: bool = False
+    ) -> dict[str, Any]:
+        workload, requests = self._offered(known, kind, factor)
+        configuration = Configuration(slots, known.rank, len(known.part))
+        return simulate(workload, self.profiles[kind], configuration, requests, by_adapter=by_adapter)
+
+    def _offered(self, known: _Known, kind: int, factor: float) -> tuple[Workload, Requests]:
         """What a GPU is asked at ``factor`` times the traffic, which is the same for any number of slots."""
-        key = part, self.profiles[kind].output_share, factor
+        key = known, self.profiles[kind].output_share, factor
         with self._lock:
             found = self._recent.pop(key, None)
         if found is None:
-            workload = part_of(self._workload, part, factor)
+            workload = part_of(self._workload, known.part, factor)
             found = workload, requests_of(workload, self.profiles[kind].output_share)
         with self._lock:
             self._recent[key] = found
@@ -298,7 +355,7 @@ class Judge:
             piece.share < 1.0 and rate > 0 for piece, rate in zip(part, traffic.rate, strict=True)
         ):
             return False
-        return not is_inconclusive(answer) or keeps_up(traffic, self.profiles[kind], slots, self.rank_of(part))
+        return not answer["short"] or keeps_up(traffic, self.profiles[kind], slots, self.rank_of(part))
 
     def fits(self, part: Part, kind: int, tries: int = TRIES) -> int | None:
         """Slots with which the twin accepts a GPU, with all the headroom and without, or None if none were found.
@@ -357,12 +414,6 @@ def best_configuration(answers: Sequence[tuple[float, float, float]]) -> int:
         most = max(answers[i][column] for i in kept)
         kept = [i for i in kept if answers[i][column] >= (1 - ALIKE) * most]
     return min(kept, key=lambda i: (answers[i][2], i))
-
-
-def is_inconclusive(answer: dict[str, Any]) -> bool:
-    """Whether a run of the twin ended too soon to say who would starve."""
-    asked = sum(adapter["arrived"] > 0 for adapter in answer["adapters"].values())
-    return bool(answer["short"] or (asked and len(answer["unjudged_adapters"]) == asked))
 
 
 def keeps_up(traffic: Traffic, profile: Profile, slots: int, max_rank: int) -> bool:

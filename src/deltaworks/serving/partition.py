@@ -106,14 +106,18 @@ def balanced(weight: F64, capacity: F64, requests: F64, piece: float = 1.0) -> l
         key=lambda item: (-item[0], item[1]),
     )
     load, numbers, shares = np.zeros(gpus), np.zeros(gpus), []
-    taken: dict[int, set[int]] = {}
+    taken: dict[int, list[int]] = {}
     for size, adapter in items:
-        places = taken.setdefault(adapter, set())
         after = np.round((load + size) / capacity, 12)
-        gpu = min((g for g in range(gpus) if g not in places), key=lambda g: (after[g], numbers[g], g))
+        if count[adapter] > 1:
+            after[taken.setdefault(adapter, [])] = np.inf
+        least = np.flatnonzero(after == after.min())
+        # Of those that would be loaded alike, the one with the fewest adapters.
+        gpu = int(least[np.argmin(numbers[least])])
         load[gpu] += size
         numbers[gpu] += 1
-        places.add(gpu)
+        if count[adapter] > 1:
+            taken[adapter].append(gpu)
         shares.append((gpu, adapter, 1.0 / count[adapter]))
     return cut(shares, gpus)
 

@@ -25,6 +25,7 @@ from deltaworks.serving.judge import HOPELESS, SLOTS, Judge, latency_ms
 from deltaworks.serving.parts import Part, Piece
 from deltaworks.serving.profile import allowed_rank
 from deltaworks.units import format_time
+from deltaworks.wording import counted
 
 RANDOM_SEED = 0
 _REPAIRS = 3
@@ -107,7 +108,7 @@ def place(
     if alone is not None and price[alone.kind] == price.min():
         bound = None if prices is None else float(price.min())
         return Placement(_polished(judge, [alone]), 1, bound, "all on one")
-    if kinds == 1 and (found := attempt(judge, [0, 0], np.ones(2))):
+    if kinds == 1 and (found := attempt(judge, [0, 0], np.ones(2), None, told)):
         bound = None if prices is None else 2 * float(price[0])
         return Placement(_polished(judge, found[0]), 2, bound, found[1])
     told("what single GPUs can take")
@@ -125,9 +126,8 @@ def place(
         chosen = [kind for kind, count in enumerate(counts) for _ in range(count)]
         if best is not None and price[chosen].sum() >= price[[g.kind for g in best.gpus]].sum():
             break
-        told(f"{len(chosen)} GPUs")
         tried.append(len(chosen))
-        if found := attempt(judge, chosen, even[chosen], relaxation):
+        if found := attempt(judge, chosen, even[chosen], relaxation, told):
             best = Placement(found[0], least, bound, found[1])
             break
     if best is not None:
@@ -196,7 +196,7 @@ def place_on(judge: Judge, kinds: Sequence[int], told: Told = lambda _: None, wa
     even = np.array([1.0 / partition.weights(judge.traffic[k], judge.profiles[k], len(kinds)).sum() for k in kinds])
     best: tuple[float, tuple[Gpu, ...], str] | None = None
     for name, deal in list(dealings(judge, kinds).items())[:ways]:
-        told(f"{name} on {len(kinds)} GPUs")
+        told(f"{counted(len(kinds), 'GPU')}, adapters {name}")
         capacity = even.copy()
         for _ in range(_REPAIRS + 1):
             found = accepted(judge, deal, kinds, capacity)
@@ -294,7 +294,11 @@ def _numbers(first: int, last: int, growth: float) -> list[int]:
 
 
 def attempt(
-    judge: Judge, kinds: Sequence[int], capacity: F64, relaxation: Relaxation | None = None
+    judge: Judge,
+    kinds: Sequence[int],
+    capacity: F64,
+    relaxation: Relaxation | None = None,
+    told: Told = lambda _: None,
 ) -> tuple[tuple[Gpu, ...], str] | None:
     """A placement on given GPUs that the twin accepts, and how it was dealt; None if none was found.
 
@@ -303,8 +307,10 @@ def attempt(
         kinds: The type of each GPU.
         capacity: What they can take, in like units, (gpus,) float64.
         relaxation: Of the bound, where it was solved.
+        told: Is told what is being tried.
     """
     for name, deal in dealings(judge, kinds, relaxation).items():
+        told(f"{counted(len(kinds), 'GPU')}, adapters {name}")
         if (found := accepted(judge, deal, kinds, capacity)) is not None:
             return found, name
     return None

@@ -49,7 +49,12 @@ class Configuration:
 
 
 def simulate(
-    workload: Workload, profile: Profile, configuration: Configuration, requests: Requests | None = None
+    workload: Workload,
+    profile: Profile,
+    configuration: Configuration,
+    requests: Requests | None = None,
+    *,
+    by_adapter: bool = True,
 ) -> dict[str, Any]:
     """Run the twin; the answer is the JSON of `deltaworks simulate`.
 
@@ -58,6 +63,7 @@ def simulate(
         profile: What it is.
         configuration: How it is started.
         requests: The workload's requests, where they are known already.
+        by_adapter: Whether the answer holds ``adapters``, which takes a kilobyte and some time for each.
 
     Raises:
         WorkloadError: the configuration cannot serve the workload's adapters.
@@ -84,10 +90,13 @@ def simulate(
     requests = cut_to_length(requests, profile.server.max_model_len)
     kv_tokens = profile.kv_tokens(slots, max_rank)
     if not profile.starts(slots, max_rank):
-        return _no_start(workload, requests, kv_tokens)
+        return _no_start(workload, requests, kv_tokens, by_adapter=by_adapter)
     run = _run(workload, requests, profile, slots, max_rank, served, configuration.client_max_outstanding)
     enough_s = _enough_s(run, profile, slots, max_rank)
-    return {**_answer(workload, requests, run, kv_tokens, enough_s), "wall_s": time.perf_counter() - started}
+    answer, services = _answer(workload, requests, run, kv_tokens, enough_s)
+    if by_adapter:
+        answer["adapters"] = _adapters(workload, services)
+    return {**answer, "wall_s": time.perf_counter() - started}
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,7 @@ def _run(
     state = server.empty_server(
         requests.adapter[kept], prompt, output, adapters, limit, LABEL_SETS if scraped else 0
     )  # fmt: skip
-    load_s, disk_s = profile.load_s(np.array([float(a.rank) for a in workload.adapters]))
+    load_s, disk_s = profile.load_s(workload.ranks.astype(np.float64))
     first_token_s, finish_s = np.full(arrival_s.size, np.nan), np.full(arrival_s.size, np.nan)
     gaps, sums = np.zeros(twin.BINS), np.zeros(twin.SUMS)
     arrived = twin.run(
@@ -173,7 +182,7 @@ def _computed(state: server.Server, item: int) -> int:
     return int(state.offset[item] + state.total[server.STEP])
 
 
-def _no_start(workload: Workload, requests: Requests, kv_tokens: int) -> dict[str, Any]:
+def _no_start(workload: Workload, requests: Requests, kv_tokens: int, *, by_adapter: bool) -> dict[str, Any]:
     """The answer for a server that has too little memory to start: nobody is served."""
     arrived = requests.arrival_s.size
     nothing = {"mean": None, "p50": None, "p99": None}
@@ -209,15 +218,18 @@ def _no_start(workload: Workload, requests: Requests, kv_tokens: int) -> dict[st
         "adapter_loads": 0,
         "running_mean": 0.0,
         "waiting_mean": 0.0,
-        "adapters": _adapters(workload, served),
         "short": False,
         "notes": list(workload.notes),
         "duration_s": workload.duration_s,
+        **({"adapters": _adapters(workload, served)} if by_adapter else {}),
         "wall_s": 0.0,
     }
 
 
-def _answer(workload: Workload, requests: Requests, run: _Run, kv_tokens: int, enough_s: float) -> dict[str, Any]:
+def _answer(
+    workload: Workload, requests: Requests, run: _Run, kv_tokens: int, enough_s: float
+) -> tuple[dict[str, Any], starvation.Service]:
+    """What a run says of the server as a whole, and of each adapter."""
     state, duration_s = run.state, workload.duration_s
     done = np.flatnonzero(state.state == server.COMPLETED)
     prompt, output = state.prompt[done], state.output[done]
@@ -230,7 +242,8 @@ def _answer(workload: Workload, requests: Requests, run: _Run, kv_tokens: int, e
         requests.adapter[run.too_long], requests.prompt[run.too_long] + requests.output[run.too_long]
     )
     served = starvation.service(state, run.arrival_s, run.first_token_s, run.arrived, refused, duration_s)
-    return {
+    nobody_judged = bool(served.unjudged.any() and (served.unjudged == (served.arrived > 0)).all())
+    answer = {
         "throughput_tps": throughput,
         "input_throughput_tps": float(prompt.sum() / duration_s),
         "output_throughput_tps": float(output.sum() / duration_s),
@@ -255,11 +268,11 @@ def _answer(workload: Workload, requests: Requests, run: _Run, kv_tokens: int, e
         "adapter_loads": int(state.total[server.LOADS]),
         "running_mean": float(run.sums[twin.RUNNING_S] / duration_s),
         "waiting_mean": float(run.sums[twin.WAITING_S] / duration_s),
-        "adapters": _adapters(workload, served),
-        "short": duration_s < enough_s,
+        "short": duration_s < enough_s or nobody_judged,
         "notes": [*workload.notes, *_notes(enough_s, duration_s)],
         "duration_s": duration_s,
     }
+    return answer, served
 
 
 def _enough_s(run: _Run, profile: Profile, slots: int, max_rank: int) -> float:

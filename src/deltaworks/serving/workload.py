@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -86,10 +86,15 @@ class Workload:
     trace: Trace | None = None
     notes: tuple[str, ...] = ()
 
+    @cached_property
+    def ranks(self) -> I64:
+        """Of the adapters, (adapters,) int64."""
+        return np.array([adapter.rank for adapter in self.adapters], np.int64)
+
     @property
     def max_rank(self) -> int:
         """The largest rank of an adapter; 0 if there is none."""
-        return max((a.rank for a in self.adapters), default=0)
+        return int(self.ranks.max(initial=0))
 
 
 @dataclass(frozen=True)
