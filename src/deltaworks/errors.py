@@ -24,12 +24,22 @@ from difflib import get_close_matches
 
 
 class _Quote(reprlib.Repr):
-    """`repr` of values from outside: bounded in depth, in length and in time, whatever they hold."""
+    """Values from outside as YAML and JSON write them: bounded in depth, in length and in time, whatever they hold."""
 
     def __init__(self) -> None:
         super().__init__()
         self.maxlevel, self.maxdict, self.maxlist, self.maxtuple = 3, 3, 4, 4
         self.maxset, self.maxstring, self.maxother = 3, 100, 100
+
+    def repr_NoneType(self, x: None, level: int) -> str:  # noqa: N802  # `reprlib` finds it by the type's name
+        """Nothing is called null."""
+        del x, level
+        return "null"
+
+    def repr_bool(self, x: bool, level: int) -> str:
+        """True and false, in lower case."""
+        del level
+        return "true" if x else "false"
 
     def repr_int(self, x: int, level: int) -> str:
         """Numbers of more than 64 bits in hexadecimal: decimal digits of a long one take quadratic time."""

@@ -51,7 +51,7 @@ def question(**keys: Any) -> str:
         (question(workload="/dev/zero"), 7, "it is a device"),
         (question(workload=WORKLOAD | {"adapters": [{"name": "a", "rank": 8, "rate": 1e9}]}), 7, "6e+10 requests"),
         (question(workload={"duration": 60, "requests": [1, 2]}), 7, "request 1 is malformed"),
-        (question(workload=None), 7, "expected keys and values, not None"),
+        (question(workload=None), 7, "expected keys and values, but nothing is given"),
     ],
 )
 def test_a_line_that_cannot_be_answered_costs_no_other(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.checkpoints.tensor_names import HEAD, LAYER, is_embeddings, is_recomputed
 from deltaworks.errors import quoted
+from deltaworks.wording import counted
 
 _WRAPPERS = {
     "_orig_mod", "module", "model", "transformer", "language_model", "text_model", "base_model", "backbone",
@@ -43,7 +44,7 @@ def explain_difference(first: Named, second: Named) -> str | None:
     texts = []
     for names, has, lacks in ((extra[0], first, second), (extra[1], second, first)):
         if names:
-            count = f"{len(names)} tensor" + ("s" if len(names) > 1 else "")
+            count = counted(len(names), "tensor")
             texts.append(f"{has.name} has {count} that {lacks.name} lacks, first {_shown(names[0])}")
     if len(texts) == 1 and all(LAYER.fullmatch(n) for n in (*extra[0], *extra[1])) and _is_deeper(first, second):
         return f"{texts[0]}; take the layers that both have with slices"

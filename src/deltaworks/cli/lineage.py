@@ -6,6 +6,7 @@ import typer
 
 from deltaworks.cli.options import AsJson, CatalogPath, Quiet, print_json
 from deltaworks.units import format_bytes, format_error
+from deltaworks.wording import counted
 
 
 def attach(app: typer.Typer) -> None:
@@ -88,7 +89,7 @@ def _taken(row: dict[str, Any]) -> str:
     if "elements" not in row:
         return "its plan is gone"
     share = row["elements_read"] / max(1, row["elements"])
-    text = f"{format_bytes(row['bytes_planned'] or 0)} read, {share:.1%} of it, in {row['tensors']} tensors"
+    text = f"{format_bytes(row['bytes_planned'] or 0)} read, {share:.1%} of it, in {counted(row['tensors'], 'tensor')}"
     text += f" ({_spans(row['layers'])})" if row["layers"] else ""
     if row["change_without"] is not None:
         text += f"; without it the merge would change by {row['change_without']:.1%}"

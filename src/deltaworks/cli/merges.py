@@ -11,6 +11,7 @@ import typer
 from deltaworks.checkpoints.ahead import fetch_ahead
 from deltaworks.cli.options import AsJson, BlockSize, CatalogPath, Quiet, Threads, print_json
 from deltaworks.units import format_bytes, format_error
+from deltaworks.wording import counted
 
 if TYPE_CHECKING:
     from deltaworks.catalog.store import Catalog
@@ -246,7 +247,8 @@ def plan(
         print_json(facts)
     else:
         typer.echo(
-            f"planned {made.method}: {facts['tensors']} tensors, {format_bytes(made.expert_bytes_planned)} of"
+            f"planned {made.method}: {counted(facts['tensors'], 'tensor')}, {format_bytes(made.expert_bytes_planned)}"
+            f" of"
             f" {format_bytes(made.expert_bytes)} to read from experts{_error(facts)};"
             f" written to {output} (digest {made.digest[:12]})"
         )
@@ -324,7 +326,8 @@ def verify(
             "" if result["has_digest"] else "; the manifest is of an older version and does not contain its own digest"
         )
         typer.echo(
-            f"{out} is what its manifest says: {result['files']} files, {format_bytes(result['bytes'])}{unknown}"
+            f"{out} is what its manifest says: {counted(result['files'], 'file')},"
+            f" {format_bytes(result['bytes'])}{unknown}"
         )
 
 

@@ -6,6 +6,7 @@ import typer
 
 from deltaworks.cli.options import AsJson, BlockSize, CatalogPath, Quiet, Threads, print_json
 from deltaworks.units import format_bytes, parse_bytes
+from deltaworks.wording import counted
 
 
 def attach(app: typer.Typer) -> None:
@@ -136,7 +137,11 @@ def analyze(
             )
             results.append({"expert": model.name, "base": against.name, **summary})
             if not as_json:
-                wrong = f", NaN or infinity in {len(summary['nonfinite'])} tensors" if summary["nonfinite"] else ""
+                wrong = (
+                    f", NaN or infinity in {counted(len(summary['nonfinite']), 'tensor')}"
+                    if summary["nonfinite"]
+                    else ""
+                )
                 typer.echo(
                     f"{model.name}: differs from {against.name} by {summary['relative_norm']:.2%} of its norm,"
                     f" {summary['zeros'] / max(1, summary['elements']):.1%} of elements untouched{wrong}"
@@ -258,8 +263,10 @@ def gc(
                 f"{'kept':>10}  {w.path.name}, whose expert or base is no longer registered; it may be the last copy of"
                 " that expert: register the models again, or delete it with --unregistered"
             )
-    plans_too = f" and {len(unused)} plans" if unused else ""
-    typer.echo(f"{'would free' if dry_run else 'freed'} {format_bytes(nbytes)} in {len(waste)} files{plans_too}")
+    plans_too = f" and {counted(len(unused), 'plan')}" if unused else ""
+    typer.echo(
+        f"{'would free' if dry_run else 'freed'} {format_bytes(nbytes)} in {counted(len(waste), 'file')}{plans_too}"
+    )
 
 
 def list_(catalog: CatalogPath = None, quiet: Quiet = False, as_json: AsJson = False) -> None:

@@ -7,6 +7,7 @@ import typer
 
 from deltaworks.cli.options import AsJson, CatalogPath, ProfileName, Quiet, Threads, print_json
 from deltaworks.units import format_time
+from deltaworks.wording import counted
 
 if TYPE_CHECKING:
     from deltaworks.serving.document import Recorded
@@ -282,7 +283,7 @@ def _check_output(folder: Path, old: Path | None, *, force: bool) -> None:
         return
     try:
         held = load_json(folder / FILE, "a placement", OutputError)
-        about = f" of {held['adapter_count']:,} adapters on {held['gpu_count']:,} GPUs"
+        about = f" of {counted(held['adapter_count'], 'adapter')} on {counted(held['gpu_count'], 'GPU')}"
     except (OutputError, KeyError, TypeError, ValueError):
         about = ""  # a damaged one is somebody's as well
     raise OutputError(f"{folder}: holds a placement{about}; add --force to replace it, or choose another with -o")
@@ -329,12 +330,18 @@ def _exact(judge: Any, found: int) -> dict[str, Any]:
 
 def _placement(document: dict[str, Any], output: Path | None) -> None:
     count = document["gpu_count"]
-    plural = "" if count == 1 else "s"
-    bound = "as few as can be" if document["gap"] <= 0 else f"at least {document['lower_bound']} are needed"
+    bound = (
+        "as few as can be"
+        if document["gap"] <= 0
+        else f"at least {counted(document['lower_bound'], 'is', 'are')} needed"
+    )
     price = f", price {document['price']:g}" if "price" in document else ""
     verified = "accepted by the twin" if document["verified"] else "NOT accepted by the twin"
     waits = f"; {document['waits']}" if document["waits"] else ""
-    typer.echo(f"{count} GPU{plural} for {document['adapter_count']:,} adapters ({bound}){price}; {verified}{waits}\n")
+    typer.echo(
+        f"{counted(count, 'GPU')} for {counted(document['adapter_count'], 'adapter')} ({bound}){price};"
+        f" {verified}{waits}\n"
+    )
     head = f"{'gpu':<8}{'type':<26}{'adapters':>9}{'slots':>7}{'rank':>6}{'tokens/s':>10}{'TTFT p50':>11}{'p99':>10}"
     typer.echo(head + f"{'ITL':>10}")
     for gpu in document["gpus"]:
@@ -348,7 +355,7 @@ def _placement(document: dict[str, Any], output: Path | None) -> None:
         moves = document["moves"]
         new = sum(not move["from"] for move in moves)
         gone = sum(not move["to"] for move in moves)
-        typer.echo(f"\n{len(moves) - new - gone} adapters move, {new} are new" + (":" if moves else ""))
+        typer.echo(f"\n{_moved(len(moves) - new - gone, new, gone)}" + (":" if moves else ""))
         for move in moves[:20]:
             places = f"{', '.join(move['from']) or 'nowhere'} -> {', '.join(move['to']) or 'nowhere'}"
             typer.echo(f"  {move['adapter']:<24}{places:<24}{move['why']}")
@@ -372,6 +379,12 @@ def _placement(document: dict[str, Any], output: Path | None) -> None:
         typer.echo(f"\nwritten to {output}: placement.json, index.html, serve.sh, compose.yaml, kubernetes.yaml, ...")
 
 
+def _moved(moved: int, new: int, gone: int) -> str:
+    """How many adapters move, are new, and are no longer served."""
+    said = f"{counted(moved, 'adapter moves', 'adapters move')}, {counted(new, 'is', 'are')} new"
+    return said + (f", {counted(gone, 'is', 'are')} no longer served" if gone else "")
+
+
 def _compared(ways: dict[str, Any], ours: int) -> None:
     from deltaworks.reports.placement import FAILURES
 
@@ -379,7 +392,7 @@ def _compared(ways: dict[str, Any], ours: int) -> None:
     for name, row in ways.items():
         bad = [f"{row[key]} {label}" for key, label in FAILURES.items() if row[key]]
         if row["gpus"] is None:
-            bad = [f"some GPU starves, up to {2 * ours} GPUs"]
+            bad = [f"some GPU starves, up to {counted(2 * ours, 'GPU')}"]
         gpus = "-" if row["gpus"] is None else str(row["gpus"])
         typer.echo(f"  {name:<26}{gpus:>6}{'  ' + ', '.join(bad) if bad else ''}")
 
@@ -431,7 +444,8 @@ def advise(
         return
     at_least = "at least " if best["adapters_is_lower_bound"] else ""
     typer.echo(
-        f"{chosen.name}: {at_least}{best['adapters']:,} adapters of rank {rank} at {rate:g} requests/s fit on one GPU,"
+        f"{chosen.name}: {at_least}{counted(best['adapters'], 'adapter')} of rank {rank} at {rate:g} requests/s"
+        f" {'fits' if best['adapters'] == 1 and not at_least else 'fit'} on one GPU,"
         f" with --max-loras {best['slots']}{waits}\n"
     )
     typer.echo(f"{'slots':>6}{'adapters':>10}{'tokens/s':>10}{'TTFT p99':>11}{'ITL':>9}{'KV tokens':>11}")

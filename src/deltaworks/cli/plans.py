@@ -18,6 +18,7 @@ from deltaworks.cli.merges import (
 )
 from deltaworks.cli.options import AsJson, BlockSize, CatalogPath, Quiet, Threads, print_json
 from deltaworks.units import format_bytes, format_error
+from deltaworks.wording import counted
 
 _PLAN = "A plan file, a merged model's folder, or the first characters of a plan's digest."
 
@@ -179,7 +180,8 @@ def sweep(
                 _row(rows, folder)
         if nothing := sum(row["reads_nothing"] for row in rows):
             progress.note(
-                f"{nothing} of {len(rows)} plans read nothing of any expert, so the result is the base model; give a"
+                f"{nothing:,} of {counted(len(rows), 'plan')} read nothing of any expert, so the result is the base"
+                f" model; give a"
                 " larger budget"
             )
     if as_json:

@@ -166,16 +166,18 @@ def _batch(path: Path, profile: "Profile", threads: int | None, *, quiet: bool) 
             failed += "error" in answer
             done(1)
     if failed:
-        raise WorkloadError(f"{failed} of {total} lines could not be answered; each says why in its `error`")
+        raise WorkloadError(
+            f"{failed:,} of {counted(total, 'line')} could not be answered; each says why in its `error`"
+        )
 
 
 def _answer(answer: dict[str, Any], profile: str, slots: int) -> None:
     if answer["memory_error"]:
-        typer.echo(f"{profile} with {slots} slots: out of memory, the server does not start")
+        typer.echo(f"{profile} with {counted(slots, 'slot')}: out of memory, the server does not start")
         return
     # Those with the most waiting requests first.
     starved = sorted(answer["starved_adapters"], key=lambda name: -answer["adapters"][name]["waiting"])
-    server = f"{profile} with {slots} slots, {answer['kv_tokens']:,} KV tokens"
+    server = f"{profile} with {counted(slots, 'slot')}, {answer['kv_tokens']:,} KV tokens"
     unjudged = answer["unjudged_adapters"]
     asked = sum(a["arrived"] > 0 for a in answer["adapters"].values())
     if starved:
@@ -196,7 +198,10 @@ def _answer(answer: dict[str, Any], profile: str, slots: int) -> None:
         *((label, _spread(values)) for label, values in spreads.items()),
         ("requests", ", ".join(f"{count:,} {what}" for what, count in answer["requests"].items() if count)),
         ("running", f"{answer['running_mean']:.1f} on average; {answer['waiting_mean']:.1f} waiting"),
-        ("events", f"{answer['preemptions']:,} preemptions, {answer['adapter_loads']:,} adapter loads"),
+        (
+            "events",
+            f"{counted(answer['preemptions'], 'preemption')}, {counted(answer['adapter_loads'], 'adapter load')}",
+        ),
     ]
     if answer["ttft_ms"] != answer["ttft_completed_ms"]:
         rows.insert(2, ("  completed", _spread(answer["ttft_completed_ms"])))
@@ -253,7 +258,7 @@ def profile(
         if isinstance(found, dict) and "rows" in found:
             off = found.get("mean_relative_error")
             said = "   not checked: as many costs as rows" if off is None else f"{off:>9.1%} off on average"
-            typer.echo(f"{cost:<20}{found['rows']:>5} rows{said}")
+            typer.echo(f"{cost:<20}{found['rows']:>5} {'row ' if found['rows'] == 1 else 'rows'}{said}")
     if unused := fitted.residuals.get("unused_columns"):
         typer.echo(f"\nnote: columns that are not used: {', '.join(unused)}")
     if fitted.assumed:

@@ -7,6 +7,7 @@ import typer
 
 from deltaworks.cli.options import AsJson, CatalogPath, Quiet, print_json
 from deltaworks.units import format_bytes, format_error
+from deltaworks.wording import counted
 
 if TYPE_CHECKING:
     from deltaworks.catalog.store import Catalog
@@ -72,9 +73,9 @@ def _model(facts: dict[str, Any]) -> None:
         ("kind", facts["kind"] + (f" of {facts['base']}" if facts["base"] else "")),
         ("path", facts["path"]),
         ("fingerprint", facts["fingerprint"]),
-        ("parameters", f"{facts['parameters']:,} in {facts['tensors']} tensors"),
+        ("parameters", f"{facts['parameters']:,} in {counted(facts['tensors'], 'tensor')}"),
         ("types", ", ".join(f"{name} {count:,}" for name, count in facts["dtypes"].items())),
-        ("size", f"{format_bytes(facts['bytes'])} in {facts['files']} files"),
+        ("size", f"{format_bytes(facts['bytes'])} in {counted(facts['files'], 'file')}"),
     ]
     analysis = facts["analysis"]
     if analysis:
@@ -128,7 +129,7 @@ def _plan(facts: dict[str, Any]) -> None:
     rows = [
         ("plan", facts["plan_digest"]),
         ("method", f"{facts['method']} (seed {facts['seed']})"),
-        ("output", f"{facts['parameters']:,} parameters in {facts['tensors']} tensors"),
+        ("output", f"{counted(facts['parameters'], 'parameter')} in {counted(facts['tensors'], 'tensor')}"),
         ("operations", ", ".join(f"{n} {kind}" for kind, n in facts["operations"].items())),
     ]
     budget = facts["budget_bytes"]
@@ -212,7 +213,7 @@ def _snapshot(facts: dict[str, Any]) -> None:
             ("snapshot of plan", facts["plan_digest"]),
             *([] if facts["present"] else [("folder", "gone; this is what the catalog recorded of it")]),
             ("method", f"{facts['method']} (seed {facts['seed']})"),
-            ("weights", f"{format_bytes(total)} in {len(facts['shards'])} files"),
+            ("weights", f"{format_bytes(total)} in {counted(len(facts['shards']), 'file')}"),
             ("read from experts", format_bytes(facts["expert_bytes_read"])),
             ("read from the base", format_bytes(facts["base_bytes_read"])),
             ("error", error_text(facts)),

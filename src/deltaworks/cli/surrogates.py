@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from deltaworks.cli.options import AsJson, CatalogPath, ProfileName, Quiet, print_json
+from deltaworks.wording import counted
 
 group = typer.Typer(help="The learned model of a server: train it, or read its distilled trees as rules.")
 
@@ -91,7 +92,7 @@ def show(*, profile: ProfileName, catalog: CatalogPath = None, quiet: Quiet = Fa
 
 def _accuracy(found: dict[str, Any]) -> None:
     runs, starved = found["unseen_runs"], found["unseen_starved"]
-    typer.echo(f"on {runs:,} runs of the twin that no training saw ({starved:,} of them starved):")
+    typer.echo(f"on {counted(runs, 'run')} of the twin that no training saw ({starved:,} of them starved):")
     typer.echo(f"  {'':<10}{'throughput, SMAPE':>18}{'starvation, macro-F1':>22}{'leaves':>12}")
     for name in ("learned", "trees"):
         row = found[name]

@@ -5,6 +5,7 @@ from html import escape
 from typing import Any
 
 from deltaworks.units import format_time
+from deltaworks.wording import counted
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --good: #2a8f5b; --bad: #c0392b; --bar: #3b7dd8; }
@@ -32,7 +33,7 @@ def placement_page(placement: Mapping[str, Any]) -> str:
     """The page of what placement.json holds."""
     gpus = placement["gpus"]
     count, adapters = placement["gpu_count"], placement["adapter_count"]
-    title = f"{count} {_plural(count, 'GPU')} for {adapters:,} {_plural(adapters, 'adapter')}"
+    title = f"{counted(count, 'GPU')} for {counted(adapters, 'adapter')}"
     body = [f"<h1>{escape(title)}</h1>", f'<p class="sub">{escape(_subtitle(placement))}</p>', _facts(placement)]
     body += [f'<p class="note">{escape(note)}</p>' for note in placement["notes"]]
     body += ["<h2>GPUs</h2>", _gpus(gpus)]
@@ -76,7 +77,7 @@ def _facts(placement: Mapping[str, Any]) -> str:
     worst = max((gpu["predicted"]["ttft_ms"]["p99"] or 0.0 for gpu in placement["gpus"]), default=0.0)
     through, offered = placement["throughput_tps"], placement["offered_tps"]
     facts = [
-        (str(placement["gpu_count"]), _plural(placement["gpu_count"], "GPU")),
+        (*counted(placement["gpu_count"], "GPU").split(" "),),
         (str(placement["lower_bound"]), "lower bound"),
         (f"{through:,.0f}", f"tokens/s of {offered:,.0f} asked"),
         (format_time(worst), "TTFT, 99th percentile, worst GPU"),
@@ -160,7 +161,3 @@ def _what_if(answers: list[Any]) -> str:
 def _table(head: Iterable[str], rows: Iterable[str], text: tuple[str, ...] = ()) -> str:
     cells = "".join(f"<th{' class=text' if name in text else ''}>{escape(name)}</th>" for name in head)
     return f'<div class="wrap"><table><tr>{cells}</tr>{"".join(rows)}</table></div>'
-
-
-def _plural(count: int, word: str) -> str:
-    return word if count == 1 else f"{word}s"

@@ -15,6 +15,7 @@ from deltaworks.serving.profile import Profile, allowed_rank
 from deltaworks.serving.simulate import Configuration, simulate
 from deltaworks.serving.twin import step_s
 from deltaworks.serving.workload import Adapter, Workload, parse_workload, requests_of
+from deltaworks.wording import counted
 
 MOST_ADAPTERS = 4096
 _PRECISION = 0.02
@@ -179,10 +180,10 @@ def overheads(profile: Profile, rank: int, slots: int, batch: int = 128) -> dict
     distinct = min(slots, batch)
     with_ms, without_ms = (1000 * step_s(costs, batch, 0, 300.0 * batch, adapters, 0) for adapters in (distinct, 0))
     return {
-        "memory": f"{slots} slots of rank {allowed} take {plain - left:,} of {plain:,} KV tokens"
-        f" ({(plain - left) / max(plain, 1):.0%}); {left:,} are left for requests",
-        "model": f"a step that decodes {batch} requests of 300 tokens takes {with_ms:.1f} ms with {distinct} adapters"
-        f" among them, and {without_ms:.1f} ms with none",
+        "memory": f"{counted(slots, 'slot')} of rank {allowed} {'takes' if slots == 1 else 'take'} {plain - left:,} of"
+        f" {plain:,} KV tokens ({(plain - left) / max(plain, 1):.0%}); {left:,} are left for requests",
+        "model": f"a step that decodes {batch} requests of 300 tokens takes {with_ms:.1f} ms with"
+        f" {counted(distinct, 'adapter')} among them, and {without_ms:.1f} ms with none",
         "loading": f"an adapter takes {loading.slot + loading.slot_rank * rank:.1f} ms from host memory into a slot,"
         f" and {loading.disk + loading.disk_rank * rank:.0f} ms from disk before that; the step waits",
         "scheduler": f"{queue.step + queue.running * batch:.2f} ms a step with {batch} running, and"

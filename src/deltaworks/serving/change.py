@@ -12,6 +12,7 @@ from deltaworks.serving.judge import HOPELESS, Judge
 from deltaworks.serving.limits import check_one_model
 from deltaworks.serving.parts import Part, cut
 from deltaworks.serving.placement import Gpu, Placement, Told, check_feasible, place
+from deltaworks.wording import counted
 
 _ROUNDS = 200
 _MOST_TIMES = 2
@@ -176,7 +177,7 @@ def _roomiest(
 def _new_gpu(judge: Judge, state: _State, adapter: int) -> int:
     """Add a GPU of the first type that has memory for an adapter; its place."""
     if len(state.ids) >= state.most_gpus:
-        raise PlacementError(f"{_NOT_MENDED} with at most {state.most_gpus:,} GPUs{_START_AFRESH}")
+        raise PlacementError(f"{_NOT_MENDED} with at most {counted(state.most_gpus, 'GPU')}{_START_AFRESH}")
     kinds = range(len(judge.profiles))
     kind = next((k for k in kinds if judge.has_memory(adapter, k)), 0)
     numbers = {int(i.rpartition("-")[2]) for i in state.ids if i.rpartition("-")[2].isdigit()}

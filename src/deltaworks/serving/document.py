@@ -12,7 +12,7 @@ from deltaworks.errors import PlacementError, WorkloadError, did_you_mean, quote
 from deltaworks.serving.judge import MAX_HEADROOM, Goal, Judge, goal_of
 from deltaworks.serving.placement import Gpu, Placement, check_totals
 from deltaworks.serving.profile import Profile, check_max_rank, parse_profile
-from deltaworks.serving.schema import mapping, number, text, whole
+from deltaworks.serving.schema import instead, mapping, number, text, whole
 from deltaworks.serving.workload import Workload, parse_workload
 from deltaworks.units import format_time
 from deltaworks.wording import counted, listed
@@ -141,7 +141,8 @@ def notes(gpus: list[dict[str, Any]], judge: Judge) -> list[str]:
         found.append("no request arrives in the time simulated, so nothing was tried; give a longer duration")
     if refused := sum(answer["requests"]["rejected"] for answer in said):
         found.append(
-            f"{refused:,} requests are longer than the KV cache of their GPU or the model's length, and are refused"
+            f"{counted(refused, 'request is', 'requests are')} refused: longer than the GPU's KV cache or the model's"
+            f" length"
         )
     if short := [(gpu["id"], note) for gpu in gpus for note in gpu["predicted"]["notes"]]:
         found.append(f"on {short[0][0]}, {short[0][1]}")
@@ -154,13 +155,11 @@ def notes(gpus: list[dict[str, Any]], judge: Judge) -> list[str]:
         found.append("some adapters are served by several GPUs; routes.json says which share of requests each takes")
     trace = judge.demand.workload.trace
     if trace is not None and (plain := _base_requests(judge)):
-        found.append(f"{plain:,} requests of the trace are for the base model itself; they are placed nowhere")
-    found += [
-        f"{len(p.assumed)} costs of {p.name}, such as {next(iter(p.assumed))}, were not measured; its file says which"
-        " and why, under assumed"
-        for p in judge.profiles
-        if p.assumed
-    ]
+        found.append(
+            f"{counted(plain, 'request of the trace is', 'requests of the trace are')} for the base model itself and"
+            f" placed nowhere"
+        )
+    found += [assumed_note(p) for p in judge.profiles if p.assumed]
     for profile, surrogate in zip(judge.profiles, judge.surrogates, strict=True):
         if surrogate is None:
             found.append(
@@ -168,6 +167,13 @@ def notes(gpus: list[dict[str, Any]], judge: Judge) -> list[str]:
                 " with: deltaworks surrogate train"
             )
     return found
+
+
+def assumed_note(profile: Profile) -> str:
+    """Says that costs of a profile were not measured."""
+    costs = counted(len(profile.assumed), f"cost of {profile.name} was", f"costs of {profile.name} were")
+    named = listed(list(profile.assumed), 3)
+    return f"{costs} not measured but assumed ({named}); the profile's file says why, under assumed"
 
 
 def _base_requests(judge: Judge) -> int:
@@ -279,7 +285,7 @@ def _gpus(
         ranks: Of the workload's adapters, by name.
     """
     if not isinstance(raw, list):
-        raise WorkloadError(f"gpus: expected a list, not {quoted(raw)}")
+        raise WorkloadError(f"gpus: expected a list, {instead(raw)}")
     found: list[tuple[str, str, dict[str, float], int]] = []
     total = dict.fromkeys(ranks, 0.0)
     ids: set[str] = set()
@@ -320,7 +326,7 @@ def _gpus(
 def _shares(raw: Any, where: str, ranks: Mapping[str, int]) -> dict[str, float]:
     """The shares of a GPU's adapters, by name."""
     if not isinstance(raw, list):
-        raise WorkloadError(f"{where}.adapters: expected a list, not {quoted(raw)}")
+        raise WorkloadError(f"{where}.adapters: expected a list, {instead(raw)}")
     found: dict[str, float] = {}
     for index, value in enumerate(raw):
         at = f"{where}.adapters[{index}]"

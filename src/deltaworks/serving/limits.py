@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from deltaworks.errors import ProfileError, WorkloadError, quoted
 from deltaworks.serving.profile import Profile
 from deltaworks.serving.workload import Requests, Workload
+from deltaworks.wording import counted
 
 
 def cut_to_length(requests: Requests, max_model_len: int | None) -> Requests:
@@ -47,10 +48,12 @@ def check_lengths(workload: Workload, profiles: Sequence[Profile]) -> None:
     beyond = [(name, least) for name, least in _shortest_prompts(workload) if least >= longest]
     if beyond:
         name, least = beyond[0]
-        others = f" (and so have {len(beyond) - 1:,} others)" if len(beyond) > 1 else ""
+        others = f" (and so have {counted(len(beyond) - 1, 'other')})" if len(beyond) > 1 else ""
         raise WorkloadError(
-            f"adapter {quoted(name)}: every prompt has {least:,} tokens or more{others}, and vLLM rejects prompts of"
-            f" {longest:,} tokens or more, the length of the model (max_model_len); shorten the prompts, or raise"
+            f"adapter {quoted(name)}: every prompt has {counted(least, 'token')} or more{others}, and vLLM rejects"
+            f" prompts of"
+            f" {counted(longest, 'token')} or more, the length of the model (max_model_len); shorten the prompts, or"
+            f" raise"
             " max_model_len in the profile if the model takes more"
         )
 

@@ -174,7 +174,8 @@ def _check_lightest(judge: Judge, most: int) -> None:
             values = [f"{g.name} is {format_time(g.value(answer))}" for g in judge.demand.goals if not g.met(answer)]
             said.append(f"on {profile.name} {' and '.join(values) or 'adapters starve'}")
     raise ImpossibleError(
-        f"even with the traffic spread over {most:,} GPUs, the latency goals are missed: {'; '.join(said)}; lower"
+        f"even with the traffic spread over {counted(most, 'GPU')}, the latency goals are missed: {'; '.join(said)};"
+        f" lower"
         " --headroom, relax --slo, or add another GPU type"
     )
 
@@ -210,7 +211,7 @@ def place_on(judge: Judge, kinds: Sequence[int], told: Told = lambda _: None, wa
             capacity = capacity.copy()
             capacity[int(np.argmax(latency))] *= _LIGHTER
     if best is None:
-        raise PlacementError(f"the twin accepts no placement on {len(kinds)} GPUs; give more with --gpus")
+        raise PlacementError(f"the twin accepts no placement on {counted(len(kinds), 'GPU')}; give more with --gpus")
     return Placement(best[1], len(kinds), None, best[2])
 
 
@@ -257,7 +258,8 @@ def check_totals(judge: Judge, gpus: Sequence[Gpu]) -> None:
             offered += answer["requests"]["arrived"], round(prompts)
     if (asked != offered).any():
         raise PlacementError(
-            f"the GPUs are offered {offered[0]:,} requests with {offered[1]:,} prompt tokens, not the workload's"
+            f"the GPUs are offered {counted(offered[0], 'request')} with {offered[1]:,} prompt tokens, not the"
+            f" workload's"
             f" {asked[0]:,} with {asked[1]:,}: the shares of some adapter do not add up to one"
         )
 

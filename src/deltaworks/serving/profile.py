@@ -14,7 +14,7 @@ from deltaworks.documents import load_json
 from deltaworks.errors import ProfileError, WorkloadError, quoted
 from deltaworks.serving import twin
 from deltaworks.serving.arrays import F64
-from deltaworks.serving.schema import MAX_NUMBER, check_keys, mapping, number, text, whole
+from deltaworks.serving.schema import MAX_NUMBER, check_keys, instead, mapping, number, text, whole
 
 SCHEMA = 1
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -385,7 +385,7 @@ def _said(raw: Any, where: str) -> dict[str, Any]:
         WorkloadError: it is not a mapping with text as keys.
     """
     if not all(isinstance(key, str) for key in mapping(raw, where)):
-        raise WorkloadError(f"{where}: expected keys and values, not {quoted(raw)}")
+        raise WorkloadError(f"{where}: expected keys and values, {instead(raw)}")
     return dict(raw)
 
 

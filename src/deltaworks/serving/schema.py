@@ -11,6 +11,11 @@ MAX_TEXT = 1000
 """Characters of a name, at most."""
 
 
+def instead(raw: Any) -> str:
+    """The end of an error that says what was expected: what was given instead."""
+    return "but nothing is given" if raw is None else f"not {quoted(raw)}"
+
+
 def mapping(raw: Any, where: str) -> Mapping[Any, Any]:
     """A mapping, whatever its keys.
 
@@ -18,7 +23,7 @@ def mapping(raw: Any, where: str) -> Mapping[Any, Any]:
         WorkloadError: it is not a mapping.
     """
     if not isinstance(raw, Mapping):
-        raise WorkloadError(f"{where}: expected keys and values, not {quoted(raw)}")
+        raise WorkloadError(f"{where}: expected keys and values, {instead(raw)}")
     return raw
 
 
@@ -52,10 +57,10 @@ def number(raw: Any, where: str, least: float = 0.0, above: bool = False, most: 
     fine = isinstance(raw, (int, float)) and not isinstance(raw, bool)
     if not fine or not raw >= least or (above and raw == least):
         raise WorkloadError(
-            f"{where}: expected a number {'above' if above else 'of at least'} {least:g}, not {quoted(raw)}"
+            f"{where}: expected a number {'above' if above else 'of at least'} {least:g}, {instead(raw)}"
         )
     if raw > most:
-        raise WorkloadError(f"{where}: expected a number of at most {_plain(most)}, not {quoted(raw)}")
+        raise WorkloadError(f"{where}: expected a number of at most {_plain(most)}, {instead(raw)}")
     return float(raw)
 
 
@@ -67,7 +72,7 @@ def whole(raw: Any, where: str, least: int = 0, most: float = MAX_NUMBER) -> int
     """
     number(raw, where, least, most=most)
     if raw != int(raw):
-        raise WorkloadError(f"{where}: expected a whole number, not {quoted(raw)}")
+        raise WorkloadError(f"{where}: expected a whole number, {instead(raw)}")
     return int(raw)
 
 
@@ -78,7 +83,7 @@ def text(raw: Any, where: str) -> str:
         WorkloadError: it is none.
     """
     if not isinstance(raw, str) or not raw:
-        raise WorkloadError(f"{where}: expected a text, not {quoted(raw)}")
+        raise WorkloadError(f"{where}: expected a text, {instead(raw)}")
     if len(raw) > MAX_TEXT:
         raise WorkloadError(f"{where}: a text of {len(raw):,} characters is too long; at most {MAX_TEXT:,} are taken")
     return raw

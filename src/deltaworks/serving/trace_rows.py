@@ -9,6 +9,7 @@ from typing import Any
 
 from deltaworks.documents import decoded, json_values, read_bytes
 from deltaworks.errors import DeltaworksError, WorkloadError, one_line, quoted
+from deltaworks.wording import counted
 
 Row = Mapping[Any, Any]
 
@@ -57,7 +58,8 @@ def csv_rows(path: Path, content: bytes, what: str, error: type[DeltaworksError]
             if None in row or None in row.values():
                 found = len(row) - 1 + len(row[None]) if None in row else sum(v is not None for v in row.values())
                 raise error(
-                    f"{path}: line {reader.line_num} has {found} values for {len(reader.fieldnames or ())} columns; put"
+                    f"{path}: line {reader.line_num} has {counted(found, 'value')} for"
+                    f" {counted(len(reader.fieldnames or ()), 'column')}; put"
                     " values that hold a comma in quotes, and write decimals with a point"
                 )
             yield row

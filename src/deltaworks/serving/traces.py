@@ -16,6 +16,7 @@ from deltaworks.serving.arrays import F64, I64
 from deltaworks.serving.lengths import MAX_TOKENS
 from deltaworks.serving.schema import MAX_TEXT
 from deltaworks.serving.trace_rows import VLLM_BENCH, rows_of
+from deltaworks.wording import counted
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "time": ("time", "arrival_s", "time_s", "t", "arrived_at", "timestamp", "start_time", "startTime"),
@@ -200,7 +201,10 @@ class _Columns:
         served = (prompt > 0) & (output > 0)
         if not served.all():
             failed = int(served.size - served.sum())
-            notes.append(f"{self._where}: {failed:,} requests without tokens, which failed, are left out")
+            notes.append(
+                f"{self._where}: {counted(failed, 'request that failed is', 'requests that failed are')} left out:"
+                f" without tokens"
+            )
             if failed == served.size:
                 raise WorkloadError(f"{self._where}: no request in it has a prompt and an output")
         if "hash_ids" in self._first:

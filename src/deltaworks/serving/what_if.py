@@ -13,6 +13,7 @@ from deltaworks.serving.placement import Gpu, Placement, Told, place, place_on
 from deltaworks.serving.profile import RANKS
 from deltaworks.serving.workload import Adapter, Workload
 from deltaworks.units import format_time
+from deltaworks.wording import counted
 
 
 def what_if(judge: Judge, placement: Placement, told: Told = lambda _: None) -> list[dict[str, Any]]:
@@ -90,8 +91,8 @@ def _placed(judge: Judge, workload: Workload, before: int) -> dict[str, Any]:
     other = Judge(demand, judge.profiles, judge.surrogates, judge.threads)
     found = place(other, bounded=False)
     count = len(found.gpus)
-    plural = "" if count == 1 else "s"
-    return _told(other, found.gpus, f"{count} GPU{plural}, " + ("as now" if count == before else f"now {before}"))
+    now = "as now" if count == before else f"now {before:,}"
+    return _told(other, found.gpus, f"{counted(count, 'GPU')}, {now}")
 
 
 def _told(judge: Judge, gpus: Any, answer: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from deltaworks.serving import arrivals
 from deltaworks.serving.arrays import F64, I64
 from deltaworks.serving.lengths import KeptLengths, Lengths, scaled
 from deltaworks.serving.profile import RANKS
-from deltaworks.serving.schema import check_keys, number, text, whole
+from deltaworks.serving.schema import check_keys, instead, number, text, whole
 from deltaworks.serving.traces import Trace, read_trace, trace_of, zipf_shares
 from deltaworks.serving.workload_limits import (
     MAX_ADAPTERS,
@@ -27,6 +27,7 @@ from deltaworks.serving.workload_limits import (
     MIN_BURSTINESS,
     check_size,
 )
+from deltaworks.wording import counted
 
 KEYS = ("duration", "seed", "lengths", "arrivals", "adapters", "requests")
 ADAPTER_KEYS = ("name", "count", "rank", "rate", "burstiness", "lengths")
@@ -190,7 +191,7 @@ def _lengths_reader(folder: Path) -> Callable[[str, str | None], tuple[I64, I64]
 def _listed(listed: Any, where: str, shape: Any, traced: bool, kept: KeptLengths) -> list[Adapter]:
     """The adapters of a workload's list, by name."""
     if not isinstance(listed, list):
-        raise WorkloadError(f"{where}: adapters: expected a list, not {quoted(listed)}")
+        raise WorkloadError(f"{where}: adapters: expected a list, {instead(listed)}")
     adapters: list[Adapter] = []
     for index, raw in enumerate(listed):
         adapters += _adapters(raw, f"{where}: adapters[{index}]", shape, traced, kept)
@@ -228,7 +229,8 @@ def _of_trace(
         )
     elif late := int((trace.arrival_s >= duration_s).sum()):
         notes.append(
-            f"{late:,} of {trace.arrival_s.size:,} requests of the trace come after the duration of {duration_s:g} s"
+            f"{late:,} of {counted(trace.arrival_s.size, 'request')} of the trace come after the duration of"
+            f" {duration_s:g} s"
             " and are left out"
         )
     return Workload(duration_s, seed, tuple(adapters), None, trace, tuple(notes))

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from deltaworks.errors import WorkloadError
 from deltaworks.serving.traces import MAX_REQUESTS
+from deltaworks.wording import counted
 
 if TYPE_CHECKING:
     from deltaworks.serving.workload import Workload
@@ -28,8 +29,8 @@ def check_size(workload: "Workload", where: str) -> None:
     pieces = max(len(a.rate) for a in workload.adapters)
     if pieces * len(workload.adapters) > MAX_RATES:
         raise WorkloadError(
-            f"{where}: a rate with {pieces:,} pieces is too much for {len(workload.adapters):,} adapters; adapters"
-            f" times pieces may be {MAX_RATES:,}"
+            f"{where}: a rate with {pieces:,} pieces is too much for {counted(len(workload.adapters), 'adapter')};"
+            f" adapters times pieces may be {MAX_RATES:,}"
         )
     requests = [a.expected(workload.duration_s) for a in workload.adapters]
     if sum(requests) > MAX_REQUESTS:
