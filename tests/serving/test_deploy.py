@@ -8,7 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -230,15 +232,43 @@ def test_compose_and_kubernetes_agree_on_the_servers() -> None:
     services = yaml.safe_load(FILES["compose.yaml"])["services"]
     documents = list(yaml.safe_load_all(FILES["kubernetes.yaml"]))
     assert list(services) == ["gpu-0", "gpu-1"]
+    assert yaml.safe_load(FILES["compose.yaml"])["volumes"] == {"huggingface": {}}
     assert [d["kind"] for d in documents] == ["Deployment", "Service"] * 2
     for index, service in enumerate(services.values()):
         assert service["image"] == "${VLLM_IMAGE:-vllm/vllm-openai:v0.11.2}"
         container = documents[2 * index]["spec"]["template"]["spec"]["containers"][0]
         assert container["command"] == service["entrypoint"] == ["vllm", "serve"]
         assert container["args"] == service["command"]
+        assert service["restart"] == "unless-stopped"
+        assert "huggingface:/root/.cache/huggingface" in service["volumes"]
         assert container["resources"]["limits"] == {"nvidia.com/gpu": "1"}
         labels = documents[2 * index]["spec"]["template"]["metadata"]["labels"]
         assert documents[2 * index + 1]["spec"]["selector"] == labels
+
+
+@pytest.mark.parametrize(("status", "is_healthy"), [(200, True), (500, False), (None, False)])
+def test_the_health_check_of_compose_asks_the_server(status: int | None, is_healthy: bool) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if status and self.path == "/health" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    service = yaml.safe_load(FILES["compose.yaml"])["services"]["gpu-0"]
+    how, *command = service["healthcheck"]["test"]
+    assert how == "CMD"
+    assert "http://localhost:8000/health" in command[-1]
+    with HTTPServer(("localhost", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        command[-1] = command[-1].replace(":8000", f":{server.server_port}")
+        if status is None:
+            server.shutdown()
+            server.server_close()
+        done = subprocess.run([sys.executable, *command[1:]], capture_output=True, check=False)
+        server.shutdown()
+    assert (done.returncode == 0) == is_healthy
 
 
 def test_pods_of_several_types_select_their_nodes() -> None:

@@ -418,7 +418,7 @@ def advise(
     from deltaworks.cli.progress import make_counter
     from deltaworks.errors import PlacementError
     from deltaworks.serving.advice import alike, best_row, capacities, overheads
-    from deltaworks.serving.document import PATIENCE_NOTE, headline_waits
+    from deltaworks.serving.document import PATIENCE_NOTE, assumed_note, headline_waits
     from deltaworks.serving.judge import SLOTS, parse_goals
     from deltaworks.serving.profile import find_profile
 
@@ -436,17 +436,18 @@ def advise(
     best = best_row(rows)
     costs = overheads(chosen, rank, best["slots"])
     waits = headline_waits([{"ttft_ms": {"p50": best["ttft_p50_ms"], "p99": best["ttft_p99_ms"]}}], goals)
-    waits = f"; {waits}" if waits else ""
+    notes = ([PATIENCE_NOTE] if waits else []) + ([assumed_note(chosen)] if chosen.assumed else [])
     if as_json:
-        print_json(
-            {"profile": chosen.name, "rank": rank, "rate": rate, "best": best, "slots": rows, "overheads": costs}
-        )
+        print_json({
+            "profile": chosen.name, "rank": rank, "rate": rate, "best": best, "waits": waits, "slots": rows,
+            "overheads": costs, "notes": notes,
+        })  # fmt: skip
         return
     at_least = "at least " if best["adapters_is_lower_bound"] else ""
     typer.echo(
         f"{chosen.name}: {at_least}{counted(best['adapters'], 'adapter')} of rank {rank} at {rate:g} requests/s"
         f" {'fits' if best['adapters'] == 1 and not at_least else 'fit'} on one GPU,"
-        f" with --max-loras {best['slots']}{waits}\n"
+        f" with --max-loras {best['slots']}{f'; {waits}' if waits else ''}\n"
     )
     typer.echo(f"{'slots':>6}{'adapters':>10}{'tokens/s':>10}{'TTFT p99':>11}{'ITL':>9}{'KV tokens':>11}")
     for row in rows:
@@ -455,8 +456,8 @@ def advise(
             f"{row['slots']:>6}{row['adapters']:>10,}{row['throughput_tps']:>10,.0f}{format_time(row['ttft_p99_ms']):>11}"
             f"{format_time(row['itl_mean_ms']):>9}{row['kv_tokens']:>11,}  {bar}{' <- most' if row is best else ''}"
         )
-    if waits:
-        typer.echo(f"\n{PATIENCE_NOTE}")
     typer.echo("\nwhat adapters cost there")
     for name, sentence in costs.items():
         typer.echo(f"  {name:<11}{sentence}")
+    for note in notes:
+        typer.echo(f"\nnote: {note}")

@@ -127,6 +127,7 @@ def simulate(
         return
     if workload is None or slots is None:
         raise WorkloadError("give a WORKLOAD and --slots N, or --batch FILE.jsonl")
+    from deltaworks.serving.document import assumed_note
     from deltaworks.serving.limits import check_lengths
     from deltaworks.serving.simulate import Configuration
     from deltaworks.serving.simulate import simulate as run
@@ -136,6 +137,7 @@ def simulate(
     check_lengths(asked, [chosen])
     with make_counter("simulated", 1, "twin.run", quiet=quiet):
         answer = run(asked, chosen, Configuration(slots, max_rank, served, client_max_outstanding))
+    answer["notes"] += [assumed_note(chosen)] if chosen.assumed else []
     if as_json:
         print_json(answer)
     else:

@@ -132,7 +132,9 @@ class _Reader:
         self._warnings: list[str] = []
         # Keys of other tools are theirs: mergekit skips what starts like this, and so do we.
         self._check_keys(
-            {k: v for k, v in content.items() if not (isinstance(k, str) and k.startswith("x-"))}, _TOP, ""
+            {k: v for k, v in content.items() if not (isinstance(k, str) and k.startswith("x-"))},
+            (*_TOP, EXTENSION),
+            "",
         )
         name = content.get("merge_method")
         if not isinstance(name, str) or name not in METHODS:

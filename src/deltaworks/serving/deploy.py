@@ -143,6 +143,21 @@ def image(profile: Profile) -> str:
     return f"vllm/vllm-openai:v{found[0]}" if found else "vllm/vllm-openai:latest"
 
 
+_CACHE = "huggingface"
+"""The volume of a compose project that keeps what its servers fetch from the hub."""
+
+_HEALTH_CHECK = {
+    # Not every image of vLLM has curl.
+    "test": [
+        "CMD", "python3", "-c",
+        f"import urllib.request; urllib.request.urlopen('http://localhost:{FIRST_PORT}/health', timeout=5)",
+    ],
+    "interval": "10s", "timeout": "10s", "retries": 3,
+    # As long as the startup probe in Kubernetes waits: a server may have to fetch its model first.
+    "start_period": "900s",
+}  # fmt: skip
+
+
 def compose(gpus: list[Any], profiles: Mapping[str, Profile], paths: Mapping[str, str]) -> str:
     """A compose file with a service for each GPU."""
     services = {}
@@ -157,11 +172,13 @@ def compose(gpus: list[Any], profiles: Mapping[str, Profile], paths: Mapping[str
             "command": words[2:],
             "ports": [f"{FIRST_PORT + index}:{FIRST_PORT}"],
             "environment": {"HF_TOKEN": "${HF_TOKEN:-}"},
-            "volumes": ["${ADAPTERS:-./adapters}:/adapters:ro"],
+            "volumes": ["${ADAPTERS:-./adapters}:/adapters:ro", f"{_CACHE}:/root/.cache/huggingface"],
             "ipc": "host",
+            "restart": "unless-stopped",
+            "healthcheck": _HEALTH_CHECK,
             "deploy": {"resources": {"reservations": {"devices": devices}}},
         }
-    return _yaml({"services": services})
+    return _yaml({"services": services, "volumes": {_CACHE: {}}})
 
 
 def _contained(gpu: Mapping[str, Any], profile: Profile, paths: Mapping[str, str]) -> list[str]:

@@ -11,7 +11,7 @@ from deltaworks.documents import load_json
 from deltaworks.errors import PlacementError, WorkloadError, did_you_mean, quoted
 from deltaworks.serving.judge import MAX_HEADROOM, Goal, Judge, goal_of
 from deltaworks.serving.placement import Gpu, Placement, check_totals
-from deltaworks.serving.profile import Profile, check_max_rank, parse_profile
+from deltaworks.serving.profile import Profile, built_in_profiles, check_max_rank, parse_profile
 from deltaworks.serving.schema import instead, mapping, number, text, whole
 from deltaworks.serving.workload import Workload, parse_workload
 from deltaworks.units import format_time
@@ -164,7 +164,8 @@ def notes(gpus: list[dict[str, Any]], judge: Judge) -> list[str]:
         if surrogate is None:
             found.append(
                 f"{profile.name} has no surrogate, so slots were proposed by the closed-form estimate alone; train one"
-                " with: deltaworks surrogate train"
+                f" with: deltaworks surrogate train --profile"
+                f" {profile.name if profile.name in built_in_profiles() else 'FILE'}"
             )
     return found
 

@@ -24,6 +24,7 @@ from deltaworks.serving.feasible import check_possible
 from deltaworks.serving.judge import HOPELESS, SLOTS, Judge, latency_ms
 from deltaworks.serving.parts import Part, Piece
 from deltaworks.serving.profile import allowed_rank
+from deltaworks.serving.simulate import enough_duration_s, short_note
 from deltaworks.units import format_time
 from deltaworks.wording import counted
 
@@ -135,8 +136,19 @@ def place(
     numbers = f"{min(tried):,} to {max(tried):,}" if tried else f"up to {most:,}"
     raise ImpossibleError(
         f"no placement on {numbers} GPUs was found that the twin accepts on every one; lower --headroom, relax --slo,"
-        " or add another GPU type"
+        f" or add another GPU type{_shortness(judge)}"
     )
+
+
+def _shortness(judge: Judge) -> str:
+    """The end of an error: that the workload's duration is short against one answer on any type; empty if it is not."""
+    duration_s, rank = judge.demand.workload.duration_s, judge.rank_of(whole(judge))
+    enough_s = [
+        enough_duration_s(own.prompt, own.output, profile, 1, rank)
+        for own, profile in ((judge.requests(kind), profile) for kind, profile in enumerate(judge.profiles))
+    ]
+    note = short_note(min(enough_s), duration_s)
+    return f"; {note}" if note else ""
 
 
 def _most_gpus(judge: Judge) -> int:
@@ -176,7 +188,7 @@ def _check_lightest(judge: Judge, most: int) -> None:
     raise ImpossibleError(
         f"even with the traffic spread over {counted(most, 'GPU')}, the latency goals are missed: {'; '.join(said)};"
         f" lower"
-        " --headroom, relax --slo, or add another GPU type"
+        f" --headroom, relax --slo, or add another GPU type{_shortness(judge)}"
     )
 
 

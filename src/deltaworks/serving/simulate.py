@@ -92,7 +92,7 @@ def simulate(
     if not profile.starts(slots, max_rank):
         return _no_start(workload, requests, kv_tokens, by_adapter=by_adapter)
     run = _run(workload, requests, profile, slots, max_rank, served, configuration.client_max_outstanding)
-    enough_s = _enough_s(run, profile, slots, max_rank)
+    enough_s = enough_duration_s(run.state.prompt, run.state.output, profile, slots, max_rank)
     answer, services = _answer(workload, requests, run, kv_tokens, enough_s)
     if by_adapter:
         answer["adapters"] = _adapters(workload, services)
@@ -269,29 +269,36 @@ def _answer(
         "running_mean": float(run.sums[twin.RUNNING_S] / duration_s),
         "waiting_mean": float(run.sums[twin.WAITING_S] / duration_s),
         "short": duration_s < enough_s or nobody_judged,
-        "notes": [*workload.notes, *_notes(enough_s, duration_s)],
+        "notes": [*workload.notes, *filter(None, [short_note(enough_s, duration_s)])],
         "duration_s": duration_s,
     }
     return answer, served
 
 
-def _enough_s(run: _Run, profile: Profile, slots: int, max_rank: int) -> float:
-    """Seconds that a run must last so that the 95th-percentile request, served alone, takes at most `SHORT` of it."""
-    if not run.state.state.size:
+def enough_duration_s(prompt: server.I64, output: server.I64, profile: Profile, slots: int, max_rank: int) -> float:
+    """Seconds that a run must last so that the 95th-percentile request, served alone, takes at most `SHORT` of it.
+
+    Args:
+        prompt: Prompt tokens of the requests, (n,) int64.
+        output: Their output tokens, (n,) int64.
+        profile: Of the server.
+        slots: `--max-loras`.
+        max_rank: `--max-lora-rank`.
+    """
+    if not prompt.size:
         return 0.0
-    times = alone(profile, slots, max_rank, run.state.prompt, run.state.output)
+    times = alone(profile, slots, max_rank, prompt, output)
     return float(np.percentile(times.first_s + times.decode_s, 95)) / SHORT
 
 
-def _notes(enough_s: float, duration_s: float) -> list[str]:
-    """What a reader of the answer must know of the run."""
+def short_note(enough_s: float, duration_s: float) -> str:
+    """Says that a run is short against one answer, and which duration would be enough; empty if it is not."""
     if duration_s >= enough_s:
-        return []
-    note = (
+        return ""
+    return (
         f"the run ({duration_s:g} s) is too short: 5% of requests take {enough_s * SHORT:.3g} s or longer even on an"
         f" idle server; use a duration of at least {_round_up(enough_s):,.0f} s"
     )
-    return [note]
 
 
 def _round_up(seconds: float) -> float:
