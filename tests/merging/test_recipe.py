@@ -56,6 +56,7 @@ def test_the_base_is_added_where_it_is_not_listed() -> None:
     [
         (("merge_method: ties", "merge_method: tise"), r"'tise' is not known; did you mean 'ties'\?"),
         (("merge_method: ties", "x-method: ties"), "merge_method: missing"),
+        (("base_model: base", "duration: 5"), "unknown key 'duration'; known are .*, x-deltaworks$"),
         (("base_model: base", "base_modle: base"), r"unknown key 'base_modle'; did you mean 'base_model'\?"),
         (("base_model: base", ""), "base_model: missing; ties merges deltas"),
         (

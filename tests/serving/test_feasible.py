@@ -55,6 +55,17 @@ def test_there_are_more_gpus_than_make_sense(adapters: dict[str, Any]) -> None:
     assert asker.runs < 200
 
 
+@pytest.mark.parametrize(("duration", "note"), [
+    pytest.param(2, r"; the run \(2 s\) is too short: .* use a duration of at least 4 s$", id="too short"),
+    pytest.param(4, r"add another GPU type$", id="long enough"),
+])  # fmt: skip
+def test_where_no_placement_is_found_a_short_run_is_said(duration: float, note: str) -> None:
+    """The first request loads the adapter, so it keeps no limit that loaded ones keep."""
+    asked = workload([{"name": "a", "rank": 8, "rate": 1.0}], duration=duration)
+    with pytest.raises(ImpossibleError, match=note):
+        place(judge(asked, 0.1, ("ttft_p99=40ms",)))
+
+
 def test_what_is_said_to_be_possible_is() -> None:
     asker = judge(workload([{"name": "a", "rank": 8, "rate": 0.1}]), 0.1, ("ttft_p50=16ms", "itl_mean=6.6ms"))
     check_placement(asker, place(asker))

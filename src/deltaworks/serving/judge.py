@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from deltaworks.errors import PlacementError, did_you_mean, quoted
+from deltaworks.serving.arrays import F64, I64
 from deltaworks.serving.estimate import SLOT_PRESSURE, SLOT_WAIT, UTILISATION, Traffic, estimate, traffic_of
 from deltaworks.serving.limits import check_one_model
 from deltaworks.serving.parts import Part, part_of
 from deltaworks.serving.profile import Profile, allowed_rank
-from deltaworks.serving.server import F64, I64
 from deltaworks.serving.simulate import Configuration, simulate
 from deltaworks.serving.starvation import STARVED_DEFICIT
 from deltaworks.serving.surrogate import Surrogate

@@ -275,7 +275,7 @@ def _answer(
     return answer, served
 
 
-def enough_duration_s(prompt: server.I64, output: server.I64, profile: Profile, slots: int, max_rank: int) -> float:
+def enough_duration_s(prompt: I64, output: I64, profile: Profile, slots: int, max_rank: int) -> float:
     """Seconds that a run must last so that the 95th-percentile request, served alone, takes at most `SHORT` of it.
 
     Args:
