@@ -190,4 +190,6 @@ def test_what_was_assumed_or_left_out_is_noted() -> None:
     asker = judge(parse_workload({"duration": 60, "requests": rows}, Path()), 0.1, (), replace(SMALL, assumed=assumed))
     said = describe(asker, place(asker), {}, {}, None)["notes"]
     assert "1 of 3 requests of the trace come after the duration of 60 s and are left out" in said
-    assert any(note.startswith("2 costs of small, such as step.context, were not measured") for note in said)
+    assert any(
+        note.startswith("2 costs of small were not measured but assumed (step.context and step.lora)") for note in said
+    )

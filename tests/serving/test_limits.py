@@ -96,7 +96,7 @@ def test_the_door_is_open_where_some_prompts_are_short_or_nobody_asks() -> None:
          "adapters": [{"name": "a", "rank": 8, "rate": 0}]}, Path(),
     )  # fmt: skip
     check_lengths(silent, [limited(200)])
-    with pytest.raises(WorkloadError, match=r"every prompt has 900 tokens or more \(and so have 1 others\)"):
+    with pytest.raises(WorkloadError, match=r"every prompt has 900 tokens or more \(the same is true of 1 other\)"):
         check_lengths(asked(("a", 900, 9), ("b", 950, 9)), [limited(200)])
 
 

@@ -120,7 +120,7 @@ def test_what_was_guessed_or_left_out_is_remarked_on() -> None:
     assert trace_of(mooncake(0), "t").notes == ()
     assert "prefix caching is not modelled" in trace_of(mooncake(0, 0.5, hash_ids=[1]), "t").notes[0]
     failed = [*mooncake(0, 0.5), {"timestamp": 1.5, "input_length": 9, "output_length": 0}]
-    assert trace_of(failed, "t").notes == ("t: 1 requests without tokens, which failed, are left out",)
+    assert trace_of(failed, "t").notes == ("t: 1 request without tokens, which failed, is left out",)
 
 
 def test_adapters_are_names_numbers_or_none() -> None:

@@ -48,7 +48,7 @@ def check_lengths(workload: Workload, profiles: Sequence[Profile]) -> None:
     beyond = [(name, least) for name, least in _shortest_prompts(workload) if least >= longest]
     if beyond:
         name, least = beyond[0]
-        others = f" (and so have {counted(len(beyond) - 1, 'other')})" if len(beyond) > 1 else ""
+        others = f" (the same is true of {counted(len(beyond) - 1, 'other')})" if len(beyond) > 1 else ""
         raise WorkloadError(
             f"adapter {quoted(name)}: every prompt has {counted(least, 'token')} or more{others}, and vLLM rejects"
             f" prompts of"

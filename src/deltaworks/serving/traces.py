@@ -201,10 +201,10 @@ class _Columns:
         served = (prompt > 0) & (output > 0)
         if not served.all():
             failed = int(served.size - served.sum())
-            notes.append(
-                f"{self._where}: {counted(failed, 'request that failed is', 'requests that failed are')} left out:"
-                f" without tokens"
+            said = counted(
+                failed, "request without tokens, which failed, is", "requests without tokens, which failed, are"
             )
+            notes.append(f"{self._where}: {said} left out")
             if failed == served.size:
                 raise WorkloadError(f"{self._where}: no request in it has a prompt and an output")
         if "hash_ids" in self._first:
