@@ -12,10 +12,12 @@ from small_server import LENGTHS, SMALL, check_placement, judge, workload
 from deltaworks.errors import ImpossibleError, WorkloadError
 from deltaworks.serving.censored import statistics
 from deltaworks.serving.feasible import _least_interpolated, check_possible
-from deltaworks.serving.judge import Goal, Judge, parse_goal
+from deltaworks.serving.judge import Demand, Goal, Judge, parse_goal
 from deltaworks.serving.parts import Piece
 from deltaworks.serving.placement import place
+from deltaworks.serving.profile import find_profile
 from deltaworks.serving.simulate import Configuration, simulate
+from deltaworks.serving.surrogate import find_surrogate
 from deltaworks.serving.workload import parse_workload, requests_of
 
 ONE = [{"name": "a", "count": 4, "rank": 8, "rate": 0.5}]
@@ -135,6 +137,16 @@ def test_the_duration_decides_little(duration: float) -> None:
     found = place(asker)
     check_placement(asker, found)
     assert (len(found.gpus), found.lower_bound) == (2, 2)
+
+
+@pytest.mark.parametrize("duration", [60, 600, 3600])
+def test_long_answers_that_preempt_each_other_need_room(duration: float) -> None:
+    """By its utilisation alone, a GPU would take one of these adapters and a third of another."""
+    lengths = {"distribution": "fixed", "input_mean": 300, "output_mean": 20_000}
+    adapters = [{"name": "a", "count": 4, "rank": 16, "rate": 0.05}]
+    profile = find_profile("llama-3.1-8b-h100-64gb")
+    asked = parse_workload({"duration": duration, "lengths": lengths, "adapters": adapters}, Path())
+    assert len(place(Judge(Demand(asked), [profile], [find_surrogate(profile)])).gpus) == 6
 
 
 @pytest.mark.parametrize(

@@ -129,8 +129,11 @@ def _most_adapters(
         answer = _ask(profile, one, count, slots, rank, factor)
         if answer["starved"] or not all(goal.met(answer) for goal in goals):
             return False
-        traffic = traffic_of(of_adapters(one, count), profile.output_share, profile.server.max_model_len).scaled(factor)
-        return not answer["short"] or keeps_up(traffic, profile, min(slots, count), rank)
+        if not answer["short"]:
+            return True
+        asked = _asked(one, count, factor)
+        traffic = traffic_of(asked, profile.output_share, profile.server.max_model_len)
+        return keeps_up(asked, profile, Configuration(min(slots, count), rank, count), traffic, answer)
 
     def served(count: int) -> bool:
         return all(accepted(count, factor) for factor in sorted({1 + headroom, 1.0}, reverse=True))
@@ -159,10 +162,14 @@ def _guess(profile: Profile, one: Workload, slots: int, rank: int, factor: float
 
 
 def _ask(profile: Profile, one: Workload, count: int, slots: int, rank: int, factor: float) -> dict[str, Any]:
+    return simulate(_asked(one, count, factor), profile, Configuration(min(slots, count), rank, count))
+
+
+def _asked(one: Workload, count: int, factor: float) -> Workload:
+    """So many adapters at ``factor`` times the rate."""
     workload = of_adapters(one, count)
     faster = tuple(replace(a, rate=tuple((s, r * factor) for s, r in a.rate)) for a in workload.adapters)
-    configuration = Configuration(min(slots, count), rank, count)
-    return simulate(replace(workload, adapters=faster), profile, configuration, by_adapter=False)
+    return replace(workload, adapters=faster)
 
 
 def overheads(profile: Profile, rank: int, slots: int, batch: int = 128) -> dict[str, str]:

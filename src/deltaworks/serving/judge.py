@@ -17,7 +17,6 @@ from deltaworks.serving.limits import check_one_model
 from deltaworks.serving.parts import Part, part_of
 from deltaworks.serving.profile import Profile, allowed_rank
 from deltaworks.serving.simulate import Configuration, simulate
-from deltaworks.serving.starvation import STARVED_DEFICIT
 from deltaworks.serving.surrogate import Surrogate
 from deltaworks.serving.workload import Requests, Workload, requests_of
 
@@ -47,6 +46,14 @@ adapter takes about 200 bytes."""
 
 KEPT_REQUESTS = 4_000_000
 """The most requests that are remembered for the next number of slots on the same GPU."""
+
+_SUSTAINED = 0.8
+"""A utilisation below which the twin sees servers keep up even if they preempt: above it, long answers starve some."""
+
+_PROLONGED = 4.0
+"""A run that ended too soon is made at least this many times as long."""
+
+_MAX_PROLONGED_REQUESTS = 100_000
 
 GOALS = ("ttft", "itl", "tpot")
 MAX_HEADROOM = 10.0
@@ -167,6 +174,7 @@ class _Known:
         ids: Of those parts as Python objects: none of them has to be hashed twice.
         slots: What `Judge.slots` says, by type of GPU.
         answers: Of the twin, by type of GPU, slots and factor of the traffic.
+        keeps_up: What `keeps_up` says where such an answer is of a run that ended too soon.
     """
 
     part: Part
@@ -177,6 +185,7 @@ class _Known:
     ids: list[int] = field(default_factory=list)
     slots: dict[int, list[tuple[float, int]]] = field(default_factory=dict)
     answers: dict[tuple[int, int, float], dict[str, Any]] = field(default_factory=dict)
+    keeps_up: dict[tuple[int, int, float], bool] = field(default_factory=dict)
 
 
 class Judge:
@@ -344,8 +353,8 @@ class Judge:
         """Whether the twin accepts a GPU at ``factor`` times the traffic, and its answer proves something.
 
         A run that is short against one answer, or ends before a request of any adapter that asks is served, ends before
-        queues form; there the equilibrium must keep up as well. A share of an adapter of which no request arrived in
-        the run was not tried at all.
+        queues form; there the server must keep up for longer as well (`keeps_up`). A share of an adapter of which no
+        request arrived in the run was not tried at all.
         """
         answer = self.ask(part, kind, slots, factor)
         if not self.accepts(answer):
@@ -355,7 +364,16 @@ class Judge:
             piece.share < 1.0 and rate > 0 for piece, rate in zip(part, traffic.rate, strict=True)
         ):
             return False
-        return not answer["short"] or keeps_up(traffic, self.profiles[kind], slots, self.rank_of(part))
+        return not answer["short"] or self._keeps_up(part, kind, slots, factor, answer)
+
+    def _keeps_up(self, part: Part, kind: int, slots: int, factor: float, answer: dict[str, Any]) -> bool:
+        """What `keeps_up` says of a GPU; remembered."""
+        known, key = self._about(part), (kind, slots, factor)
+        if key not in known.keeps_up:
+            workload, traffic = part_of(self._workload, part, factor), self.traffic_of(part, kind, factor)
+            configuration = Configuration(slots, known.rank, len(part))
+            known.keeps_up[key] = keeps_up(workload, self.profiles[kind], configuration, traffic, answer)
+        return known.keeps_up[key]
 
     def fits(self, part: Part, kind: int, tries: int = TRIES) -> int | None:
         """Slots with which the twin accepts a GPU, with all the headroom and without, or None if none were found.
@@ -416,10 +434,31 @@ def best_configuration(answers: Sequence[tuple[float, float, float]]) -> int:
     return min(kept, key=lambda i: (answers[i][2], i))
 
 
-def keeps_up(traffic: Traffic, profile: Profile, slots: int, max_rank: int) -> bool:
-    """Whether a server that was given time without end would deliver all but the share that starvation takes."""
-    needed = estimate(traffic, profile, slots, max_rank)[UTILISATION]
-    return bool(needed * (1.0 - STARVED_DEFICIT) < 1.0)
+def keeps_up(
+    workload: Workload, profile: Profile, configuration: Configuration, traffic: Traffic, answer: dict[str, Any]
+) -> bool:
+    """Whether a server keeps up where a run of the twin ended too soon to say so.
+
+    The twin is asked about a run that is long enough, with the last rates going on. The arrivals of a trace cannot be
+    continued, and some runs would have too many requests; there the closed form must see room for preemptions, which
+    it does not know.
+
+    Args:
+        workload: What the server is asked.
+        profile: Of the server.
+        configuration: How it is started.
+        traffic: The traffic of the workload.
+        answer: The twin's, of the run that ended too soon.
+    """
+    duration_s = max(answer["least_duration_s"], _PROLONGED * workload.duration_s)
+    if workload.trace is None:
+        last = sum(adapter.rate[-1][1] for adapter in workload.adapters)
+        if max(last, float(traffic.rate.sum())) * duration_s <= _MAX_PROLONGED_REQUESTS:
+            longer = replace(workload, duration_s=duration_s)
+            return not simulate(longer, profile, configuration, by_adapter=False)["starved"]
+    rank = allowed_rank(int(traffic.rank.max(initial=1)))
+    used = estimate(traffic, profile, configuration.slots, rank)[UTILISATION]
+    return bool(used < _SUSTAINED)
 
 
 def latency_ms(answer: dict[str, Any]) -> float:

@@ -219,6 +219,7 @@ def _no_start(workload: Workload, requests: Requests, kv_tokens: int, *, by_adap
         "running_mean": 0.0,
         "waiting_mean": 0.0,
         "short": False,
+        "least_duration_s": 0.0,
         "notes": list(workload.notes),
         "duration_s": workload.duration_s,
         **({"adapters": _adapters(workload, served)} if by_adapter else {}),
@@ -269,6 +270,7 @@ def _answer(
         "running_mean": float(run.sums[twin.RUNNING_S] / duration_s),
         "waiting_mean": float(run.sums[twin.WAITING_S] / duration_s),
         "short": duration_s < enough_s or nobody_judged,
+        "least_duration_s": enough_s,
         "notes": [*workload.notes, *filter(None, [short_note(enough_s, duration_s)])],
         "duration_s": duration_s,
     }

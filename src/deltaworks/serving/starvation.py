@@ -8,6 +8,9 @@ first token for more than a tenth of the run, even if its queue happens to be em
 requests at the start of a run is no sign of that. Requests that are being served when time is up count against nobody,
 however long their answers are.
 
+An adapter that comes late with several requests is judged on the time since its first one: a tenth of that is a long
+wait for it, provided that it is far longer than the waits of those that are served.
+
 An adapter of which every request waits, but none for that long, cannot be judged: the run ends too soon after them.
 """
 
@@ -25,6 +28,13 @@ an adapter in ours."""
 
 STARVED_WAIT = 0.1
 """The share of the duration for which requests of a starving adapter wait at least."""
+
+
+_SEVERAL = 5
+"""With fewer requests an adapter that came late cannot be judged on the time since then."""
+
+_USUAL = 2.0
+"""A wait is not long for an adapter that came late unless it is this many times the 99th percentile of those served."""
 
 
 class Service(NamedTuple):
@@ -109,11 +119,11 @@ def service(
     missing_of = np.bincount(refused.adapter, refused.tokens.astype(np.float64), groups).astype(np.int64)
     offered = total(slice(None), tokens) + missing_of
     unserved = total(rejected, tokens) + missing_of
-    long_s = STARVED_WAIT * duration_s
+    first_s = np.where(silent, duration_s, first_token_s[:arrived]) - arrival_s[:arrived]
+    long_s = _long_wait_s(adapter, arrival_s[:arrived], first_s[~silent], groups, duration_s)
     queued = np.where(oldest_wait_s > long_s, total(waiting, tokens), 0)
     late = arrival_s[:arrived] >= duration_s / 2
-    first_s = np.where(silent, duration_s, first_token_s[:arrived]) - arrival_s[:arrived]
-    slow, recent = total(late & (first_s > long_s) & ~rejected, tokens), total(late, tokens)
+    slow, recent = total(late & (first_s > long_s[adapter]) & ~rejected, tokens), total(late, tokens)
     starved = (unserved + queued >= STARVED_DEFICIT * np.maximum(offered, 1)) | (
         slow >= STARVED_DEFICIT * np.maximum(recent, 1)
     )
@@ -128,6 +138,24 @@ def service(
         starved=starved,
         unjudged=~starved & (waits > 0) & (served == 0) & (total(of == server.RUNNING) == 0),
     )
+
+
+def _long_wait_s(adapter: I64, arrival_s: F64, served_s: F64, groups: int, duration_s: float) -> F64:
+    """The wait beyond which an adapter may starve, (groups,) float64 seconds.
+
+    Args:
+        adapter: Of each request that arrived, (n,) int64.
+        arrival_s: When it did, (n,) float64.
+        served_s: Waits for the first token of the requests that got it, (m,) float64.
+        groups: How many adapters there are, the base model included.
+        duration_s: Seconds simulated.
+    """
+    first_s = np.full(groups, duration_s)
+    np.minimum.at(first_s, adapter, arrival_s)
+    first_s[np.bincount(adapter, minlength=groups) < _SEVERAL] = 0.0
+    usual_s = _USUAL * float(np.percentile(served_s, 99)) if served_s.size else duration_s
+    least_s = max(usual_s, STARVED_WAIT**2 * duration_s)
+    return np.minimum(np.maximum(STARVED_WAIT * (duration_s - first_s), least_s), STARVED_WAIT * duration_s)
 
 
 def waiting_requests(state: server.Server) -> NDArray[np.bool_]:
