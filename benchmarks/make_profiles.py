@@ -32,7 +32,7 @@ SCALES = {
     "loading.slot": 4, "front_end.request": 5, "front_end.first_request": 80, "front_end.label_set": 0.015,
 }  # fmt: skip
 CPU_SCALES = {"step.slot_token": 0.01, "step.lora_decode_rank": 0.005, "loading.slot": 1}
-RUNS, MOST_RPS = 80, 80.0
+RUNS, MAX_RPS = 80, 80.0
 """Recorded runs that each profile is made to agree with; with more requests a second most are only dropped."""
 
 
@@ -90,7 +90,7 @@ def h100_tables(folder: Path, name: str, left_out: set[str]) -> None:
             loads.append({"load_ms": row["disk_load_median_ms"], "source": "disk", "rank": row["adapter_rank"]})
     write(folder, "loads", loads)
     eligible = [r for r in published_runs(data) if r["failed"] == "False"
-                and float(r["total_rate_rps_nominal"]) <= MOST_RPS]  # fmt: skip
+                and float(r["total_rate_rps_nominal"]) <= MAX_RPS]  # fmt: skip
     # Shuffled before families are left out, so that fits that leave out different ones share most of their runs.
     random.Random(0).shuffle(eligible)
     runs = []

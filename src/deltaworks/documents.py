@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from deltaworks.bounds import MAX_DEPTH, MAX_DIGITS, SURROGATE, TOO_DEEP, RefusedError
-from deltaworks.errors import DeltaworksError, one_line, quoted
+from deltaworks.errors import DeltaworksError, one_line, plain, quoted
 from deltaworks.regular_files import other_kind
 from deltaworks.yaml_loader import Loader, explained
 
@@ -41,7 +41,7 @@ def read_bytes(path: Path, what: str, error: type[DeltaworksError], limit: int =
     Raises:
         DeltaworksError: as ``error``: it is missing, unreadable, too large, or no regular file.
     """
-    start = f"{_shown(path)}: cannot be read as {what}"
+    start = f"{plain(str(path), _LONGEST_PATH)}: cannot be read as {what}"
     try:
         _check_regular(path.stat(), start, error)
         # Without O_NONBLOCK a named pipe that has taken the file's place since would hang here.
@@ -56,12 +56,6 @@ def read_bytes(path: Path, what: str, error: type[DeltaworksError], limit: int =
     if found.st_size > limit or len(content) > limit:
         raise error(f"{start}: it has more than {limit:,} bytes, which is the most that is read")
     return content
-
-
-def _shown(path: Path) -> str:
-    """A path as errors name it: as it is, unless it is too long for a name or has characters that cannot be printed."""
-    text = str(path)
-    return text if len(text) <= _LONGEST_PATH and text.isprintable() else quoted(text)
 
 
 def read_text(path: Path, what: str, error: type[DeltaworksError], limit: int = DOCUMENT_BYTES) -> str:
@@ -294,7 +288,7 @@ def _check_depth(value: Any, *, escaped: bool) -> None:
         if depth == MAX_DEPTH and any(isinstance(v, dict | list) for v in level):
             raise RefusedError(TOO_DEEP)
         if escaped:
-            for text in _texts(level):
+            for text in _strings(level):
                 if SURROGATE.search(text):
                     raise RefusedError(f"the text {quoted(text)} has half of a surrogate pair")
         level = [
@@ -306,7 +300,7 @@ def _check_depth(value: Any, *, escaped: bool) -> None:
         ]
 
 
-def _texts(values: list[Any]) -> Iterator[str]:
+def _strings(values: list[Any]) -> Iterator[str]:
     for value in values:
         if isinstance(value, str):
             yield value

@@ -78,6 +78,16 @@ def one_line(text: str, width: int = _QUOTED) -> str:
     return line if is_whole else f"{line[: width - 3]}..."
 
 
+def plain(text: str, width: int = _QUOTED) -> str:
+    """A path or a name as a message includes it: as it is, unless it is long or holds what cannot be printed.
+
+    Args:
+        text: of any length.
+        width: the most characters of one that is not quoted and cut.
+    """
+    return text if len(text) <= width and text.isprintable() else quoted(text)
+
+
 def did_you_mean(name: object, known: Iterable[str], called: str = "", *, cutoff: float = 0.5) -> str:
     """The end of an error about a name that is not known: a known one that is close, or nothing.
 

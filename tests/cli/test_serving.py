@@ -96,8 +96,8 @@ def test_a_bad_line_costs_no_other(shell: Shell) -> None:
     assert timeless(answers[0]) == timeless(answers[-1])
     assert answers[0]["requests"]["rejected"] > 0
     said = ["did you mean 'slots'", "line 3: is not valid JSON", "slots is missing", "has rank 16, more than the max",
-            "missing.json: cannot be read", "slots: expected at least 1", "no maximum rank 24", "give 8 or more, not 7",
-            "every prompt has 150,000 tokens or more"]  # fmt: skip
+            "missing.json: cannot be read", "slots: expected at least 1", "a maximum rank of 24",
+            "give 8 or more, not 7", "every prompt has 150,000 tokens or more"]  # fmt: skip
     for answer, text in zip(answers[1:-1], said, strict=True):
         assert text in answer["error"]
 
@@ -137,9 +137,9 @@ def test_other_flags_of_the_server(shell: Shell) -> None:
         (("nothing.json", *P, "--slots", 4), "nothing.json: cannot be read as a workload"),
         (("w.json", *P, "--slots", 4, "--max-rank", 8), "an adapter has rank 16, more than the maximum rank 8"),
         (("w.json", *P, "--slots", 4, "--max-num-seqs", 4096), "more than max_num_batched_tokens 2048"),
-        (("w.json", *P, "--slots", 4, "--max-rank", 24), "vLLM takes no maximum rank 24"),
+        (("w.json", *P, "--slots", 4, "--max-rank", 24), "vLLM does not take a maximum rank of 24"),
         (("w.json", *P, "--slots", 32, "--served", 16), "give 32 or more, not 16"),
-        (("w.json", *P, "--slots", 4, "--block-size", 10), "block_size 10 is none that vLLM takes"),
+        (("w.json", *P, "--slots", 4, "--block-size", 10), "block_size 10 is not one that vLLM takes"),
         (("w.json", *P, "--slots", 4, "--max-model-len", 200_000), "more than the 131,072"),
         (("w.json", *P, "--slots", 4, "--max-model-len", 1), "every prompt has"),
         (("w.json", *P, "--slots", 10**12), "slots: expected at most 1,000,000"),

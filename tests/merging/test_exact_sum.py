@@ -36,7 +36,7 @@ def test_what_cancels_leaves_the_rest() -> None:
 
 def test_more_values_than_an_accumulator_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(1).normal(size=(100, 3))
-    monkeypatch.setattr(exact_sum, "_MOST", 7)
+    monkeypatch.setattr(exact_sum, "_MAX_VALUES", 7)
     assert exact_sums([values]) == [math.fsum(column.tolist()) for column in values.T]
 
 

@@ -13,7 +13,7 @@ from small_server import SMALL, check_placement, judge, workload
 from deltaworks.serving import partition
 from deltaworks.serving.bound import Capacities, Relaxation
 from deltaworks.serving.estimate import STEP_MS, UTILISATION, Traffic, estimate, traffic_of
-from deltaworks.serving.groups import MOST, group
+from deltaworks.serving.groups import MAX_GROUPS, group
 from deltaworks.serving.judge import Demand, Judge
 from deltaworks.serving.parts import part_of
 from deltaworks.serving.placement import attempt, place
@@ -149,7 +149,7 @@ def test_there_are_few_groups_even_of_many_kinds() -> None:
     rng = np.random.default_rng(0)
     taken = rng.random((200, 4))
     found = group(rng.choice([8.0, 16, 32, 64, 128, 256, 320, 512], 200), taken)
-    assert set(found) == set(range(MOST))
+    assert set(found) == set(range(MAX_GROUPS))
 
 
 @given(

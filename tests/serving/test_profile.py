@@ -92,7 +92,7 @@ def test_other_flags() -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"schema": 7}, "no profile of version 1"),
+        ({"schema": 7}, "not a profile of version 1"),
         ({"stpe": {}}, "unknown key 'stpe'; did you mean 'step'"),
         ({"step": {}}, "step.base: is missing"),
         ({"step": {"base": -1}}, "step.base: expected a number of at least 0"),
@@ -108,7 +108,7 @@ def test_other_flags() -> None:
         ({"step": {"base": 10**400}}, "step.base: expected a number of at most"),
         ({"server": {"block_size": 10**12}}, "block_size: expected a number of at most 65,536"),
         ({"front_end": {"scrape_period_s": 1e-300}}, "scrape_period_s: expected 0 for never, or at least 0.01 s"),
-        ({"server": {"block_size": 10}}, "server: block_size 10 is none that vLLM takes"),
+        ({"server": {"block_size": 10}}, "server: block_size 10 is not one that vLLM takes"),
         ({"server": {"max_model_len": 0}}, "server: max_model_len must be at least 1"),
         ({"server": {"max_model_len": 1.5}}, "server.max_model_len: expected a whole number"),
         ({"server": {"max_num_seqs": None}}, "server.max_num_seqs: expected a number"),

@@ -181,21 +181,21 @@ def test_dates_in_parquet(tmp_path: Path, unit: str) -> None:
         ("[" * 100_000, "nested more than 100 deep"),
         ('{"time": 0, "time": 1}', "the key 'time' is given twice"),
         ('{"time": NaN}', "NaN is not a number that JSON allows"),
-        (OWN + "nan,1,1\n", "request 1 is malformed: 'nan' is no time"),
-        (OWN + "0,1,1\n1,inf,1\n", "request 2 is malformed: 'inf' is no number of tokens"),
-        (OWN + "0,1.5,1\n", "'1.5' is no number of tokens"),
+        (OWN + "nan,1,1\n", "request 1 is malformed: 'nan' is not a time"),
+        (OWN + "0,1,1\n1,inf,1\n", "request 2 is malformed: 'inf' is not a number of tokens"),
+        (OWN + "0,1.5,1\n", "'1.5' is not a number of tokens"),
         (OWN + "0,1000000000000,1\n", "tokens are not between 0 and 10,000,000"),
         (OWN + "0,-1,1\n", "tokens are not between 0 and 10,000,000"),
         (OWN + "0,1\n", "line 2 has 2 values for 3 columns"),
         (OWN + "0,1,1\n1,5,1,1\n", "line 3 has 4 values for 3 columns"),
         ('[{"time": 0, "prompt_tokens": 1, "output_tokens": 1},]', "Illegal trailing comma"),
         (OWN + "9999-01-01 00:00:00,1,1\n", "is not a time from the year 1678 to 2261"),
-        (OWN + "2024-13-45 00:00:00,1,1\n", "'2024-13-45 00:00:00' is no time: month must be in 1..12"),
+        (OWN + "2024-13-45 00:00:00,1,1\n", "'2024-13-45 00:00:00' is not a time: month must be in 1..12"),
         (OWN + "0,1,1\n2024-01-01 00:00:00,1,1\n", "dates in some requests and numbers in others"),
         (OWN + "0,1,1\n5," + "9" * 200_000 + ",1\n", "line 3 is not CSV: field larger than field limit"),
         ("time,time,prompt_tokens,output_tokens\n0,1,1,1\n", "the column 'time' is given twice"),
         (b"time,prompt_tokens,output_tokens\n0,1,1\n\xff,1,1\n", "line 3 is not text in UTF-8"),
-        ('[{"time": 0, "prompt_tokens": 1, "output_tokens": 1, "adapter": ["x"]}]', "no adapter's name"),
+        ('[{"time": 0, "prompt_tokens": 1, "output_tokens": 1, "adapter": ["x"]}]', "not an adapter's name"),
         ('[{"time": 0, "prompt_tokens": 1, "output_tokens": 1, "adapter": "\\ud83e"}]', "half of a surrogate pair"),
         (f'[{{"time": 0, "prompt_tokens": 1, "output_tokens": 1, "adapter": "{5000 * "x"}"}}]', "5,000 characters"),
         ("PAR1 and no more", "cannot be read as a trace"),
@@ -223,9 +223,9 @@ def test_a_trace_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_format_that_is_asked_for_is_used() -> None:
     assert trace_of(mooncake(0, 10, 25), "t", "mooncake").arrival_s == pytest.approx([0, 0.01, 0.025])
     assert trace_of(mooncake(0, 10, 25), "t", "qwen").arrival_s == pytest.approx([0, 10, 25])
-    with pytest.raises(WorkloadError, match=r"'qwn' is none of deltaworks, .*; did you mean 'qwen'"):
+    with pytest.raises(WorkloadError, match=r"'qwn' is not one of deltaworks, .*; did you mean 'qwen'"):
         trace_of(mooncake(0), "t", "qwn")
-    with pytest.raises(WorkloadError, match="the unit 'min' is none of s, ms, us, ns"):
+    with pytest.raises(WorkloadError, match="the unit 'min' is not one of s, ms, us, ns"):
         trace_of(mooncake(0), "t", unit="min")
     with pytest.raises(WorkloadError, match=r"request 1 is malformed: it has no 'ContextTokens'"):
         trace_of([{"TIMESTAMP": 0}], "t", "azure")

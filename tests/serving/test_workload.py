@@ -169,7 +169,7 @@ def test_one_trace_in_every_file_format(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_text("PAR")
     with pytest.raises(WorkloadError, match=r"broken.parquet: cannot be read"):
         parse_workload({"requests": "broken.parquet"}, tmp_path)
-    with pytest.raises(WorkloadError, match="'azur' is none of deltaworks, azure"):
+    with pytest.raises(WorkloadError, match="'azur' is not one of deltaworks, azure"):
         parse_workload({"requests": {"path": "t.csv", "format": "azur"}}, tmp_path)
 
 
@@ -197,7 +197,7 @@ def test_requests_are_dealt_by_zipf(tmp_path: Path) -> None:
         ({"duration": 0}, "duration: expected a number above 0"),
         ({"duration": True}, "duration: expected a number"),
         ({"lengths": None}, "lengths is missing; for example"),
-        ({"lengths": {"distribution": "sharegtp"}}, "'sharegtp' is none of sharegpt, fixed"),
+        ({"lengths": {"distribution": "sharegtp"}}, "'sharegtp' is not one of sharegpt, fixed"),
         ({"lengths": {"distribution": "fixed", "input_mean": 5}}, "output_mean is missing"),
         ({"lengths": {**SHAREGPT, "input_sd": 5}}, "input_sd: not for the distribution 'sharegpt'"),
         ({"adapters": []}, "no adapters"),
@@ -255,7 +255,7 @@ def deep(levels: int) -> Any:
         (one(rate=[[0, 1], deep(5000)]), r"rate\[1\]: expected \[seconds, requests per second\], not \[\[\[\[\.\.\."),
         ({"adapters": deep(5000)}, r"adapters\[0\]: expected keys and values, not \[\[\[\["),
         ({"lengths": FIXED | {"input_mean": 1e12}}, "input_mean: expected a number of at most 10,000,000"),
-        ({"lengths": FIXED | {"distribution": deep(5000)}}, "distribution: .* is none of sharegpt, fixed"),
+        ({"lengths": FIXED | {"distribution": deep(5000)}}, "distribution: .* is not one of sharegpt, fixed"),
         ({"lengths": FIXED | {"output_mean": 1e7}, "duration": 1e7, **one(rate=1)}, "its requests have 1e\\+14 tokens"),
         ({"duration": 1e12}, "duration: expected a number of at most 31,622,400"),
         ({"seed": 10**50}, "seed: expected a number of at most"),

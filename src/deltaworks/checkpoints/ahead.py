@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 _PIECE = 4 << 20
-_MOST_FILES = 32
+_MAX_FILES = 32
 """Open at once; others may need what the system allows to be open."""
 
 
@@ -28,7 +28,7 @@ def fetch_ahead(files: Mapping[Path, int], most: int | None = None) -> None:
 def _fetch(files: Mapping[Path, int], most: int | None) -> None:
     with suppress(OSError), ExitStack() as stack:
         opened = [
-            (stack.enter_context(path.open("rb")).fileno(), first) for path, first in islice(files.items(), _MOST_FILES)
+            (stack.enter_context(path.open("rb")).fileno(), first) for path, first in islice(files.items(), _MAX_FILES)
         ]
         left = [(fd, range(first, os.fstat(fd).st_size, _PIECE)) for fd, first in opened]
         before, fetched = None, 0

@@ -6,14 +6,13 @@ from typing import NamedTuple
 
 from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.checkpoints.tensor_names import HEAD, LAYER, is_embeddings, is_recomputed
-from deltaworks.errors import quoted
+from deltaworks.errors import plain, quoted
 from deltaworks.wording import counted
 
 _WRAPPERS = {
     "_orig_mod", "module", "model", "transformer", "language_model", "text_model", "base_model", "backbone",
     "llm", "bert", "roberta", "gpt_neox", "thinker", "decoder",
 }  # fmt: skip
-_LONGEST = 120
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 _FUSED_EXPERTS = re.compile(r"\.experts\.(?:gate_up_proj|down_proj|gate_proj|up_proj)(?:\.weight)?$")
 
@@ -45,7 +44,7 @@ def explain_difference(first: Named, second: Named) -> str | None:
     for names, has, lacks in ((extra[0], first, second), (extra[1], second, first)):
         if names:
             count = counted(len(names), "tensor")
-            texts.append(f"{has.name} has {count} that {lacks.name} lacks, first {_shown(names[0])}")
+            texts.append(f"{has.name} has {count} that {lacks.name} lacks, first {plain(names[0])}")
     if len(texts) == 1 and all(LAYER.fullmatch(n) for n in (*extra[0], *extra[1])) and _is_deeper(first, second):
         return f"{texts[0]}; take the layers that both have with slices"
     return f"{', and '.join(texts)}; only models with the same tensors can be merged"
@@ -114,8 +113,8 @@ def _renamed(first: Named, second: Named) -> str | None:
         if their_stripped[key] == name:
             continue
         return (
-            f"{second.name} has the same tensors as {first.name} under other names ({_shown(name)} is"
-            f" {_shown(their_stripped[key])}"
+            f"{second.name} has the same tensors as {first.name} under other names ({plain(name)} is"
+            f" {plain(their_stripped[key])}"
             " there); rename them, or save both models with the same version of transformers, first"
         )
     return None
@@ -130,11 +129,6 @@ def _fused(first: Named, second: Named) -> str | None:
                 " save both models with the same version of transformers first"
             )
     return None
-
-
-def _shown(name: str) -> str:
-    """A tensor's name in a message; a hostile one is quoted and cut."""
-    return name if len(name) <= _LONGEST and name.isprintable() else quoted(name)
 
 
 def _weights(model: Named) -> list[str]:

@@ -200,8 +200,7 @@ def _required(
 
 def _profiles(named: list[str] | None, recorded: "Recorded | None") -> "list[Profile]":
     from deltaworks.errors import PlacementError
-    from deltaworks.serving.limits import check_one_model
-    from deltaworks.serving.profile import find_profile
+    from deltaworks.serving.profile import check_one_model, find_profile
 
     if named:
         found = [find_profile(name) for name in named]
@@ -277,7 +276,7 @@ def _check_output(folder: Path, old: Path | None, *, force: bool) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / FILE).is_file():
-        raise OutputError(f"{folder}: exists and is no placement; choose another folder with -o")
+        raise OutputError(f"{folder}: exists and is not a placement; choose another folder with -o")
     updated = old is not None and (old if old.is_dir() else old.parent).resolve() == folder.resolve()
     if updated or force:
         return

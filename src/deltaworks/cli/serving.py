@@ -128,7 +128,7 @@ def simulate(
     if workload is None or slots is None:
         raise WorkloadError("give a WORKLOAD and --slots N, or --batch FILE.jsonl")
     from deltaworks.serving.document import assumed_note
-    from deltaworks.serving.limits import check_lengths
+    from deltaworks.serving.model_length import check_lengths
     from deltaworks.serving.simulate import Configuration
     from deltaworks.serving.simulate import simulate as run
     from deltaworks.serving.workload import read_workload

@@ -27,7 +27,7 @@ _IMPORT = re.compile(
 Quantifiers are possessive, so that the time is linear in the size of the file, whatever it holds. None is of a group:
 those go wrong in Python 3.11.2.
 """
-_MOST_CODE = 8 << 20
+_MAX_CODE = 8 << 20
 """Bytes of a file that are looked through for imports."""
 
 
@@ -150,7 +150,7 @@ def _files(model: Model, references: Sequence[str]) -> list[str]:
                 " merge without --trust-remote-code"
             )
         with path.open("rb") as file:
-            text = file.read(_MOST_CODE).decode(errors="replace")
+            text = file.read(_MAX_CODE).decode(errors="replace")
         waiting += [
             imported
             for imported in _imported(text, name)

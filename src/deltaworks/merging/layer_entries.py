@@ -10,7 +10,7 @@ from deltaworks.errors import RecipeError, quoted
 from deltaworks.merging.layer_kinds import cycled, derived, implied_keys
 from deltaworks.merging.nested_config import KeyPath, at, text_paths
 
-_MOST_LAYERS = 1 << 16
+_MAX_LAYERS = 1 << 16
 """A configuration that counts more layers than that is wrong; lists with an entry for each would fill the memory."""
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers", "decoder_layers")
 _NOT_PER_LAYER = re.compile(
@@ -194,7 +194,7 @@ def _place(model: LayeredConfig) -> tuple[KeyPath, list[str]]:
     for known in (lambda n: n == model.layers, lambda _: True):
         for path in reversed(text_paths(model.config)):
             part = at(model.config, path)
-            keys = [k for k in _COUNTS if type(part.get(k)) is int and 0 <= part[k] <= _MOST_LAYERS and known(part[k])]
+            keys = [k for k in _COUNTS if type(part.get(k)) is int and 0 <= part[k] <= _MAX_LAYERS and known(part[k])]
             if keys:
                 return path, keys
     return text_paths(model.config)[-1], []
@@ -413,7 +413,7 @@ def _attention_types(source: _Source) -> list[Any]:
     value = source.config.get("attention_types")
     for entry in value if isinstance(value, list) else [value]:
         match entry:
-            case [list(cycle), int(times)] if cycle and 0 <= times <= _MOST_LAYERS:
+            case [list(cycle), int(times)] if cycle and 0 <= times <= _MAX_LAYERS:
                 kinds += cycle * times
             case _:
                 raise source.wrong("attention_types", "a list of pairs of kinds of layers and how often they come")

@@ -12,6 +12,7 @@ from deltaworks.checkpoints.json_files import read_json
 from deltaworks.checkpoints.own_files import own_file
 from deltaworks.checkpoints.sidecars import vocabulary
 from deltaworks.errors import CheckpointError, RecipeError, quoted
+from deltaworks.wording import listed
 
 _INCOMPATIBLE = re.compile(
     r"model_type|(num_)?(attention_|key_value_|kv_)?heads|num_attention_heads|num_key_value_heads|head_dim|n_heads?"
@@ -41,7 +42,7 @@ _REPORTED_IF_OMITTED = re.compile(
 )
 """Settings that are reported even if one model omits them and therefore uses its class default."""
 
-_MOST_NOTES = 24
+_MAX_NOTES = 24
 _CHUNK = 1 << 20
 """Bytes of a tokenizer's file that are read at once."""
 
@@ -81,18 +82,18 @@ def compare_configs(leader: Parent, others: Sequence[Parent], *, is_sliced: bool
         for found in _differences(leader.config, other.config, is_sliced=is_sliced):
             if _INCOMPATIBLE.fullmatch(found.key.rpartition(".")[2]):
                 incompatible.append(
-                    f"{other.name} has {found.key} {_shown(found.value)} and {leader.name} {_shown(found.leading)}"
+                    f"{other.name} has {found.key} {_setting(found.value)} and {leader.name} {_setting(found.leading)}"
                 )
-            key = found.key, _shown(found.value), _shown(found.leading)
+            key = found.key, _setting(found.value), _setting(found.leading)
             noted.setdefault(key, []).append(other.name)
     notes = [
-        f"{_listed(names)} {'has' if len(names) == 1 else 'have'} {key} {value}, {leader.name} has {leading};"
+        f"{listed(names, 3)} {'has' if len(names) == 1 else 'have'} {key} {value}, {leader.name} has {leading};"
         f" the output takes {leader.name}'s"
         for (key, value, leading), names in noted.items()
     ]
-    if len(notes) > _MOST_NOTES:
-        rest = list(noted)[_MOST_NOTES:]
-        notes = [*notes[:_MOST_NOTES], f"{len(rest)} other settings differ, first {rest[0][0]}"]
+    if len(notes) > _MAX_NOTES:
+        rest = list(noted)[_MAX_NOTES:]
+        notes = [*notes[:_MAX_NOTES], f"{len(rest)} other settings differ, first {rest[0][0]}"]
     return notes, incompatible
 
 
@@ -174,14 +175,8 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(one == other)  # 10000 and 10000.0 are the same
 
 
-def _shown(value: Any) -> str:
+def _setting(value: Any) -> str:
     return "none" if value is None else quoted(value, 60)
-
-
-def _listed(names: Sequence[str]) -> str:
-    if len(names) > 3:
-        return f"{', '.join(names[:3])} and {len(names) - 3} more"
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def compare_tokens(donor: Parent, others: Sequence[Parent]) -> list[str]:

@@ -139,7 +139,7 @@ class _Reader:
         name = content.get("merge_method")
         if not isinstance(name, str) or name not in METHODS:
             problem = "missing" if name is None else f"{quoted(name)} is not known"
-            raise RecipeError(f"merge_method: {problem}{did_you_mean(name, METHODS) or _listed(METHODS)}")
+            raise RecipeError(f"merge_method: {problem}{did_you_mean(name, METHODS) or _known(METHODS)}")
         self._method = METHODS[name]
 
     def recipe(self) -> Recipe:
@@ -281,7 +281,7 @@ class _Reader:
                 self._warnings.append(f"{where}.{name}: not a parameter of {self._method.name}; it has no effect")
             else:
                 raise RecipeError(
-                    f"{where}: unknown parameter {quoted(name)}{did_you_mean(name, known) or _listed(known)}"
+                    f"{where}: unknown parameter {quoted(name)}{did_you_mean(name, known) or _known(known)}"
                 )
         return settings
 
@@ -358,8 +358,8 @@ class _Reader:
                 if key in ("modules", "residual_weight"):
                     raise RecipeError(f"{where}{key}: not supported; use models or slices")
                 name = quoted(where + key if isinstance(key, str) else key)
-                raise RecipeError(f"unknown key {name}{did_you_mean(key, known) or _listed(known)}")
+                raise RecipeError(f"unknown key {name}{did_you_mean(key, known) or _known(known)}")
 
 
-def _listed(known: Any) -> str:
+def _known(known: Any) -> str:
     return f"; known are {', '.join(known)}"

@@ -17,7 +17,7 @@ from deltaworks.serving.twin import step_s
 from deltaworks.serving.workload import Adapter, Workload, parse_workload, requests_of
 from deltaworks.wording import counted
 
-MOST_ADAPTERS = 4096
+MAX_ADAPTERS = 4096
 _PRECISION = 0.02
 
 
@@ -60,7 +60,7 @@ def capacities(
 
     Returns:
         A row for each server that was simulated, by rising ``slots``, which are at most its ``adapters``; with
-        ``adapters_is_lower_bound`` (none of up to `MOST_ADAPTERS` was refused), ``throughput_tps``, ``ttft_p50_ms``,
+        ``adapters_is_lower_bound`` (none of up to `MAX_ADAPTERS` was refused), ``throughput_tps``, ``ttft_p50_ms``,
         ``ttft_p99_ms``, ``itl_mean_ms`` (at the plain traffic), ``throughput_with_margin_tps`` (with `MARGIN` more
         traffic, or the headroom), ``kv_tokens``.
 
@@ -96,7 +96,7 @@ def capacities(
         for at in range(0, len(listed), workers):
             rows += [found for found in pool.map(row, listed[at : at + workers]) if found is not None]
             # More slots cannot serve more than the most that are tried.
-            if any(found["adapters"] >= MOST_ADAPTERS * (1 - _PRECISION) for found in rows):
+            if any(found["adapters"] >= MAX_ADAPTERS * (1 - _PRECISION) for found in rows):
                 break
     # Several numbers of slots above that of the adapters are one and the same server.
     by_slots: dict[int, dict[str, Any]] = {}
@@ -121,7 +121,7 @@ def _most_adapters(
     """The most adapters served with so many slots; None if not even one.
 
     Returns:
-        Their number, the twin's answer at the plain traffic, and whether no number up to `MOST_ADAPTERS` was refused,
+        Their number, the twin's answer at the plain traffic, and whether no number up to `MAX_ADAPTERS` was refused,
         so that more may be served.
     """
 
@@ -140,17 +140,17 @@ def _most_adapters(
 
     guess = _guess(profile, one, slots, rank, 1 + headroom)
     low, high = 0, guess
-    while high < MOST_ADAPTERS and served(high):
-        low, high = high, min(int(high * 1.3) + 1, MOST_ADAPTERS)
+    while high < MAX_ADAPTERS and served(high):
+        low, high = high, min(int(high * 1.3) + 1, MAX_ADAPTERS)
     while high - low > max(1, int(low * _PRECISION)):
         middle = (low + high) // 2
         low, high = (middle, high) if served(middle) else (low, middle)
-    return (low, _ask(profile, one, low, slots, rank, 1.0), high == MOST_ADAPTERS) if low else None
+    return (low, _ask(profile, one, low, slots, rank, 1.0), high == MAX_ADAPTERS) if low else None
 
 
 def _guess(profile: Profile, one: Workload, slots: int, rank: int, factor: float) -> int:
     """How many adapters the closed form sees served."""
-    low, high = 1, MOST_ADAPTERS
+    low, high = 1, MAX_ADAPTERS
     while high - low > max(1, low // 20):
         middle = (low + high) // 2
         traffic = traffic_of(of_adapters(one, middle), profile.output_share, profile.server.max_model_len).scaled(

@@ -12,7 +12,7 @@ from typing import Any
 from deltaworks.bounds import SURROGATE
 from deltaworks.documents import DOCUMENT_BYTES, decoded, parse_json
 from deltaworks.errors import DeltaworksError, WorkloadError
-from deltaworks.serving.limits import check_lengths
+from deltaworks.serving.model_length import check_lengths
 from deltaworks.serving.profile import Profile
 from deltaworks.serving.schema import check_keys, whole
 from deltaworks.serving.simulate import MOST, Configuration, simulate

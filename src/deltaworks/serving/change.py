@@ -9,13 +9,13 @@ from deltaworks.serving import partition
 from deltaworks.serving.arrays import F64
 from deltaworks.serving.document import Recorded
 from deltaworks.serving.judge import HOPELESS, Judge
-from deltaworks.serving.limits import check_one_model
 from deltaworks.serving.parts import Part, cut
 from deltaworks.serving.placement import Gpu, Placement, Told, check_feasible, place
+from deltaworks.serving.profile import check_one_model
 from deltaworks.wording import counted
 
 _ROUNDS = 200
-_MOST_TIMES = 2
+_MAX_TIMES = 2
 """A changed placement may have so many times the GPUs of a fresh one, besides those of the old placement."""
 _HOT = 0.3
 _NOT_MENDED = "the old placement could not be mended"
@@ -105,7 +105,7 @@ def change(judge: Judge, old: Recorded, prices: Sequence[float] | None = None, t
     # The fresh placement comes first: where none is possible it says so, and it bounds what mending may take.
     told("a fresh placement")
     fresh = place(judge, prices)
-    state.most_gpus = len(state.ids) + _MOST_TIMES * len(fresh.gpus)
+    state.most_gpus = len(state.ids) + _MAX_TIMES * len(fresh.gpus)
     weight = partition.weights(judge.traffic[0], judge.profiles[0], len(state.ids))
     told("GPUs that would starve")
     slots = _repair(judge, state, weight)

@@ -31,8 +31,8 @@ VERSION = 1
 
 CHUNK = 256
 _DIMENSIONS = 11
-_FEWEST, _MOST = 2, 1000
-_MOST_REQUESTS = 60_000
+_MIN_ADAPTERS, _MAX_ADAPTERS = 2, 1000
+_MAX_REQUESTS = 60_000
 _DURATIONS = (900.0, 1800.0, 3600.0)
 _RANK_SETS = ((8,), (16,), (32,), (8, 16), (8, 32), (8, 16, 32), (16, 64), (8, 16, 32, 64))
 _UTILISATION, _PRESSURE = (0.2, 2.0), (0.15, 3.0)
@@ -74,7 +74,7 @@ def experiments(profile: Profile, seed: int, start: int, count: int) -> list[Exp
 
 
 def _experiment(profile: Profile, at: F64, seed: int) -> Experiment:
-    adapters = int(_between(at[0], _FEWEST, _MOST + 1))
+    adapters = int(_between(at[0], _MIN_ADAPTERS, _MAX_ADAPTERS + 1))
     ranks = _RANK_SETS[int(at[1] * len(_RANK_SETS))]
     duration_s = _DURATIONS[int(at[2] * len(_DURATIONS))]
     lengths = _lengths(at[3], at[4], at[5])
@@ -99,7 +99,7 @@ def _experiment(profile: Profile, at: F64, seed: int) -> Experiment:
         scale = _scaled_to(one, profile, slots, max_rank, utilisation)
         held = slots * estimate(one.scaled(scale), profile, slots, max_rank)[_NAMES.index("slot_pressure")]
         slots = min(max(round(held / pressure), 1), most)
-    return Experiment(workload(min(scale, _MOST_REQUESTS / duration_s)), slots, max_rank)
+    return Experiment(workload(min(scale, _MAX_REQUESTS / duration_s)), slots, max_rank)
 
 
 def _scaled_to(traffic: Traffic, profile: Profile, slots: int, max_rank: int, utilisation: float) -> float:

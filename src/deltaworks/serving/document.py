@@ -248,7 +248,7 @@ def read_placement(path: Path) -> Recorded:
     file = path / FILE if path.is_dir() else path
     content = load_json(file, "a placement", PlacementError)
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or "gpus" not in content:
-        raise PlacementError(f"{file}: is no placement of version {SCHEMA}; make it again with `deltaworks place`")
+        raise PlacementError(f"{file}: is not a placement of version {SCHEMA}; make it again with `deltaworks place`")
     workload = parse_workload(content.get("workload"), file.parent, f"{file}: workload")
     try:
         profiles = _profiles(content.get("profiles"), file)

@@ -16,9 +16,9 @@ from deltaworks.serving.arrays import F64, I64
 from deltaworks.serving.censored import QUANTILES
 from deltaworks.serving.idle import alone
 from deltaworks.serving.judge import Goal
-from deltaworks.serving.limits import check_lengths, cut_to_length, is_beyond
+from deltaworks.serving.model_length import check_lengths, cut_to_length, is_beyond
 from deltaworks.serving.profile import Profile, allowed_rank
-from deltaworks.serving.simulate import UNLIMITED, limits
+from deltaworks.serving.simulate import UNLIMITED, server_limits
 from deltaworks.serving.starvation import STARVED_DEFICIT
 from deltaworks.serving.workload import Requests, Workload
 from deltaworks.units import format_time
@@ -89,7 +89,7 @@ def _room(workload: Workload, profile: Profile) -> I64:
     """KV tokens that one request of each adapter can have on a server with one slot, (adapters,) int64; 0 for none."""
     found: dict[int, int] = {}
     for rank in {allowed_rank(adapter.rank) for adapter in workload.adapters}:
-        limit = limits(profile, 1, rank, 1)
+        limit = server_limits(profile, 1, rank, 1)
         found[rank] = int(limit[server.BLOCKS] * limit[server.BLOCK]) if profile.starts(1, rank) else 0
     return np.array([found[allowed_rank(adapter.rank)] for adapter in workload.adapters], np.int64)
 

@@ -11,7 +11,7 @@ import numpy as np
 from deltaworks.serving.arrays import F64, I64
 from deltaworks.serving.profile import allowed_rank
 
-MOST = 8
+MAX_GROUPS = 8
 """Groups at most."""
 
 ALIKE = 0.05
@@ -33,10 +33,10 @@ def group(rank: F64, taken: F64) -> I64:
     ranks = np.unique(allowed[load > 0])
     if not ranks.size:
         return np.full(rank.size, -1, np.int64)
-    by_rank = np.minimum(np.searchsorted(ranks, allowed), ranks.size - 1) * min(MOST, ranks.size) // ranks.size
+    by_rank = np.minimum(np.searchsorted(ranks, allowed), ranks.size - 1) * min(MAX_GROUPS, ranks.size) // ranks.size
     sets = [np.flatnonzero((load > 0) & (by_rank == own)) for own in np.unique(by_rank[load > 0])]
     shares = taken / np.maximum(load, 1e-300)[:, None]
-    while len(sets) < MOST:
+    while len(sets) < MAX_GROUPS:
         spreads = [_spread(shares[members], load[members]) for members in sets]
         chosen = int(np.argmax([spread[0] * np.sqrt(load[m].sum()) for spread, m in zip(spreads, sets, strict=True)]))
         deviation, column, middle = spreads[chosen]

@@ -13,9 +13,8 @@ import numpy as np
 from deltaworks.errors import PlacementError, did_you_mean, quoted
 from deltaworks.serving.arrays import F64, I64
 from deltaworks.serving.estimate import SLOT_PRESSURE, SLOT_WAIT, UTILISATION, Traffic, estimate, traffic_of
-from deltaworks.serving.limits import check_one_model
 from deltaworks.serving.parts import Part, part_of
-from deltaworks.serving.profile import Profile, allowed_rank
+from deltaworks.serving.profile import Profile, allowed_rank, check_one_model
 from deltaworks.serving.simulate import Configuration, simulate
 from deltaworks.serving.surrogate import Surrogate
 from deltaworks.serving.workload import Requests, Workload, requests_of
@@ -94,7 +93,7 @@ class Goal:
         value = self.value(answer)
         if value is not None:
             return bool(value <= self.limit_ms)
-        # Nothing was observed. That is no proof, unless nobody asked for anything that could be.
+        # Nothing was observed. That proves nothing, unless nobody asked for anything that could be.
         asked = answer["requests"]["arrived"]
         single = answer["offered_output_tps"] * answer["duration_s"] <= asked + 0.5
         return not asked or (self.quantity != "ttft" and single)

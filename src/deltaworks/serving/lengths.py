@@ -97,13 +97,13 @@ def parse_lengths(raw: Any, where: str, from_trace: Any) -> Lengths:
         from_trace: A function from a path and a format to the prompt and output tokens of a trace's requests.
 
     Raises:
-        WorkloadError: it is no such thing.
+        WorkloadError: it is not such a thing.
     """
     known = ("distribution", "input_mean", "output_mean", "input_sd", "output_sd", "path", "format")
     given = check_keys(raw, known, where)
     kind = given.get("distribution", "sharegpt")
     if not isinstance(kind, str) or kind not in DISTRIBUTIONS:
-        raise WorkloadError(f"{where}.distribution: {quoted(kind)} is none of {', '.join(DISTRIBUTIONS)}")
+        raise WorkloadError(f"{where}.distribution: {quoted(kind)} is not one of {', '.join(DISTRIBUTIONS)}")
     if kind == "trace":
         _only(given, ("distribution", "path", "format"), where, kind)
         prompt, output = from_trace(text(given.get("path"), f"{where}.path"), given.get("format"))
@@ -139,7 +139,7 @@ class KeptLengths:
         """Lengths as `parse_lengths` reads them.
 
         Raises:
-            WorkloadError: it is no such thing, or there are too many different ones.
+            WorkloadError: it is not such a thing, or there are too many different ones.
         """
         plain = isinstance(raw, Mapping) and all(isinstance(value, str | int | float) for value in raw.values())
         key = json.dumps(list(raw.items())) if plain else ""

@@ -34,10 +34,10 @@ _LIGHTER = 0.96
 _FARTHEST = 1.5
 _HOT = 0.1
 _STRIDE = 0.04
-_MOST_MIXES = 200_000
-_MOST_REPAIRED = 8
+_MAX_MIXES = 200_000
+_MAX_REPAIRED = 8
 
-MOST_TIMES = 16
+MAX_TIMES = 16
 """The search stops at 16 times the number of GPUs needed to process the tokens at full load (counted as at least 2)."""
 
 MIXES = 200
@@ -154,7 +154,7 @@ def _shortness(judge: Judge) -> str:
 def _most_gpus(judge: Judge) -> int:
     """The largest number of GPUs that is tried.
 
-    It is `MOST_TIMES` the number that the tokens need at full load, rounded up and at least 2; but a GPU that gets no
+    It is `MAX_TIMES` the number that the tokens need at full load, rounded up and at least 2; but a GPU that gets no
     request is of no use.
     """
     needed = min(
@@ -162,7 +162,7 @@ def _most_gpus(judge: Judge) -> int:
         for traffic, profile in zip(judge.traffic, judge.profiles, strict=True)
     )
     requests = judge.traffic[0].rate.sum() * judge.traffic[0].duration_s
-    return max(min(MOST_TIMES * max(ceil(needed), 2), int(requests)), 1)
+    return max(min(MAX_TIMES * max(ceil(needed), 2), int(requests)), 1)
 
 
 def _check_lightest(judge: Judge, most: int) -> None:
@@ -291,7 +291,7 @@ def _mixes(even: F64, price: F64, least: int, most: int) -> Iterator[tuple[int, 
         return
     # The more types, the coarser: all numbers together are bounded.
     stride = _STRIDE
-    while np.prod([float(len(_numbers(0, m, 1.0 + stride))) for m in enough]) > _MOST_MIXES:
+    while np.prod([float(len(_numbers(0, m, 1.0 + stride))) for m in enough]) > _MAX_MIXES:
         stride *= 1.5
     counts = np.array(list(product(*(_numbers(0, m, 1.0 + stride) for m in enough))))
     counts = counts[(counts.sum(1) >= least) & (counts @ even >= 0.95)]
@@ -399,7 +399,7 @@ def accepted(judge: Judge, deal: Deal, kinds: Sequence[int], capacity: F64) -> t
             slots |= dict(
                 zip(some, judge.pool.map(judge.fits, [parts[g] for g in some], [kinds[g] for g in some]), strict=True)
             )
-            if sum(s is None for s in slots.values()) > min(max(len(kinds) // 4, 1), _MOST_REPAIRED):
+            if sum(s is None for s in slots.values()) > min(max(len(kinds) // 4, 1), _MAX_REPAIRED):
                 return None
         if None not in slots.values():
             return tuple(Gpu(kinds[g], parts[g], slots[g] or 1) for g in range(len(kinds)))

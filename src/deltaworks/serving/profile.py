@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
@@ -244,14 +244,14 @@ def with_flags(
         flags: Of `ServerFlags`.
 
     Raises:
-        ProfileError: vLLM takes no such flags.
+        ProfileError: vLLM does not start with such flags.
     """
     given = {name: value for name, value in flags.items() if value is not None}
     try:
         for name, value in given.items():
-            whole(value, name, 1, _MOST[name])
+            whole(value, name, 1, _MAXIMA[name])
         if kv_tokens is not None:
-            whole(kv_tokens, "kv_tokens", 1, _MOST["tokens"])
+            whole(kv_tokens, "kv_tokens", 1, _MAXIMA["tokens"])
         if scrape_period_s is not None:
             _check_period(number(scrape_period_s, "scrape_period_s"), "scrape_period_s")
     except WorkloadError as error:
@@ -288,18 +288,18 @@ def flags_fault(server: ServerFlags) -> str:
             " vLLM takes at most max_num_batched_tokens"
         )
     if server.block_size % BLOCK_UNIT:
-        return f"block_size {server.block_size} is none that vLLM takes; give a multiple of {BLOCK_UNIT}"
+        return f"block_size {server.block_size} is not one that vLLM takes; give a multiple of {BLOCK_UNIT}"
     return ""
 
 
 PARTS = {"server": ServerFlags, "kv_cache": KvCache, "step": StepTime, "scheduler": SchedulerTime,
           "loading": LoadTime, "front_end": FrontEnd}  # fmt: skip
 """The parts of a profile that hold numbers, by the key in its file."""
-_MOST = {"max_num_seqs": 1 << 17, "max_num_batched_tokens": 1 << 26, "block_size": 1 << 16, "max_model_len": 1 << 30,
+_MAXIMA = {"max_num_seqs": 1 << 17, "max_num_batched_tokens": 1 << 26, "block_size": 1 << 16, "max_model_len": 1 << 30,
          "tokens": 1e12}  # fmt: skip
 """Limits of numbers that memory, or the time of a simulation, grows with."""
 _LEAST_PERIOD_S = 0.01
-_MOST_SHARE = 100.0
+_MAX_SHARE = 100.0
 """The largest `output_share`: it multiplies numbers of tokens."""
 
 
@@ -325,7 +325,7 @@ def check_max_rank(max_rank: int) -> int:
         return max_rank
     listed = ", ".join(str(rank) for rank in (1, *RANKS))
     hint = f"; {allowed_rank(max_rank)} holds rank {max_rank}" if 1 < max_rank <= RANKS[-1] else ""
-    raise WorkloadError(f"vLLM takes no maximum rank {max_rank}, only {listed}{hint}")
+    raise WorkloadError(f"vLLM does not take a maximum rank of {max_rank}, only {listed}{hint}")
 
 
 def built_in_profiles() -> dict[str, Path]:
@@ -363,13 +363,13 @@ def parse_profile(content: Any, where: str) -> Profile:
     try:
         given = dict(check_keys(content, ["schema", *(f.name for f in fields(Profile))], where))
         if given.pop("schema", None) != SCHEMA:
-            raise ProfileError(f"{where}: is no profile of version {SCHEMA}; fit it again with `deltaworks profile`")
+            raise ProfileError(f"{where}: is not a profile of version {SCHEMA}; fit it again with `deltaworks profile`")
         parts = {name: _part(kind, given.get(name, {}), f"{where}: {name}") for name, kind in PARTS.items()}
         named: dict[str, Any] = {k: text(given.get(k), f"{where}: {k}") for k in ("name", "engine", "model", "gpu")}
         return Profile(
             **named,
             **parts,
-            output_share=number(given.get("output_share", 1.0), f"{where}: output_share", above=True, most=_MOST_SHARE),
+            output_share=number(given.get("output_share", 1.0), f"{where}: output_share", above=True, most=_MAX_SHARE),
             residuals=_said(given.get("residuals", {}), f"{where}: residuals"),
             sources=_said(given.get("sources", {}), f"{where}: sources"),
             assumed=_said(given.get("assumed", {}), f"{where}: assumed"),
@@ -393,7 +393,7 @@ def _part(kind: Any, raw: Any, where: str) -> Any:
     """One part of a profile; every value is a number of at least 0, or null where the default is None."""
     given: Mapping[str, Any] = check_keys(raw, [f.name for f in fields(kind)], where)
     values = {f.name: (whole if "int" in str(f.type) else number)(given[f.name], f"{where}.{f.name}",
-              most=_MOST.get(f.name, MAX_NUMBER)) for f in fields(kind)
+              most=_MAXIMA.get(f.name, MAX_NUMBER)) for f in fields(kind)
               if f.name in given and (given[f.name], f.default) != (None, None)}  # fmt: skip
     missing = next((f.name for f in fields(kind) if f.name not in values and repr(f.default).startswith("<")), None)
     if missing:
@@ -410,3 +410,23 @@ def _check_period(period_s: float, where: str) -> None:
     """Refuse a period that would keep the twin reading metrics for ever."""
     if 0 < period_s < _LEAST_PERIOD_S:
         raise WorkloadError(f"{where}: expected 0 for never, or at least {_LEAST_PERIOD_S:g} s, not {period_s:g}")
+
+
+def check_one_model(profiles: Sequence[Profile]) -> None:
+    """Check that profiles are types of GPU for one base model: an adapter runs on no other than its own.
+
+    Raises:
+        ProfileError: they are of different base models; two of them are named.
+    """
+    for profile in profiles[1:]:
+        if _model(profile) != _model(profiles[0]):
+            raise ProfileError(
+                f"{profiles[0].name} is a profile of {quoted(profiles[0].model)} and {profile.name} one of"
+                f" {quoted(profile.model)}, and adapters of one base model cannot be served on another; give profiles"
+                " of one model (if these are the same, write the same `model` in both files)"
+            )
+
+
+def _model(profile: Profile) -> str:
+    """The base model, as it is compared: hub ids ignore case."""
+    return profile.model.strip().rstrip("/").casefold()

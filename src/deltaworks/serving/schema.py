@@ -31,7 +31,7 @@ def check_keys(raw: Any, known: Collection[str], where: str) -> Mapping[str, Any
     """A mapping with no key but the known ones.
 
     Raises:
-        WorkloadError: it is no mapping, or it has a key that is not known; a close one is suggested.
+        WorkloadError: it is not a mapping, or it has a key that is not known; a close one is suggested.
     """
     given = mapping(raw, where)
     for key in given:
@@ -52,7 +52,7 @@ def number(raw: Any, where: str, least: float = 0.0, above: bool = False, most: 
         most: The most that it may be.
 
     Raises:
-        WorkloadError: it is no such number.
+        WorkloadError: it is not such a number.
     """
     fine = isinstance(raw, (int, float)) and not isinstance(raw, bool)
     if not fine or not raw >= least or (above and raw == least):
@@ -68,7 +68,7 @@ def whole(raw: Any, where: str, least: int = 0, most: float = MAX_NUMBER) -> int
     """A whole number within bounds.
 
     Raises:
-        WorkloadError: it is no such number.
+        WorkloadError: it is not such a number.
     """
     number(raw, where, least, most=most)
     if raw != int(raw):

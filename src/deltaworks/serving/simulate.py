@@ -11,7 +11,7 @@ from deltaworks.errors import WorkloadError, quoted
 from deltaworks.serving import censored, server, starvation, twin
 from deltaworks.serving.arrays import F64, I64
 from deltaworks.serving.idle import alone
-from deltaworks.serving.limits import cut_to_length, is_beyond
+from deltaworks.serving.model_length import cut_to_length, is_beyond
 from deltaworks.serving.profile import Profile, allowed_rank, check_max_rank
 from deltaworks.serving.starvation import STARVED_DEFICIT
 from deltaworks.serving.workload import Requests, Workload, requests_of
@@ -122,7 +122,7 @@ def _rank(workload: Workload, configuration: Configuration) -> int:
     return check_max_rank(configuration.max_rank)
 
 
-def limits(profile: Profile, slots: int, max_rank: int, served: int, outstanding: int | None = None) -> I64:
+def server_limits(profile: Profile, slots: int, max_rank: int, served: int, outstanding: int | None = None) -> I64:
     """The limits of a configured server, (`server.LIMITS`,) int64."""
     flags = profile.server
     limit = np.empty(server.LIMITS, np.int64)
@@ -139,7 +139,7 @@ def _run(
     workload: Workload, requests: Requests, profile: Profile, slots: int, max_rank: int, served: int,
     outstanding: int | None,
 ) -> _Run:  # fmt: skip
-    limit = limits(profile, slots, max_rank, served, outstanding)
+    limit = server_limits(profile, slots, max_rank, served, outstanding)
     room = int(limit[server.BLOCKS] * limit[server.BLOCK])
     fits = (requests.prompt + requests.output <= room) & ~is_beyond(requests, profile)
     kept = slice(None) if fits.all() else np.flatnonzero(fits)

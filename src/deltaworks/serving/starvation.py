@@ -5,7 +5,7 @@ time is up while the oldest of them has waited for more than a tenth of the run.
 came in a run of T seconds began to form about s * T seconds ago, so in a plain overload both conditions say the same.
 It starves as well when it is let in so seldom that a tenth of what it asks in the second half of the run waits for a
 first token for more than a tenth of the run, even if its queue happens to be empty when time is up; the crowd of
-requests at the start of a run is no sign of that. Requests that are being served when time is up count against nobody,
+requests at the start of a run does not mean that. Requests that are being served when time is up count against nobody,
 however long their answers are.
 
 An adapter that comes late with several requests is judged on the time since its first one: a tenth of that is a long

@@ -25,7 +25,7 @@ def rows_of(path: Path) -> Iterator[Row]:
     """The rows of a trace's file, one by one.
 
     Raises:
-        WorkloadError: it cannot be read, or is no list of requests; what it is instead is said.
+        WorkloadError: it cannot be read, or is not a list of requests; what it is instead is said.
     """
     content = read_bytes(path, _WHAT, WorkloadError, TRACE_BYTES)
     if path.suffix == ".parquet" or content[:4] == b"PAR1":

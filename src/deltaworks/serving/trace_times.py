@@ -36,13 +36,13 @@ def instant(raw: Any) -> int | float:
         whatever the time zone of the machine.
 
     Raises:
-        ValueError: it is no time.
+        ValueError: it is not a time.
     """
     if isinstance(raw, datetime):
         since = (raw if raw.tzinfo else raw.replace(tzinfo=UTC)) - _EPOCH
         return _bounded(since // timedelta(microseconds=1) * 1000, raw)
     if isinstance(raw, bool) or not isinstance(raw, str | int | float):
-        raise ValueError(f"{quoted(raw)} is no time")  # noqa: TRY004  # one error for all that is no time
+        raise ValueError(f"{quoted(raw)} is not a time")  # noqa: TRY004  # one error for all that is not a time
     match = _DATE.fullmatch(raw.strip()) if isinstance(raw, str) else None
     if match is None:
         return _number_or_date(raw)
@@ -51,7 +51,7 @@ def instant(raw: Any) -> int | float:
     try:
         whole = datetime(year, month, day, hour, minute, second, tzinfo=timezone(offset)) - _EPOCH
     except ValueError as error:
-        raise ValueError(f"{quoted(raw)} is no time: {error}") from None
+        raise ValueError(f"{quoted(raw)} is not a time: {error}") from None
     fraction = int((match[7] or "").ljust(9, "0")[:9])
     return _bounded(whole // timedelta(seconds=1) * _NANOSECOND + fraction, raw)
 
@@ -73,9 +73,9 @@ def _number_or_date(raw: str | float) -> int | float:
         try:
             return instant(datetime.fromisoformat(str(raw).strip()))
         except ValueError:
-            raise ValueError(f"{quoted(raw)} is no time") from None
+            raise ValueError(f"{quoted(raw)} is not a time") from None
     if not math.isfinite(value):
-        raise ValueError(f"{quoted(raw)} is no time")
+        raise ValueError(f"{quoted(raw)} is not a time")
     return value
 
 

@@ -111,10 +111,10 @@ def trace_of(rows: Iterable[Mapping[str, Any]], where: str, form: str | None = N
     """
     if form is not None and form not in FORMATS:
         raise WorkloadError(
-            f"{where}: the trace format {quoted(form)} is none of {', '.join(FORMATS)}{did_you_mean(form, FORMATS)}"
+            f"{where}: the trace format {quoted(form)} is not one of {', '.join(FORMATS)}{did_you_mean(form, FORMATS)}"
         )
     if unit is not None and (not isinstance(unit, str) or unit not in trace_times.UNITS):
-        raise WorkloadError(f"{where}: the unit {quoted(unit)} is none of {', '.join(trace_times.UNITS)}")
+        raise WorkloadError(f"{where}: the unit {quoted(unit)} is not one of {', '.join(trace_times.UNITS)}")
     columns = _Columns(where, form)
     for index, row in enumerate(rows, 1):
         columns.add(index, row)
@@ -182,7 +182,7 @@ class _Columns:
         if raw is None:
             return ""
         if isinstance(raw, bool) or not isinstance(raw, str | int):
-            raise ValueError(f"{quoted(raw)} is no adapter's name")  # noqa: TRY004  # one error for all such rows
+            raise ValueError(f"{quoted(raw)} is not an adapter's name")  # noqa: TRY004  # one error for all such rows
         name = str(raw)
         if name not in self._known:
             if len(name) > MAX_TEXT:
@@ -254,14 +254,14 @@ def _own_columns(row: Mapping[Any, Any], where: str) -> dict[str, str]:
 
 def _tokens(raw: Any) -> int:
     if isinstance(raw, bool):
-        raise ValueError(f"{raw} is no number of tokens")  # noqa: TRY004  # one error for all such rows
+        raise ValueError(f"{raw} is not a number of tokens")  # noqa: TRY004  # one error for all such rows
     try:
         value = float(raw)
         fine = value == int(value)
     except (TypeError, ValueError, OverflowError):
         fine = False
     if not fine:
-        raise ValueError(f"{quoted(raw)} is no number of tokens")
+        raise ValueError(f"{quoted(raw)} is not a number of tokens")
     if not 0 <= value <= MAX_TOKENS:
         raise ValueError(f"{quoted(raw)} tokens are not between 0 and {MAX_TOKENS:,}")
     return int(value)

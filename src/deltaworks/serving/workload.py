@@ -20,7 +20,7 @@ from deltaworks.serving.lengths import KeptLengths, Lengths, scaled
 from deltaworks.serving.profile import RANKS
 from deltaworks.serving.schema import check_keys, instead, number, text, whole
 from deltaworks.serving.traces import Trace, read_trace, trace_of, zipf_shares
-from deltaworks.serving.workload_limits import (
+from deltaworks.serving.workload_size import (
     MAX_ADAPTERS,
     MAX_BURSTINESS,
     MAX_DURATION_S,
@@ -155,7 +155,7 @@ def parse_workload(content: Any, folder: Path, where: str = "workload") -> Workl
     seed = whole(given.get("seed", 0), f"{where}: seed", most=1 << 64)
     shape = check_keys(given.get("arrivals", {}), ("burstiness",), f"{where}: arrivals").get("burstiness", 1.0)
     traced, kept = "requests" in given, KeptLengths(_lengths_reader(folder))
-    adapters = _listed(given.get("adapters", []), where, shape, traced, kept)
+    adapters = _adapters_of(given.get("adapters", []), where, shape, traced, kept)
     if traced:
         if "lengths" in given:
             raise WorkloadError(f"{where}: give lengths or requests, not both: a trace has lengths of its own")
@@ -188,12 +188,12 @@ def _lengths_reader(folder: Path) -> Callable[[str, str | None], tuple[I64, I64]
     return read
 
 
-def _listed(listed: Any, where: str, shape: Any, traced: bool, kept: KeptLengths) -> list[Adapter]:
+def _adapters_of(entries: Any, where: str, shape: Any, traced: bool, kept: KeptLengths) -> list[Adapter]:
     """The adapters of a workload's list, by name."""
-    if not isinstance(listed, list):
-        raise WorkloadError(f"{where}: adapters: expected a list, {instead(listed)}")
+    if not isinstance(entries, list):
+        raise WorkloadError(f"{where}: adapters: expected a list, {instead(entries)}")
     adapters: list[Adapter] = []
-    for index, raw in enumerate(listed):
+    for index, raw in enumerate(entries):
         adapters += _adapters(raw, f"{where}: adapters[{index}]", shape, traced, kept)
         if len(adapters) > MAX_ADAPTERS:
             raise WorkloadError(f"{where}: adapters: there are more than {MAX_ADAPTERS:,}, which is the most")

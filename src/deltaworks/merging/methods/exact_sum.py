@@ -20,7 +20,7 @@ _FRACTION, _DIGIT = 52, 32
 
 _DIGITS = (2046 + _FRACTION) // _DIGIT + 3
 
-_MOST = 1 << 29
+_MAX_VALUES = 1 << 29
 """Values to one accumulator: each adds less than 2^33 to a digit, an int64."""
 
 
@@ -34,9 +34,9 @@ def exact_sums(parts: Sequence[NDArray[np.float64]]) -> list[float]:
     if not np.isfinite(values).all():
         return [math.fsum(column.tolist()) for column in values.T]
     totals = [0] * values.shape[1]
-    for first in range(0, len(values), _MOST):
+    for first in range(0, len(values), _MAX_VALUES):
         digits = np.zeros((values.shape[1], _DIGITS), np.int64)
-        _add_up(values[first : first + _MOST].view(np.int64), digits)
+        _add_up(values[first : first + _MAX_VALUES].view(np.int64), digits)
         for k, own in enumerate(digits.tolist()):
             totals[k] += sum(digit << (_DIGIT * i) for i, digit in enumerate(own) if digit)
     return [total / (1 << _SMALLEST) for total in totals]

@@ -9,9 +9,9 @@ import pytest
 from small_server import SMALL, judge, workload
 
 from deltaworks.errors import ImpossibleError, ProfileError, UserError, WorkloadError
-from deltaworks.serving.limits import check_lengths, check_one_model, cut_to_length
+from deltaworks.serving.model_length import check_lengths, cut_to_length
 from deltaworks.serving.placement import place
-from deltaworks.serving.profile import Profile, check_max_rank, with_flags
+from deltaworks.serving.profile import Profile, check_max_rank, check_one_model, with_flags
 from deltaworks.serving.simulate import Configuration, simulate
 from deltaworks.serving.workload import Requests, Workload, parse_workload, requests_of
 
@@ -108,12 +108,12 @@ def test_ranks_that_vllm_takes(rank: int) -> None:
 @pytest.mark.parametrize(("rank", "hint"), [(0, "512$"), (2, "; 8 holds rank 2"), (24, "; 32 holds rank 24"),
                                             (257, "; 320 holds rank 257"), (513, "512$")])  # fmt: skip
 def test_ranks_that_vllm_refuses(rank: int, hint: str) -> None:
-    with pytest.raises(WorkloadError, match=f"vLLM takes no maximum rank {rank}, only 1, 8, 16, .*{hint}"):
+    with pytest.raises(WorkloadError, match=f"vLLM does not take a maximum rank of {rank}, only 1, 8, 16, .*{hint}"):
         check_max_rank(rank)
 
 
 @pytest.mark.parametrize(("configuration", "said"), [
-    (Configuration(4, 24), "takes no maximum rank 24"),
+    (Configuration(4, 24), "does not take a maximum rank of 24"),
     (Configuration(4, 8), None),
     (Configuration(4, None, 3), "at least as many adapters in host memory .* give 4 or more, not 3"),
     (Configuration(4, None, 0), "give 4 or more, not 0"),
@@ -141,7 +141,7 @@ def test_an_adapter_of_another_rank_is_rounded_up() -> None:
     ({"max_num_seqs": 0}, "max_num_seqs: expected a number of at least 1"),
     ({"max_num_seqs": 513}, "max_num_seqs 513 is more than max_num_batched_tokens 512"),
     ({"max_num_batched_tokens": 31}, "max_num_seqs 32 is more than max_num_batched_tokens 31"),
-    ({"block_size": 24}, "block_size 24 is none that vLLM takes; give a multiple of 16"),
+    ({"block_size": 24}, "block_size 24 is not one that vLLM takes; give a multiple of 16"),
     ({"block_size": 8}, "give a multiple of 16"),
     ({"max_model_len": 0}, "max_model_len: expected a number of at least 1"),
     ({"max_model_len": 4001}, "max_model_len 4,001 is more than the 4,000 of small"),

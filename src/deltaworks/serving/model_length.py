@@ -1,4 +1,4 @@
-"""Requests that vLLM rejects or truncates for `max_model_len`, and the check that profiles share one base model."""
+"""Requests that vLLM rejects or truncates for `max_model_len`."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaworks.errors import ProfileError, WorkloadError, quoted
+from deltaworks.errors import WorkloadError, quoted
 from deltaworks.serving.profile import Profile
 from deltaworks.serving.workload import Requests, Workload
 from deltaworks.wording import counted
@@ -75,23 +75,3 @@ def _shortest_prompts(workload: Workload) -> Iterable[tuple[str, int]]:
         if name and counts:
             shortest[name] = min(prompt, shortest.get(name, prompt))
     yield from sorted(shortest.items())
-
-
-def check_one_model(profiles: Sequence[Profile]) -> None:
-    """Check that profiles are types of GPU for one base model: an adapter runs on no other than its own.
-
-    Raises:
-        ProfileError: they are of different base models; two of them are named.
-    """
-    for profile in profiles[1:]:
-        if _model(profile) != _model(profiles[0]):
-            raise ProfileError(
-                f"{profiles[0].name} is a profile of {quoted(profiles[0].model)} and {profile.name} one of"
-                f" {quoted(profile.model)}, and adapters of one base model cannot be served on another; give profiles"
-                " of one model (if these are the same, write the same `model` in both files)"
-            )
-
-
-def _model(profile: Profile) -> str:
-    """The base model, as it is compared: hub ids ignore case."""
-    return profile.model.strip().rstrip("/").casefold()
