@@ -340,7 +340,7 @@ def test_a_recorded_placement_is_read(tmp_path: Path) -> None:
     ("gpus.0.max_loras", 1.5, "max_loras: expected a whole number"),
     ("gpus.0.max_loras", 1e400, "placement.json: .*"),
     ("gpus.0.max_cpu_loras", 3, "max_cpu_loras: expected a number of at least 4"),
-    ("gpus.0.max_lora_rank", 24, "vLLM takes a maximum rank of 24"),
+    ("gpus.0.max_lora_rank", 24, "vLLM does not take a maximum rank of 24"),
     ("gpus.0.max_lora_rank", 8, "max_lora_rank: 8 is less than rank 16 of 'cold'"),
     ("gpus.0.adapters", "hot", r"gpus\[0\].adapters: expected a list"),
     ("gpus.0.adapters.0", 5, r"gpus\[0\].adapters\[0\]: expected keys and values"),
