@@ -160,6 +160,7 @@ def test_small_cases_are_proven() -> None:
     found = place(asker)
     proven = fewest_gpus(asker, 0, len(found.gpus) + 1)
     assert proven is not None
+    assert found.lower_bound is not None
     assert found.lower_bound <= proven
     split = any(piece.share < 1 for gpu in found.gpus for piece in gpu.part)
     assert split or proven == len(found.gpus)

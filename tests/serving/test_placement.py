@@ -68,6 +68,7 @@ def test_the_bound_of_alike_adapters_is_what_they_need() -> None:
     found = place(asker)
     check_placement(asker, found)
     assert len(found.gpus) > 2
+    assert found.lower_bound is not None
     assert len(found.gpus) - found.lower_bound <= 1
 
 

@@ -7,7 +7,7 @@ import typer
 
 from deltaworks.cli.options import AsJson, CatalogPath, ProfileName, Quiet, Threads, print_json
 from deltaworks.units import format_time
-from deltaworks.wording import counted
+from deltaworks.wording import counted, listed
 
 if TYPE_CHECKING:
     from deltaworks.serving.document import Recorded
@@ -157,7 +157,13 @@ def place(
         placement = place_on(judge, [0] * (gpus or 1), told)
     else:
         placement = place_fewest(judge, listed, told)
-    document = describe(judge, placement, content, {"objective": objective}, prices, ids) | extra
+    wanted = {"objective": objective} if gpus is None else {"objective": objective, "gpus_given": gpus}
+    document = describe(judge, placement, content, wanted, prices, ids) | extra
+    if gpus is not None and (unused := gpus - len(placement.gpus)):
+        document["notes"].append(
+            f"{unused:,} of the {gpus:,} GPUs given {'is' if unused == 1 else 'are'} left out, because nothing that was"
+            " tried with more GPUs has a lower p99 TTFT on the worst of them"
+        )
     if recorded is not None:
         document["notes"] += [f"{idle} of the old placement serves nothing; it is dropped" for idle in recorded.idle]
         if headroom is None and recorded.headroom != _HEADROOM:
@@ -327,20 +333,30 @@ def _exact(judge: Any, found: int) -> dict[str, Any]:
     return {"gpus": fewest_gpus(judge, 0, found)}
 
 
+def _headline(document: dict[str, Any]) -> str:
+    """How many GPUs, whether fewer could do, and what the twin says of them."""
+    count, given, untried = document["gpu_count"], document.get("gpus_given"), document["untried"]
+    said = counted(count, "GPU") + ("" if given in (None, count) else f", of {given:,} given,")
+    said += f" for {counted(document['adapter_count'], 'adapter')}"
+    if document["gap"] is None:
+        said += " (with the lowest p99 TTFT that was found)"
+    elif len(untried) < count:
+        least = f"at least {counted(document['lower_bound'], 'is', 'are')} needed"
+        said += f" ({'as few as can be' if document['gap'] <= 0 else least})"
+    said += f", price {document['price']:g}" if "price" in document else ""
+    if len(untried) == count:
+        said += "; NOT tried by the twin, because no request arrives"
+    elif document["verified"] is False:
+        said += "; NOT accepted by the twin"
+    else:
+        said += "; accepted by the twin"
+        said += f" but for {listed(untried)}, where no request arrives to try" if untried else ""
+    return f"{said}; {document['waits']}" if document["waits"] else said
+
+
 def _placement(document: dict[str, Any], output: Path | None) -> None:
     count = document["gpu_count"]
-    bound = (
-        "as few as can be"
-        if document["gap"] <= 0
-        else f"at least {counted(document['lower_bound'], 'is', 'are')} needed"
-    )
-    price = f", price {document['price']:g}" if "price" in document else ""
-    verified = "accepted by the twin" if document["verified"] else "NOT accepted by the twin"
-    waits = f"; {document['waits']}" if document["waits"] else ""
-    typer.echo(
-        f"{counted(count, 'GPU')} for {counted(document['adapter_count'], 'adapter')} ({bound}){price};"
-        f" {verified}{waits}\n"
-    )
+    typer.echo(f"{_headline(document)}\n")
     head = f"{'gpu':<8}{'type':<26}{'adapters':>9}{'slots':>7}{'rank':>6}{'tokens/s':>10}{'TTFT p50':>11}{'p99':>10}"
     typer.echo(head + f"{'ITL':>10}")
     for gpu in document["gpus"]:
@@ -357,7 +373,7 @@ def _placement(document: dict[str, Any], output: Path | None) -> None:
         typer.echo(f"\n{_moved(len(moves) - new - gone, new, gone)}" + (":" if moves else ""))
         for move in moves[:20]:
             places = f"{', '.join(move['from']) or 'nowhere'} -> {', '.join(move['to']) or 'nowhere'}"
-            typer.echo(f"  {move['adapter']:<24}{places:<24}{move['why']}")
+            typer.echo(f"  {move['adapter']:<24} {places:<24} {move['why']}")
         if len(moves) > 20:
             typer.echo(f"  and {len(moves) - 20} more; placement.json has them all")
         if document["fresh_gpu_count"] < count:

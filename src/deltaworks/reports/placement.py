@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from deltaworks.units import format_time
-from deltaworks.wording import counted
+from deltaworks.wording import counted, listed
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --good: #2a8f5b; --bad: #c0392b; --bar: #3b7dd8; }
@@ -64,9 +64,13 @@ _START = (
 
 def _subtitle(placement: Mapping[str, Any]) -> str:
     headroom = placement["headroom"]
-    parts = [
-        "the digital twin sees no adapter starved and no GPU out of memory" if placement["verified"] else "NOT verified"
-    ]
+    untried = placement["untried"]
+    if len(untried) == placement["gpu_count"]:
+        return "NOT tried by the digital twin, because no request arrives"
+    parts = ["NOT verified"]
+    if placement["verified"] is not False:
+        parts = ["the digital twin sees no adapter starved and no GPU out of memory"]
+    parts += [f"but nothing was tried on {listed(untried)}, where no request arrives"] if untried else []
     parts.append(f"with {headroom:.0%} more traffic than asked" if headroom else "at the traffic asked")
     parts += [f"{name} at most {format_time(limit)}" for name, limit in placement["slo"].items()]
     parts += [placement["waits"]] if placement.get("waits") else []
@@ -78,7 +82,7 @@ def _facts(placement: Mapping[str, Any]) -> str:
     through, offered = placement["throughput_tps"], placement["offered_tps"]
     facts = [
         (*counted(placement["gpu_count"], "GPU").split(" "),),
-        (str(placement["lower_bound"]), "lower bound"),
+        *([] if placement["lower_bound"] is None else [(str(placement["lower_bound"]), "lower bound")]),
         (f"{through:,.0f}", f"tokens/s of {offered:,.0f} asked"),
         (format_time(worst), "TTFT, 99th percentile, worst GPU"),
     ]

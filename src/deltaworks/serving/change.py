@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
+
+import numpy as np
 
 from deltaworks.errors import PlacementError
 from deltaworks.serving import partition
@@ -102,6 +105,7 @@ def change(judge: Judge, old: Recorded, prices: Sequence[float] | None = None, t
         [{places[n]: s for n, s in own.items() if n in places} for _, _, own, _ in old.gpus],
     )
     before = state.copy()
+    _gather(judge, state)
     # The fresh placement comes first: where none is possible it says so, and it bounds what mending may take.
     told("a fresh placement")
     fresh = place(judge, prices)
@@ -119,12 +123,13 @@ def change(judge: Judge, old: Recorded, prices: Sequence[float] | None = None, t
     told("GPUs that could be freed")
     slots = _shrink(judge, state, slots, len(fresh.gpus), weight)
     gpus = tuple(
-        Gpu(kind, part, judge.polished(part, kind, own) if part else 1)
+        Gpu(kind, part, judge.polished(part, kind, own))
         for kind, part, own in zip(state.kinds, state.parts(), slots, strict=True)
+        if part
     )
-    return Change(
-        Placement(gpus, fresh.lower_bound, fresh.price_bound, "kept"), state.ids, _moves(adapters, before, state), fresh
-    )
+    ids = [name for name, own in zip(state.ids, state.shares, strict=True) if own]
+    kept = Placement(gpus, fresh.lower_bound, fresh.price_bound, "kept")
+    return Change(kept, ids, _moves(adapters, before, state), fresh)
 
 
 def _moves(adapters: Any, before: _State, after: _State) -> list[dict[str, Any]]:
@@ -139,6 +144,27 @@ def _moves(adapters: Any, before: _State, after: _State) -> list[dict[str, Any]]
 
 def _strain(judge: Judge, state: _State, gpu: int) -> float:
     return judge.strain(tuple(sorted(state.parts()[gpu])), state.kinds[gpu])
+
+
+def _strains(judge: Judge, state: _State, adapter: int, share: float, source: int | None = None) -> dict[int, float]:
+    """The strain of each GPU that may take a share of an adapter, after it took it; see `_roomiest`.
+
+    A share that moves whole may go to a GPU that serves another share of the adapter, and the two become one. A share
+    that is split goes to a GPU that serves none: if the halves met again, splitting would lead nowhere.
+    """
+    splits = source is not None and share < state.shares[source][adapter]
+    strains = {}
+    for gpu, own in enumerate(state.shares):
+        if gpu == source or (splits and adapter in own):
+            continue
+        trial = state.copy()
+        trial.shares[gpu][adapter] = own.get(adapter, 0.0) + share
+        if source is not None:
+            trial.shares[source][adapter] -= share
+            if not splits:
+                del trial.shares[source][adapter]
+        strains[gpu] = _strain(judge, trial, gpu)
+    return strains
 
 
 def _roomiest(
@@ -158,16 +184,7 @@ def _roomiest(
     Raises:
         PlacementError: a GPU would have to be added, and there are `_State.most_gpus` already.
     """
-    strains = {}
-    for gpu in range(len(state.ids)):
-        if gpu != source and adapter not in state.shares[gpu]:
-            trial = state.copy()
-            trial.shares[gpu][adapter] = share
-            if source is not None:
-                trial.shares[source][adapter] -= share
-                if trial.shares[source][adapter] <= 0:
-                    del trial.shares[source][adapter]
-            strains[gpu] = _strain(judge, trial, gpu)
+    strains = _strains(judge, state, adapter, share, source)
     best = min(strains, key=lambda g: (strains[g], g), default=None)
     if best is None or strains[best] == float("inf") or (strains[best] > 1.0 and not crowd):
         return _new_gpu(judge, state, adapter)
@@ -185,6 +202,24 @@ def _new_gpu(judge: Judge, state: _State, adapter: int) -> int:
     state.kinds.append(kind)
     state.shares.append({})
     return len(state.ids) - 1
+
+
+def _merge(state: _State, adapter: int, gpu: int) -> bool:
+    """Merge a GPU's share of an adapter with the largest that another GPU serves; whether there is another."""
+    others = [g for g, own in enumerate(state.shares) if adapter in own and g != gpu]
+    if not others:
+        return False
+    state.move(adapter, gpu, max(others, key=lambda g: (state.shares[g][adapter], -g)))
+    state.why[adapter] = "it has too few requests to be split"
+    return True
+
+
+def _gather(judge: Judge, state: _State) -> None:
+    """Merge shares of which less than one request is expected: the twin cannot try them."""
+    requests = judge.traffic[0].rate * judge.traffic[0].duration_s
+    for gpu, own in enumerate(state.shares):
+        for adapter in [a for a, share in own.items() if requests[a] * share < 1.0]:
+            _merge(state, adapter, gpu)
 
 
 def _fits(judge: Judge, state: _State) -> list[int | None]:
@@ -210,6 +245,10 @@ def _repair(judge: Judge, state: _State, weight: F64) -> list[int]:
         refused_before.add(parts)
         for gpu in refused:
             own = state.shares[gpu]
+            # Where no request comes, to split further would leave the twin still less to try.
+            untried = any(judge.is_untried(parts[gpu], state.kinds[gpu], factor) for factor in judge.factors)
+            if untried and sum([_merge(state, adapter, gpu) for adapter in list(own)]):
+                continue
             if misfits := [a for a in own if not judge.has_memory(a, state.kinds[gpu])]:
                 adapter = max(misfits, key=lambda a: (weight[a] * own[a], -a))
                 state.move(adapter, gpu, _roomiest(judge, state, adapter, own[adapter], gpu))
@@ -228,11 +267,14 @@ def _repair(judge: Judge, state: _State, weight: F64) -> list[int]:
 
 
 def _shrink(judge: Judge, state: _State, slots: list[int], enough: int, weight: F64) -> list[int]:
-    """Empty GPUs while there are more than needed and the twin accepts the rest."""
+    """Empty GPUs while there are more than needed and the twin accepts the rest.
+
+    Every step that is taken leaves one GPU less, so that it ends.
+    """
     while len(state.ids) > enough:
-        for hot in (float("inf"), _HOT):
-            trial = _without(judge, state, hot, weight)
-            if max(_strain(judge, trial, g) for g in range(len(trial.ids))) > HOPELESS:
+        for gone, hot in product(_lightest(state, weight), (float("inf"), _HOT)):
+            trial = _without(judge, state, gone, hot, weight)
+            if trial is None or max(_strain(judge, trial, g) for g in range(len(trial.ids))) > HOPELESS:
                 continue
             found = _fits(judge, trial)
             if None not in found:
@@ -244,19 +286,52 @@ def _shrink(judge: Judge, state: _State, slots: list[int], enough: int, weight: 
     return slots
 
 
-def _without(judge: Judge, state: _State, hot: float, weight: F64) -> _State:
-    """The same without the GPU of the fewest adapters; one heavier than ``hot`` is shared by all the others."""
+def _lightest(state: _State, weight: F64) -> list[int]:
+    """The GPU of the fewest adapters, and the one with the least to do if that is another."""
+    gpus = range(len(state.ids))
+    fewest = min(gpus, key=lambda g: (len(state.shares[g]), -g))
+    idlest = min(gpus, key=lambda g: (sum(weight[a] * share for a, share in state.shares[g].items()), -g))
+    return list(dict.fromkeys((fewest, idlest)))
+
+
+def _without(judge: Judge, state: _State, gone: int, hot: float, weight: F64) -> _State | None:
+    """The same with one GPU less; None if another has no memory for what it serves.
+
+    Args:
+        judge: Of the new demand.
+        state: The placement as it is.
+        gone: The GPU that is emptied and left out. All that it serves goes to GPUs that are there.
+        hot: What is heavier than this share of a GPU is spread over the others.
+        weight: Of the adapters, as shares of a GPU, (adapters,) float64.
+    """
     trial = state.copy()
-    gone = min(range(len(trial.ids)), key=lambda g: (len(trial.shares[g]), -g))
-    others = [g for g in range(len(trial.ids)) if g != gone]
     for adapter, share in sorted(trial.shares[gone].items(), key=lambda item: (-weight[item[0]], item[0])):
-        trial.why[adapter] = f"it frees {trial.ids[gone]}"
-        if weight[adapter] * share <= hot:
-            trial.move(adapter, gone, _roomiest(judge, trial, adapter, share, gone, crowd=True))
+        # What moved before keeps its reason: the GPU that is left out may be none of the old ones.
+        trial.why.setdefault(adapter, f"it frees {trial.ids[gone]}")
+        if weight[adapter] * share > hot:
+            _spread(judge, trial, adapter, gone, weight)
             continue
-        del trial.shares[gone][adapter]
-        for gpu in others:
-            trial.shares[gpu][adapter] = trial.shares[gpu].get(adapter, 0.0) + share / len(others)
+        strains = _strains(judge, trial, adapter, share, gone)
+        best = min(strains, key=lambda g: (strains[g], g))
+        if strains[best] == float("inf"):
+            return None
+        trial.move(adapter, gone, best)
     for listed in (trial.ids, trial.kinds, trial.shares):
         del listed[gone]
     return trial
+
+
+def _spread(judge: Judge, state: _State, adapter: int, source: int, weight: F64) -> None:
+    """Spread a GPU's share of an adapter over the others, each up to the load that all would have if it were level."""
+    share = state.shares[source].pop(adapter)
+    load = np.array([sum(weight[a] * s for a, s in own.items()) for own in state.shares])
+    load[source] = np.inf
+    others = np.isfinite(load)
+    level = (load[others].sum() + weight[adapter] * share) / others.sum()
+    room = np.maximum(level - load, 0.0)
+    # A piece that expects less than one request is not worth a server's slot; the roomiest get it.
+    requests = judge.traffic[0].rate[adapter] * judge.traffic[0].duration_s * share
+    room[(room < room.max()) & (requests * room < room.sum())] = 0.0
+    for gpu in np.flatnonzero(room).tolist():
+        piece = float(share * room[gpu] / room.sum())
+        state.shares[gpu][adapter] = state.shares[gpu].get(adapter, 0.0) + piece

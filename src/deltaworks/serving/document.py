@@ -70,7 +70,9 @@ def describe(
     names = ids or [f"gpu-{i}" for i in range(len(placement.gpus))]
     gpus = [_gpu(judge, name, gpu) for name, gpu in zip(names, placement.gpus, strict=True)]
     check_totals(judge, placement.gpus)
-    count = len(gpus)
+    count, least = len(gpus), placement.lower_bound
+    untried = [gpu["id"] for gpu in gpus if not gpu["predicted"]["requests"]["arrived"]]
+    accepted = all(judge.passes(gpu.part, gpu.kind, gpu.slots) for gpu in placement.gpus)
     found: dict[str, Any] = {
         "schema": SCHEMA,
         "deltaworks": version("deltaworks"),
@@ -78,16 +80,17 @@ def describe(
         "headroom": judge.demand.headroom,
         "slo": {goal.name: goal.limit_ms for goal in judge.demand.goals},
         "gpu_count": count,
-        "lower_bound": placement.lower_bound,
-        "gap": count - placement.lower_bound,
-        "verified": all(judge.passes(gpu.part, gpu.kind, gpu.slots) for gpu in placement.gpus if gpu.part),
+        "lower_bound": least,
+        "gap": None if least is None else count - least,
+        "verified": None if accepted and untried else accepted,
+        "untried": untried,
         "dealt": placement.dealt,
         "adapter_count": len(judge.demand.workload.adapters),
         "offered_tps": sum(gpu["predicted"]["offered_tps"] for gpu in gpus),
         "throughput_tps": sum(gpu["predicted"]["throughput_tps"] for gpu in gpus),
         "gpus": gpus,
         "waits": headline_waits([gpu["predicted"] for gpu in gpus], judge.demand.goals),
-        "notes": notes(gpus, judge),
+        "notes": notes(gpus, untried, judge),
         "workload": content,
         "profiles": {profile.name: profile.to_json() for profile in judge.profiles},
     }
@@ -100,7 +103,7 @@ def describe(
 
 def _gpu(judge: Judge, name: str, gpu: Gpu) -> dict[str, Any]:
     profile, workload = judge.profiles[gpu.kind], judge.demand.workload
-    predicted = judge.details(gpu.part, gpu.kind, gpu.slots) if gpu.part else None
+    predicted = judge.details(gpu.part, gpu.kind, gpu.slots)
     return {
         "id": name,
         "type": profile.name,
@@ -116,29 +119,28 @@ def _gpu(judge: Judge, name: str, gpu: Gpu) -> dict[str, Any]:
         "max_loras": gpu.slots,
         "max_cpu_loras": max(len(gpu.part), gpu.slots),
         "max_lora_rank": judge.rank_of(gpu.part),
-        "predicted": {k: v for k, v in predicted.items() if k != "wall_s"} if predicted else idle(profile, judge),
+        "predicted": {k: v for k, v in predicted.items() if k != "wall_s"},
     }
 
 
-def idle(profile: Profile, judge: Judge) -> dict[str, Any]:
-    """What the twin would say of a GPU with nothing to do."""
-    return {
-        "throughput_tps": 0.0, "offered_tps": 0.0, "starved": False, "starved_adapters": [], "unjudged_adapters": [],
-        "starved_server": False, "memory_error": False, "adapters": {}, "notes": [],
-        "kv_tokens": profile.kv_tokens(1, judge.rank_of(())),
-        "requests": {"arrived": 0, "completed": 0, "running": 0, "waiting": 0, "rejected": 0},
-        "ttft_ms": {"mean": None, "p50": None, "p99": None}, "itl_ms": {"mean": None, "p50": None, "p99": None},
-    }  # fmt: skip
+def notes(gpus: list[dict[str, Any]], untried: Sequence[str], judge: Judge) -> list[str]:
+    """What a user should know before using a placement.
 
-
-def notes(gpus: list[dict[str, Any]], judge: Judge) -> list[str]:
-    """What a user should know before using a placement."""
+    Args:
+        gpus: As placement.json has them.
+        untried: Ids of those on which no request arrives.
+        judge: That accepted them.
+    """
     found = list(judge.demand.workload.notes)
     said = [gpu["predicted"] for gpu in gpus]
     if headline_waits(said, judge.demand.goals):
         found.append(PATIENCE_NOTE)
-    if not sum(answer["requests"]["arrived"] for answer in said):
-        found.append("no request arrives in the time simulated, so nothing was tried; give a longer duration")
+    if untried:
+        where = "" if len(untried) == len(gpus) else f" on {listed(untried)}"
+        found.append(
+            f"no request arrives{where} in the {judge.demand.workload.duration_s:g} s that were simulated, so the twin"
+            f" tried nothing{' there' if where else ''}; give higher rates or a longer duration"
+        )
     if refused := sum(answer["requests"]["rejected"] for answer in said):
         found.append(
             f"{counted(refused, 'request is', 'requests are')} refused: longer than the GPU's KV cache or the model's"

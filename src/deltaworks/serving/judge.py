@@ -220,6 +220,8 @@ class Judge:
         self._lock = Lock()
         self._workload = demand.workload
         self._drawn: dict[int, Requests] = {}
+        # Without headroom as well: a queue that drains under more traffic may by chance not drain under less.
+        self.factors = (1.0 + demand.headroom, 1.0) if demand.headroom else (1.0,)
 
     def requests(self, kind: int) -> Requests:
         """All requests of the workload, with answers as a type of GPU generates them."""
@@ -358,10 +360,7 @@ class Judge:
         answer = self.ask(part, kind, slots, factor)
         if not self.accepts(answer):
             return False
-        traffic = self.traffic_of(part, kind, factor)
-        if not answer["requests"]["arrived"] and any(
-            piece.share < 1.0 and rate > 0 for piece, rate in zip(part, traffic.rate, strict=True)
-        ):
+        if not answer["requests"]["arrived"] and self.is_untried(part, kind, factor):
             return False
         return not answer["short"] or self._keeps_up(part, kind, slots, factor, answer)
 
@@ -373,6 +372,12 @@ class Judge:
             configuration = Configuration(slots, known.rank, len(part))
             known.keeps_up[key] = keeps_up(workload, self.profiles[kind], configuration, traffic, answer)
         return known.keeps_up[key]
+
+    def is_untried(self, part: Part, kind: int, factor: float = 1.0) -> bool:
+        """Whether a part has a share of an adapter that asks, and no request comes at ``factor`` times the traffic."""
+        rates = self.traffic[kind].rate
+        shared = any(piece.share < 1.0 and rates[piece.adapter] > 0 for piece in part)
+        return shared and not self._offered(self._about(part), kind, factor)[1].arrival_s.size
 
     def fits(self, part: Part, kind: int, tries: int = TRIES) -> int | None:
         """Slots with which the twin accepts a GPU, with all the headroom and without, or None if none were found.
@@ -391,9 +396,7 @@ class Judge:
 
     def passes(self, part: Part, kind: int, slots: int) -> bool:
         """Whether the twin accepts a GPU, with all the headroom and without."""
-        # Without as well: a queue that drains under more traffic may by chance not drain under less.
-        factors = (1.0 + self.demand.headroom, 1.0) if self.demand.headroom else (1.0,)
-        return all(self.serves(part, kind, slots, factor) for factor in factors)
+        return all(self.serves(part, kind, slots, factor) for factor in self.factors)
 
     def polished(self, part: Part, kind: int, slots: int, reach: int = 1, *, fastest: bool = False) -> int:
         """The best number of slots, by `best_configuration`, near one that the twin accepts, that it accepts too.

@@ -70,14 +70,15 @@ class Placement:
     """Where every adapter is served.
 
     Attributes:
-        gpus: The GPUs.
-        lower_bound: GPUs below which, as far as the bound goes, nothing can do; of whatever type.
+        gpus: The GPUs, each of which serves something.
+        lower_bound: GPUs below which, as far as the bound goes, nothing can do; of whatever type. None where the number
+            of GPUs was given, so that none was computed.
         price_bound: The same of the price; None without prices.
         dealt: How the adapters were dealt.
     """
 
     gpus: tuple[Gpu, ...]
-    lower_bound: int
+    lower_bound: int | None
     price_bound: float | None
     dealt: str
 
@@ -132,7 +133,7 @@ def place(
             best = Placement(found[0], least, bound, found[1])
             break
     if best is not None:
-        return replace(best, gpus=_polished(judge, best.gpus))
+        return _used(replace(best, gpus=_polished(judge, best.gpus)), price)
     numbers = f"{min(tried):,} to {max(tried):,}" if tried else f"up to {most:,}"
     raise ImpossibleError(
         f"no placement on {numbers} GPUs was found that the twin accepts on every one; lower --headroom, relax --slo,"
@@ -149,6 +150,18 @@ def _shortness(judge: Judge) -> str:
     ]
     note = short_note(min(enough_s), duration_s)
     return f"; {note}" if note else ""
+
+
+def _used(placement: Placement, price: F64) -> Placement:
+    """The same without GPUs that a way of dealing left empty, which are not needed: no bound is above the others."""
+    gpus = tuple(gpu for gpu in placement.gpus if gpu.part)
+    least, bound = placement.lower_bound, placement.price_bound
+    return replace(
+        placement,
+        gpus=gpus,
+        lower_bound=None if least is None else min(least, len(gpus)),
+        price_bound=None if bound is None else min(bound, float(price[[gpu.kind for gpu in gpus]].sum())),
+    )
 
 
 def _most_gpus(judge: Judge) -> int:
@@ -195,6 +208,8 @@ def _check_lightest(judge: Judge, most: int) -> None:
 def place_on(judge: Judge, kinds: Sequence[int], told: Told = lambda _: None, ways: int | None = None) -> Placement:
     """The placement on given GPUs whose worst 99th percentile of TTFT is the lowest that was found.
 
+    It has fewer GPUs than were given where none that was found is faster with more.
+
     Args:
         judge: Of the demand and the types.
         kinds: The type of each GPU.
@@ -224,7 +239,7 @@ def place_on(judge: Judge, kinds: Sequence[int], told: Told = lambda _: None, wa
             capacity[int(np.argmax(latency))] *= _LIGHTER
     if best is None:
         raise PlacementError(f"the twin accepts no placement on {counted(len(kinds), 'GPU')}; give more with --gpus")
-    return Placement(best[1], len(kinds), None, best[2])
+    return Placement(tuple(gpu for gpu in best[1] if gpu.part), None, None, best[2])
 
 
 def check_feasible(judge: Judge, kinds: Sequence[int]) -> None:

@@ -75,8 +75,11 @@ def _another_gpu(judge: Judge, placement: Placement) -> dict[str, Any]:
     before = _latency(judge, placement.gpus)
     found = place_on(judge, kinds, ways=1)
     after = _latency(judge, found.gpus)
+    unused = "" if len(found.gpus) == len(kinds) else f"; {len(found.gpus)} of the {len(kinds)} GPUs are used"
     return _told(
-        judge, found.gpus, f"the 99th percentile of TTFT goes from {format_time(before)} to {format_time(after)}"
+        judge,
+        found.gpus,
+        f"the 99th percentile of TTFT goes from {format_time(before)} to {format_time(after)}{unused}",
     )
 
 
@@ -100,4 +103,4 @@ def _told(judge: Judge, gpus: Any, answer: str) -> dict[str, Any]:
 
 
 def _latency(judge: Judge, gpus: Any) -> float:
-    return max((latency_ms(judge.ask(gpu.part, gpu.kind, gpu.slots)) for gpu in gpus if gpu.part), default=0.0)
+    return max((latency_ms(judge.ask(gpu.part, gpu.kind, gpu.slots)) for gpu in gpus), default=0.0)
