@@ -74,6 +74,27 @@ def test_the_terminal_says_what_matters(shell: Shell) -> None:
     assert "gpu-0" in text
 
 
+@pytest.mark.parametrize(("rate", "flags", "headline", "page"), [
+    pytest.param(0.1, ("--objective", "latency", "--gpus", 9),
+                 "4 GPUs, of 9 given, for 4 adapters (with the lowest p99 TTFT that was found); accepted by the twin",
+                 "sees no adapter starved", id="more GPUs than adapters"),
+    pytest.param(0, (), "1 GPU for 4 adapters; NOT tried by the twin, because no request arrives",
+                 "NOT tried by the digital twin", id="every rate is 0"),
+    pytest.param(0.1, (), "1 GPU for 4 adapters (as few as can be); accepted by the twin", "sees no adapter starved",
+                 id="one GPU is enough"),
+])  # fmt: skip
+def test_the_headline_says_what_was_found_and_tried(
+    shell: Shell, rate: float, flags: tuple[Any, ...], headline: str, page: str
+) -> None:
+    few = [{"name": "a", "count": 4, "rank": 8, "rate": rate}]
+    (shell.root / "few.json").write_text(json.dumps(WORKLOAD | {"duration": 600, "adapters": few}))
+    text = shell.run("place", "few.json", *P, *flags, "-o", "few", "--force").stdout
+    assert text.splitlines()[0] == headline
+    written = (shell.root / "few" / "index.html").read_text()
+    assert page in written
+    assert ("lower bound" in written) == ("--gpus" not in flags)
+
+
 def test_a_placement_is_kept_when_the_workload_changes(shell: Shell, placed: Any) -> None:
     more = WORKLOAD["adapters"] + [{"name": "zz", "rank": 16, "rate": 0.1}]  # type: ignore[operator]
     (shell.root / "w2.json").write_text(json.dumps(WORKLOAD | {"adapters": more}))

@@ -1,5 +1,6 @@
 """Placements of changed workloads, what-if, advice, and the simpler ways beside ours."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,11 @@ from small_server import SMALL, check_placement, judge, workload
 from deltaworks.errors import ImpossibleError, PlacementError, WorkloadError
 from deltaworks.serving.advice import alike, capacities, of_adapters, overheads
 from deltaworks.serving.baselines import compare
-from deltaworks.serving.change import Change, _new_gpu, _roomiest, change
+from deltaworks.serving.change import Change, _new_gpu, _repair, _roomiest, _without, change
 from deltaworks.serving.change import _State as change_state
 from deltaworks.serving.document import FILE, describe, read_placement
 from deltaworks.serving.judge import parse_goal
+from deltaworks.serving.partition import weights
 from deltaworks.serving.placement import place
 from deltaworks.serving.profile import KvCache, Profile
 from deltaworks.serving.simulate import Configuration, simulate
@@ -32,11 +34,11 @@ def content(**rates: float) -> dict[str, Any]:
 BEFORE = {f"a{i:02}": 2.0 for i in range(100)}
 
 
-def changed(tmp_path: Path, **rates: float) -> tuple[Change, Any]:
-    old = judge(workload(content(**BEFORE)["adapters"]))
+def changed(tmp_path: Path, before: dict[str, float], rates: dict[str, float]) -> tuple[Change, Any]:
+    old = judge(workload(content(**before)["adapters"]))
     found = place(old)
     assert len(found.gpus) > 1
-    (tmp_path / FILE).write_text(json.dumps(describe(old, found, content(**BEFORE), {}, None)))
+    (tmp_path / FILE).write_text(json.dumps(describe(old, found, content(**before), {}, None)))
     asker = judge(workload(content(**rates)["adapters"]))
     after = change(asker, read_placement(tmp_path))
     check_placement(asker, after.placement)
@@ -44,18 +46,18 @@ def changed(tmp_path: Path, **rates: float) -> tuple[Change, Any]:
 
 
 def test_nothing_moves_if_nothing_changed(tmp_path: Path) -> None:
-    after, found = changed(tmp_path, **BEFORE)
+    after, found = changed(tmp_path, BEFORE, BEFORE)
     assert after.moves == []
     assert [gpu.part for gpu in after.placement.gpus] == [gpu.part for gpu in found.gpus]
 
 
 def test_a_new_adapter_moves_no_other(tmp_path: Path) -> None:
-    after, _ = changed(tmp_path, **BEFORE, zz=0.1)
+    after, _ = changed(tmp_path, BEFORE, BEFORE | {"zz": 0.1})
     assert [(m["adapter"], m["from"], m["why"]) for m in after.moves] == [("zz", [], "it is new")]
 
 
 def test_an_adapter_that_grew_makes_some_move(tmp_path: Path) -> None:
-    after, _ = changed(tmp_path, **(BEFORE | {"a00": 100.0}))
+    after, _ = changed(tmp_path, BEFORE, BEFORE | {"a00": 100.0})
     assert after.moves
     assert all("would starve" in move["why"] or "it frees" in move["why"] for move in after.moves)
     assert len(after.moves) < len(BEFORE) / 2
@@ -100,9 +102,69 @@ def test_the_number_of_gpus_is_bounded() -> None:
 
 
 def test_a_gpu_is_freed_when_traffic_falls(tmp_path: Path) -> None:
-    after, found = changed(tmp_path, **dict.fromkeys(BEFORE, 0.2))
+    after, found = changed(tmp_path, BEFORE, dict.fromkeys(BEFORE, 0.2))
     assert len(after.placement.gpus) < len(found.gpus)
     assert any("it frees gpu-" in move["why"] for move in after.moves)
+
+
+HOT = {"hot": 60.0} | {f"b{i}": 1.0 for i in range(6)}
+
+
+@pytest.mark.parametrize(
+    ("rates", "why"),
+    [
+        pytest.param(HOT | {"hot": 6.0}, "it frees gpu-", id="both shares of the hot one are lighter"),
+        pytest.param(HOT | {"hot": 0.0}, "it has too few requests to be split", id="nobody asks for it"),
+        pytest.param(dict.fromkeys(HOT, 0.02), "it frees gpu-", id="all ask next to nothing"),
+        pytest.param({"hot": 1e-5, "b1": 1.0}, "it has too few requests to be split", id="less than a request is left"),
+        pytest.param(
+            {"hot": 1e-3, "b1": 1.0}, "it has too few requests to be split", id="no request of a half arrives"
+        ),
+        pytest.param({"hot": 0.05}, "it frees gpu-", id="it is left alone"),
+    ],
+)
+def test_shares_of_a_split_adapter_meet_when_traffic_falls(tmp_path: Path, rates: dict[str, float], why: str) -> None:
+    after, found = changed(tmp_path, HOT, rates)
+    served = [gpu for gpu in found.gpus if any(piece.share < 1.0 for piece in gpu.part)]
+    assert len(served) > 1  # else nothing was split before
+    assert len(after.placement.gpus) == len(after.fresh.gpus) == len(after.ids) == 1
+    assert next(move["why"] for move in after.moves if move["adapter"] == "hot").startswith(why)
+    assert all(piece.share == 1.0 for piece in after.placement.gpus[0].part)
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        pytest.param(HOT | {"hot": 90.0}, id="half more"),
+        pytest.param(HOT | {"hot": 150.0}, id="much more"),
+        pytest.param(HOT | {"b0": 60.0}, id="a second hot one"),
+    ],
+)
+def test_a_split_adapter_is_spread_by_the_room_there_is(tmp_path: Path, rates: dict[str, float]) -> None:
+    after, _ = changed(tmp_path, HOT, rates)
+    assert len(after.placement.gpus) <= len(after.fresh.gpus) + 1
+
+
+def test_a_share_that_no_request_reaches_is_merged_again() -> None:
+    rows = [{"time": t, "adapter": "a", "prompt_tokens": 9, "output_tokens": 3} for t in (1, 2)]
+    asker = judge(parse_workload({"duration": 60, "requests": rows}, Path()))
+    # The two requests lie at 0.62 and 0.24 of the adapter's interval.
+    state = change_state(["gpu-0", "gpu-1"], [0, 0], [{0: 0.2}, {0: 0.8}], most_gpus=9)
+    _repair(asker, state, weights(asker.traffic[0], SMALL, 2))
+    assert state.shares == [{}, {0: 1.0}]
+
+
+def test_every_step_that_frees_gpus_leaves_fewer() -> None:
+    asker = judge(workload(content(**HOT)["adapters"]))
+    shares = [{0: 0.5, 1: 1.0, 2: 1.0}, {0: 0.5, 3: 1.0}, {4: 1.0}, {5: 1.0, 6: 1.0}]
+    state = change_state([f"gpu-{i}" for i in range(4)], [0] * 4, shares, most_gpus=4)
+    weight = weights(asker.traffic[0], SMALL, 4)
+    for gone, hot in itertools.product(range(4), (float("inf"), 0.3, 0.0)):
+        trial = _without(asker, state, gone, hot, weight)
+        assert trial is not None
+        assert trial.ids == [name for g, name in enumerate(state.ids) if g != gone]
+        for adapter in range(7):
+            assert sum(own.get(adapter, 0.0) for own in trial.shares) == pytest.approx(1.0)
 
 
 def test_what_if_answers() -> None:

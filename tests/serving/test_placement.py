@@ -11,9 +11,10 @@ from small_server import SMALL, check_placement, judge, workload
 
 from deltaworks.errors import ImpossibleError, PlacementError
 from deltaworks.serving.bound import Capacities, fewest
+from deltaworks.serving.document import describe
 from deltaworks.serving.judge import parse_goal
-from deltaworks.serving.parts import Part, part_of
-from deltaworks.serving.placement import Placement, place, place_on
+from deltaworks.serving.parts import Part, Piece, part_of
+from deltaworks.serving.placement import Gpu, Placement, place, place_on
 from deltaworks.serving.profile import KvCache, Profile, ServerFlags, StepTime
 from deltaworks.serving.workload import Workload, parse_workload, requests_of
 
@@ -104,6 +105,44 @@ def test_the_latency_objective_uses_what_there_is() -> None:
     assert worst(fastest) <= worst(fewest_found)
     with pytest.raises(PlacementError, match="give more with --gpus"):
         place_on(judge(workload([{"name": "a", "count": 30, "rank": 8, "rate": 5.0}])), [0])
+
+
+@pytest.mark.parametrize(("count", "rate", "gpus"), [
+    pytest.param(4, 0.1, 9, id="fewer adapters than GPUs"),
+    pytest.param(1, 0.01, 5, id="one request cannot be divided"),
+    pytest.param(2, 0.0, 3, id="nobody asks"),
+])  # fmt: skip
+def test_gpus_that_serve_nothing_are_left_out(count: int, rate: float, gpus: int) -> None:
+    asker = judge(workload([{"name": "a", "count": count, "rank": 8, "rate": rate}]))
+    found = place_on(asker, [0] * gpus)
+    check_placement(asker, found)
+    assert len(found.gpus) < gpus
+    document = describe(asker, found, {}, {}, None)
+    assert document["gpu_count"] == len(document["gpus"]) == len(found.gpus)
+    assert all(gpu["adapters"] for gpu in document["gpus"])
+    assert (document["lower_bound"], document["gap"]) == (None, None)
+
+
+@pytest.mark.parametrize(("rates", "duration", "parts", "untried"), [
+    pytest.param([0.0, 0.0], 120, None, [0], id="every rate is 0"),
+    pytest.param([1e-7] * 50, 120, None, [0], id="too rare for the duration"),
+    pytest.param([1.0, 0.0], 120, [[0], [1]], [1], id="nobody asks one of the GPUs"),
+    pytest.param([1.0, 0.0], 120, None, [], id="somebody asks"),
+])  # fmt: skip
+def test_gpus_on_which_no_request_arrives_are_untried(
+    rates: list[float], duration: float, parts: list[list[int]] | None, untried: list[int]
+) -> None:
+    adapters = [{"name": f"a{i:02}", "rank": 8, "rate": rate} for i, rate in enumerate(rates)]
+    asker = judge(workload(adapters, duration=duration))
+    found = place(asker)
+    if parts is not None:
+        gpus = [Gpu(0, tuple(Piece(adapter) for adapter in part), 1) for part in parts]
+        found = Placement(tuple(gpus), 1, None, "by hand")
+    document = describe(asker, found, {}, {}, None)
+    assert document["untried"] == [f"gpu-{i}" for i in untried]
+    assert document["verified"] is (None if untried else True)
+    where = "" if len(untried) == len(found.gpus) else " on gpu-1"
+    assert any(f"no request arrives{where} in the 120 s" in note for note in document["notes"]) == bool(untried)
 
 
 def test_the_cheapest_types_are_taken() -> None:
