@@ -12,7 +12,7 @@ from deltaworks.merging.candidate import Knowledge
 from deltaworks.merging.contributions import Overlaps
 from deltaworks.merging.manifest import holds_snapshot
 from deltaworks.merging.plan import Plan
-from deltaworks.merging.stored import find_plan
+from deltaworks.merging.stored import find_plan, plan_of_digest
 from deltaworks.merging.summary import elements_read, layer_of
 from deltaworks.merging.weighing import Weighed
 
@@ -130,8 +130,9 @@ def _plan_of(catalog: Catalog, path: Path, digest: str) -> Plan | None:
             return plan
     except PlanError:
         pass
+    # The manifest may be malformed: what it calls a digest must not be looked for as a file.
     try:
-        return find_plan(catalog, digest)
+        return plan_of_digest(catalog, digest)
     except PlanError:
         return None
 

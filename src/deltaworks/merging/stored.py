@@ -21,12 +21,23 @@ def find_plan(catalog: Catalog, what: str) -> Plan:
         return load_plan(path / PLAN)
     if path.is_file():
         return load_plan(path)
-    found = catalog.find_plans(what) if len(what) >= 4 and all(c in "0123456789abcdef" for c in what) else []
-    if len(found) > 1:
-        raise PlanError(f"{what!r} is the beginning of {len(found)} plans' digests; give more of it")
-    if not found:
+    found = plan_of_digest(catalog, what)
+    if found is None:
         raise PlanError(f"{what!r} is not a plan file, a merged model, or the digest of a plan in {catalog.path}")
-    return Plan.from_json(json.loads(found[0]))
+    return found
+
+
+def plan_of_digest(catalog: Catalog, digest: str) -> Plan | None:
+    """The plan in the catalog whose digest begins with `digest`, of four hexadecimal digits or more; None if none does.
+
+    Raises:
+        PlanError: several do.
+    """
+    known = len(digest) >= 4 and all(c in "0123456789abcdef" for c in digest)
+    found = catalog.find_plans(digest) if known else []
+    if len(found) > 1:
+        raise PlanError(f"{digest!r} is the beginning of {len(found)} plans' digests; give more of it")
+    return Plan.from_json(json.loads(found[0])) if found else None
 
 
 def find_snapshot(catalog: Catalog, what: str) -> tuple[Path, dict[str, Any], str | None] | None:
