@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from shell import Shell
+
+from deltaworks.serving.profile import find_profile
 
 LENGTHS = {"distribution": "sharegpt", "input_mean": 222.7, "output_mean": 196.1}
 WORKLOAD = {
@@ -185,6 +188,24 @@ def test_advice(shell: Shell) -> None:
     text = shell.run("advise", *P, "--rank", 32, "--rate", 1.0).stdout
     assert "<- most" in text
     assert "KV tokens" in text
+
+
+def test_advice_says_what_waits_and_what_was_assumed(shell: Shell) -> None:
+    profile = find_profile("llama-3.1-8b-h100-64gb")
+    unread = replace(profile, name="mine", assumed={"step.lora": "no step shows it"})
+    (shell.root / "mine.json").write_text(json.dumps(unread.to_json()))
+    asked = ("--profile", "mine.json", "--rank", 8, "--rate", 0.5, "--headroom", "0")
+    found = shell.json("advise", *asked)
+    text = shell.run("advise", *asked).stdout
+    assumed = "1 cost of mine was not measured but assumed (step.lora)"
+    assert [note.startswith(assumed) for note in found["notes"]][-1]
+    assert f"note: {assumed}" in text
+    p99 = found["best"]["ttft_p99_ms"]
+    assert bool(found["waits"]) == (p99 > 10_000)
+    assert text.splitlines()[0].endswith(found["waits"])
+    assert f"note: {assumed}" in shell.run("simulate", "w.json", *asked[:2], "--slots", 8).stdout
+    limited = shell.json("advise", *asked, "--slo", "ttft_p99=100s")
+    assert limited["waits"] == ""
 
 
 def test_the_rules_can_be_read(shell: Shell) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from deltaworks.checkpoints.compiling import compiling_s, when_compiling
 from deltaworks.checkpoints.jit import compiled_before
 from deltaworks.progress import Progress as Reports
 from deltaworks.progress import Silent
@@ -15,6 +16,7 @@ _FIRST_LINE_AFTER = 2.0
 _LINE_EVERY = 5.0
 _WARM_UP = 20.0
 _COMPILING = "compiling {} for this machine, once for this version; this takes about half a minute to a minute"
+_COMPILING_MORE = "compiling kernels that were not used on this machine before, once for this version"
 
 
 def make_progress(*, quiet: bool, computes: bool = True) -> Reports:
@@ -27,9 +29,22 @@ def make_progress(*, quiet: bool, computes: bool = True) -> Reports:
     if quiet:
         return Quiet()
     shown: Reports = _bar() if sys.stderr.isatty() else Lines()
-    if computes and not compiled_before():
-        shown.note(_COMPILING.format("kernels"))
+    if computes:
+        _tell_compiling("codec.decode", "kernels", shown.note)
     return shown
+
+
+def _tell_compiling(kernel: str, what: str, note: Callable[[str], None]) -> None:
+    """Say at once that much is compiled first, or later where it turns out that something is."""
+    if compiled_before(kernel):
+        when_compiling(lambda: note(_COMPILING_MORE))
+        return
+    when_compiling(None)
+    note(_COMPILING.format(what))
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(f"note: {text}\n")
 
 
 def _bar() -> Reports:
@@ -52,8 +67,7 @@ def make_counter(label: str, total: int | None, kernel: str, *, quiet: bool) -> 
     if quiet:
         yield lambda _: None
         return
-    if not compiled_before(kernel):
-        sys.stderr.write(f"note: {_COMPILING.format('the twin')}\n")
+    _tell_compiling(kernel, "the twin", _note)
     if sys.stderr.isatty():
         from deltaworks.cli.bar import counting
 
@@ -80,8 +94,8 @@ def make_steps(kernel: str, *, quiet: bool) -> Callable[[str], None]:
         quiet: Show nothing.
     """
     started = last = time.monotonic()
-    if not quiet and not compiled_before(kernel):
-        sys.stderr.write(f"note: {_COMPILING.format('the twin')}\n")
+    if not quiet:
+        _tell_compiling(kernel, "the twin", _note)
 
     def step(text: str) -> None:
         nonlocal last
@@ -107,12 +121,12 @@ class Lines:
         self._lock = threading.Lock()
         self._label = ""
         self._done = self._total = 0
-        self._started = self._next = 0.0
+        self._started = self._next = self._compiled = 0.0
 
     def start(self, label: str, total_bytes: int) -> None:
         """Begin a stage."""
         self._label, self._done, self._total = label, 0, total_bytes
-        self._started = time.monotonic()
+        self._started, self._compiled = time.monotonic(), compiling_s()
         self._next = self._started + _FIRST_LINE_AFTER
 
     def advance(self, nbytes: int) -> None:
@@ -120,7 +134,8 @@ class Lines:
         with self._lock:
             self._done += nbytes
             now = time.monotonic()
-            elapsed = now - self._started
+            # While kernels are compiled the work stands still.
+            elapsed = now - self._started - (compiling_s() - self._compiled)
             # The first kernels compile while the first blocks wait; a rate taken then says nothing.
             warming_up = self._done < self._total / 50 and elapsed < _WARM_UP
             if now < self._next or warming_up:
