@@ -6,7 +6,7 @@ import signal
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ def run(target: Target, executions: int, seed: int, *, most_failures: int = 20) 
     rng = random.Random(f"{target.name} {seed}")
     seeds, report, met = target.seeds(), Report(), set()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        for document in seeds:
+            _compile(target, document, Path(folder))
         for _ in range(executions):
             content = _document(target, rng.choice(seeds), rng)
             report.executions += 1
@@ -67,6 +69,12 @@ def run(target: Target, executions: int, seed: int, *, most_failures: int = 20) 
                 if len(report.failures) >= most_failures:
                     break
     return report
+
+
+def _compile(target: Target, document: Any, folder: Path) -> None:
+    """Read a valid document without a time limit: kernels are compiled when they are first needed."""
+    with suppress(Exception):
+        target.read(document if isinstance(document, bytes) else target.write(document, random.Random(0)), folder)
 
 
 def _document(target: Target, document: Any, rng: random.Random) -> bytes:
