@@ -1,9 +1,12 @@
-"""Check that an output does not destroy what it is made from, or the catalog."""
+"""Write outputs, and check that they do not destroy other files, what they are made from, or the catalog."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from deltaworks.checkpoints.partial import open_partial, partial_path
 from deltaworks.errors import OutputError
+from deltaworks.regular_files import other_kind
 
 
 def check_apart(out: Path, inputs: Iterable[tuple[str, Path]]) -> None:
@@ -23,6 +26,54 @@ def check_apart(out: Path, inputs: Iterable[tuple[str, Path]]) -> None:
         kept = path.resolve()
         if any(p == kept or p in kept.parents or kept in p.parents for p in places) or _is_same_file(out, path):
             raise OutputError(f"{out} and {what} {path} overlap; choose another place for the output")
+
+
+def check_file(file: Path, *, force: bool) -> None:
+    """Refuse to write a file over another one, unless that is asked for.
+
+    Args:
+        file: The file to be written; devices and pipes can be written to.
+        force: Whether a file that is there may be replaced.
+
+    Raises:
+        OutputError: `file` is a folder, or it exists and `force` is not set.
+    """
+    if file.is_dir():
+        raise OutputError(f"{file}: is a folder; choose a file with -o")
+    if not force and file.is_file():
+        raise OutputError(f"{file}: exists; add --force to replace it, or choose another file with -o")
+
+
+def write_file(file: Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all, and the folders above it.
+
+    Links are followed: the file that a link leads to is replaced, and the link stays.
+
+    Args:
+        file: Where.
+        text: What.
+
+    Raises:
+        OSError: it cannot be written; what was there before is as it was.
+    """
+    try:
+        if file.exists() and other_kind(file.stat().st_mode) is not None:
+            file.write_text(text, encoding="utf-8")  # a device or a pipe, which nothing may take the place of
+            return
+        target = file.resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = partial_path(target)
+        try:
+            with os.fdopen(open_partial(partial), "w", encoding="utf-8") as opened:
+                opened.write(text)
+                opened.flush()
+                os.fsync(opened.fileno())
+                partial.replace(target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    except OSError as error:  # name the file that was asked for, and not the partial one
+        raise OSError(error.errno, error.strerror, str(file)) from None
 
 
 def _is_same_file(one: Path, other: Path) -> bool:

@@ -115,8 +115,8 @@ def test_mistakes_exit_with_two(shell: Shell, tmp_path: Path) -> None:
         ("plan", "ties.yml", "-o", "ties.yml"),
         ("plan", "ties.yml", "-o", "hard.yml"),
         ("plan", "ties.yml", "-o", "catalog/catalog.sqlite"),
-        ("plan", "ties.yml", "-o", "base/config.json"),
-        ("sweep", "plan-001.json", "-o", "."),
+        ("plan", "ties.yml", "-o", "base/config.json", "--force"),
+        ("sweep", "plan-001.json", "-o", ".", "--force"),
         ("sweep", "ties.yml", "-o", "catalog/plans"),
         ("sweep", "ties.yml", "-o", "expert0"),
         ("place", "w.json", "--profile", "tiny-llama-cpu", "-o", "catalog/placed"),
@@ -140,6 +140,28 @@ def test_inputs_and_the_catalog_are_never_replaced(shell: Shell, tmp_path: Path,
     assert "overlap; choose another place" in shell.error(*command, "-q")
     assert {p: p.read_bytes() for p in kept} == before
     assert "b" in {model["name"] for model in shell.json("list")["models"]}
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        (("plan", "ties.yml", "-o", "mine.txt"), "mine.txt"),
+        (("plan", "ties.yml"), "plan.json"),
+        (("sweep", "ties.yml", "-o", "."), "plan-003.json"),
+        (("profile", "--table", "table", "-o", "mine.txt"), "mine.txt"),
+        (("surrogate", "train", "--profile", "tiny-llama-cpu", "-o", "mine.txt"), "mine.txt"),
+    ],
+)
+def test_other_files_are_replaced_on_demand_only(
+    shell: Shell, tmp_path: Path, command: tuple[str, ...], file: str
+) -> None:
+    (tmp_path / "table").mkdir()
+    (tmp_path / file).write_text("notes")
+    assert f"{file}: exists; add --force to replace it" in shell.error(*command, "-q")
+    assert (tmp_path / file).read_text() == "notes"
+    if command[0] == "plan":
+        shell.run(*command, "--force", "-q")
+        assert "deltaworks_plan" in (tmp_path / file).read_text()
 
 
 def test_a_merged_model_is_made_again_from_its_own_recipe_and_plan(shell: Shell, tmp_path: Path) -> None:

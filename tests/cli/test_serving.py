@@ -16,6 +16,7 @@ P = ("--profile", "llama-3.1-8b-h100-64gb")
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
     root = tmp_path_factory.mktemp("serving")
     (root / "w.json").write_text(json.dumps(WORKLOAD))
+    (root / "empty.jsonl").write_text("\n \n")
     return Shell(root)
 
 
@@ -96,7 +97,7 @@ def test_a_bad_line_costs_no_other(shell: Shell) -> None:
     assert timeless(answers[0]) == timeless(answers[-1])
     assert answers[0]["requests"]["rejected"] > 0
     said = ["did you mean 'slots'", "line 3: is not valid JSON", "slots is missing", "has rank 16, more than the max",
-            "missing.json: cannot be read", "slots: expected at least 1", "a maximum rank of 24",
+            "missing.json: cannot be read", "slots: expected a number of at least 1", "a maximum rank of 24",
             "give 8 or more, not 7", "every prompt has 150,000 tokens or more"]  # fmt: skip
     for answer, text in zip(answers[1:-1], said, strict=True):
         assert text in answer["error"]
@@ -112,6 +113,14 @@ def test_a_batch_of_any_bytes_is_answered(shell: Shell) -> None:
     assert ["error" in a for a in answers] == [False, True, True, False]
     assert "2 of 4 lines could not be answered" in done.stderr
     assert "it is a device" in shell.error("simulate", *P, "--batch", "/dev/zero")
+
+
+def test_flags_are_defaults_of_a_batch(shell: Shell) -> None:
+    keys = {"slots": 16, "max_rank": 64, "served": 32, "client_max_outstanding": 2}
+    flags = ("--slots", "16", "--max-rank", "64", "--served", "32", "--client-max-outstanding", "2")
+    (answer,) = batch(shell, [{"workload": "w.json"}], *flags)
+    assert timeless(answer) == timeless(batch(shell, [{"workload": "w.json", **keys}])[0])
+    assert timeless(answer) == timeless(shell.json("simulate", "w.json", *P, *flags))
 
 
 def test_other_flags_of_the_server(shell: Shell) -> None:
@@ -133,7 +142,8 @@ def test_other_flags_of_the_server(shell: Shell) -> None:
             ("w.json", "--profile", "lama", "--slots", 4),
             "unknown profile 'lama'; built-in profiles are llama-3.1-8b-h100-64gb",
         ),
-        (("w.json", *P, "--slots", 4, "--batch", "b"), "give no WORKLOAD and no --slots"),
+        (("w.json", *P, "--slots", 4, "--batch", "b"), "give no WORKLOAD"),
+        ((*P, "--batch", "empty.jsonl"), "empty.jsonl: there are no questions in it"),
         (("nothing.json", *P, "--slots", 4), "nothing.json: cannot be read as a workload"),
         (("w.json", *P, "--slots", 4, "--max-rank", 8), "an adapter has rank 16, more than the maximum rank 8"),
         (("w.json", *P, "--slots", 4, "--max-num-seqs", 4096), "more than max_num_batched_tokens 2048"),

@@ -280,7 +280,7 @@ def test_a_plan_tells_bits_by_layer_and_module(family: Path) -> None:
     assert "self_attn.q_proj" in shown
     modules = {row["module"]: row["bits"] for row in facts["modules"]}
     assert all(0 <= bits <= 16 for row in modules.values() for bits in row)
-    plain = shell.run("plan", "r.yml", "--budget", "20%", "--no-layers")
+    plain = shell.run("plan", "r.yml", "--budget", "20%", "--no-layers", "--force")
     assert plain.stdout.startswith("planned")
     assert "bits a parameter" not in shell.run("show", "plan.json").stdout
 

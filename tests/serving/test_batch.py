@@ -43,7 +43,10 @@ def question(**keys: Any) -> str:
         ('{"id": 7, "workload": ' + 5000 * "[", 7, "nested more than 100 deep"),
         (b'{"id": "\xff", "slots": 4}', "\ufffd", "not text in UTF-8"),
         (question(slots=None), 7, "slots is missing"),
-        (question(slots=0), 7, "slots: expected at least 1, not 0"),
+        (question(slots=0), 7, "line 3: slots: expected a number of at least 1, not 0"),
+        (question(max_rank=0), 7, "line 3: max_rank: expected a number of at least 1, not 0"),
+        (question(served=0), 7, "line 3: served: expected a number of at least 1, not 0"),
+        (question(client_max_outstanding=0), 7, "client_max_outstanding: expected a number of at least 1, not 0"),
         (question(slots=1e30), 7, "slots: expected a number of at most 1,000,000"),
         (question(max_rank="x"), 7, "max_rank: expected a number"),
         (question(workload="missing.json"), 7, "missing.json: cannot be read as a workload: No such file"),
@@ -96,3 +99,24 @@ def test_requests_after_the_duration_are_noted(profile: Profile, tmp_path: Path)
     rows = [{"time": t, "adapter": "a", "prompt_tokens": 5, "output_tokens": 3} for t in (1, 2, 99)]
     (answer,) = answer_lines([question(workload={"requests": rows, "duration": 60})], tmp_path, profile)
     assert "1 of 3 requests of the trace come after the duration of 60 s and are left out" in answer["notes"]
+
+
+@pytest.mark.parametrize(("key", "value", "other"), [
+    ("slots", 2, 4), ("max_rank", 64, 8), ("served", 3, 4), ("client_max_outstanding", 1, 3),
+])  # fmt: skip
+def test_defaults_are_for_lines_that_do_not_set_them(
+    profile: Profile, tmp_path: Path, key: str, value: int, other: int
+) -> None:
+    busy = WORKLOAD | {"adapters": [{"count": 4, "rank": 8, "rate": 2}]}
+    base = {"workload": busy, "slots": 3}
+    lines = [json.dumps(base | keys) for keys in ({key: value}, {key: other})]
+    first, last = answer_lines(lines, tmp_path, profile)
+    assert timeless(first) != timeless(last)
+    unset = {k: v for k, v in base.items() if k != key}
+    asked = [json.dumps(unset), json.dumps(unset | {key: None}), json.dumps(base | {key: other})]
+    answers = answer_lines(asked, tmp_path, profile, defaults={key: value})
+    assert [timeless(answer) for answer in answers] == [timeless(first), timeless(first), timeless(last)]
+
+
+def timeless(answer: dict[str, Any]) -> dict[str, Any]:
+    return {key: found for key, found in answer.items() if key != "wall_s"}

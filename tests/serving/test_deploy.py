@@ -271,12 +271,20 @@ def test_the_health_check_of_compose_asks_the_server(status: int | None, is_heal
     assert (done.returncode == 0) == is_healthy
 
 
-def test_pods_of_several_types_select_their_nodes() -> None:
+@pytest.mark.parametrize(("types", "expected"), [
+    pytest.param("pq", ["g", "NVIDIA-L40S-48-GB"], id="both are used"),
+    pytest.param("qq", ["NVIDIA-L40S-48-GB", "NVIDIA-L40S-48-GB"], id="one is used"),
+])  # fmt: skip
+def test_pods_select_their_nodes_where_there_are_several_types(types: str, expected: list[str]) -> None:
     other = replace(PROFILE, name="q", gpu="NVIDIA L40S (48 GB)")
-    mixed = [GPUS[0], GPUS[1] | {"type": "q"}]
-    documents = yaml.safe_load_all(deploy.kubernetes(mixed, {"p": PROFILE, "q": other}, {}))
+    placed = [gpu | {"type": kind} for gpu, kind in zip(GPUS, types, strict=True)]
+    documents = yaml.safe_load_all(deploy.kubernetes(placed, {"p": PROFILE, "q": other}, {}))
     selectors = [d["spec"]["template"]["spec"]["nodeSelector"] for d in documents if d["kind"] == "Deployment"]
-    assert selectors == [{"nvidia.com/gpu.product": "g"}, {"nvidia.com/gpu.product": "NVIDIA-L40S-48-GB"}]
+    assert selectors == [{"nvidia.com/gpu.product": product} for product in expected]
+
+
+def test_node_labels_are_valid() -> None:
+    other = replace(PROFILE, gpu="NVIDIA L40S (48 GB)")
     assert "nodeSelector" not in FILES["kubernetes.yaml"]
     labels = deploy.node_labels({"p": replace(PROFILE, gpu="_" * 99), "q": replace(PROFILE, gpu="x " * 99), "#": other})
     assert all(re.fullmatch(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?", value) for value in labels.values())

@@ -116,11 +116,11 @@ def test_ranks_that_vllm_refuses(rank: int, hint: str) -> None:
     (Configuration(4, 24), "does not take a maximum rank of 24"),
     (Configuration(4, 8), None),
     (Configuration(4, None, 3), "at least as many adapters in host memory .* give 4 or more, not 3"),
-    (Configuration(4, None, 0), "give 4 or more, not 0"),
     (Configuration(4, None, 4), None),
     (Configuration(4), None),
     (Configuration(0), "slots: expected at least 1"),
-    (Configuration(4, client_max_outstanding=-1), "client_max_outstanding: expected at least 0, not -1"),
+    (Configuration(4, client_max_outstanding=0), "client_max_outstanding: expected at least 1, not 0"),
+    (Configuration(4, served=0), "served: expected at least 1, not 0"),
     (Configuration(4, client_max_outstanding=9), None),
 ])  # fmt: skip
 def test_configurations_that_vllm_refuses(configuration: Configuration, said: str | None) -> None:

@@ -194,7 +194,10 @@ def plan(
     block_size: BlockSize = None,
     threads: Threads = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Write the plan even where it reads nothing of any expert.")
+        bool,
+        typer.Option(
+            "--force", help="Replace the file of -o; write the plan even where it reads nothing of any expert."
+        ),
     ] = False,
     catalog: CatalogPath = None,
     quiet: Quiet = False,
@@ -209,7 +212,7 @@ def plan(
     from deltaworks.merging.plan import save_plan
     from deltaworks.merging.prepare import MergeOptions, prepare_plan
     from deltaworks.merging.recipe import load_recipe
-    from deltaworks.outputs import check_apart
+    from deltaworks.outputs import check_apart, check_file
     from deltaworks.reports.plans import plan_facts
     from deltaworks.units import parse_bytes
 
@@ -229,6 +232,7 @@ def plan(
     started = time.monotonic()
     loaded = load_recipe(recipe)
     check_apart(output, [("the catalog", catalog or default_path()), ("the input", recipe)])
+    check_file(output, force=force)
     with Catalog(catalog) as opened:
         made = prepare_plan(opened, loaded, options, relative_to=recipe.parent, progress=make_progress(quiet=quiet))
         check_plan_file(output, opened, recipe, made)

@@ -31,6 +31,7 @@ BlockSize = Annotated[
         show_default=False,
     ),
 ]
+ReplaceFile = Annotated[bool, typer.Option("--force", help="Replace the file of -o.")]
 ProfileName = Annotated[
     str,
     typer.Option(

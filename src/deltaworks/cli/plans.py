@@ -111,6 +111,7 @@ def sweep(
     allow_mismatch: AllowMismatch = False,
     block_size: BlockSize = None,
     threads: Threads = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace plans of another sweep in the folder of -o.")] = False,
     catalog: CatalogPath = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -143,6 +144,8 @@ def sweep(
         trust_remote_code=trust_remote_code,
         allow_mismatch=allow_mismatch,
     )
+    if folder is not None:
+        _check_folder(folder, force=force)
     rows: list[dict[str, Any]] = []
     progress = make_progress(quiet=quiet)
     with Catalog(catalog) as opened:
@@ -160,7 +163,6 @@ def sweep(
             if folder is not None:
                 file = folder / f"plan-{number:03}.json"
                 check_plan_file(file, opened, recipe, found.plan)
-                folder.mkdir(parents=True, exist_ok=True)
                 save_plan(found.plan, file)
             rows.append(
                 {
@@ -186,6 +188,19 @@ def sweep(
             )
     if as_json:
         print_json({"plans": rows})
+
+
+def _check_folder(folder: Path, *, force: bool) -> None:
+    """Refuse a folder that holds plans of another sweep, of which some would be replaced and others would stay.
+
+    Raises:
+        OutputError: it does, and `force` is not set.
+    """
+    from deltaworks.errors import OutputError
+
+    found = sorted(folder.glob("plan-[0-9]*.json"))
+    if found and not force:
+        raise OutputError(f"{found[0]}: exists; add --force to replace it, or choose another folder with -o")
 
 
 def _row(rows: list[dict[str, Any]], folder: Path | None) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deltaworks.cli.options import AsJson, CatalogPath, ProfileName, Quiet, Threads, print_json
+from deltaworks.cli.options import AsJson, CatalogPath, ProfileName, Quiet, ReplaceFile, Threads, print_json
 from deltaworks.units import format_time
 from deltaworks.wording import counted, listed
 
@@ -66,7 +66,8 @@ def simulate(
         typer.Option(
             metavar="FILE.jsonl",
             help='Answer many: one {"id", "workload", "slots", "max_rank", "served", "client_max_outstanding"} a line'
-            " (the last three optional), answered by one JSON line each; - reads standard input.",
+            " (the last three optional), answered by one JSON line each; - reads standard input. --slots, --max-rank,"
+            " --served and --client-max-outstanding are for lines that do not set them.",
             show_default=False,
         ),
     ] = None,
@@ -113,6 +114,7 @@ def simulate(
     del catalog  # every command takes it; this one needs nothing of it
     from deltaworks.cli.progress import make_counter
     from deltaworks.errors import WorkloadError
+    from deltaworks.serving.batch import LIMITS
     from deltaworks.serving.profile import find_profile, with_flags
 
     chosen = with_flags(
@@ -121,9 +123,11 @@ def simulate(
         scrape_period_s=scrape_period,
     )  # fmt: skip
     if batch is not None:
-        if workload is not None or slots is not None:
-            raise WorkloadError("--batch names workloads and slots in its lines; give no WORKLOAD and no --slots")
-        _batch(batch, chosen, threads, quiet=quiet)
+        if workload is not None:
+            raise WorkloadError("--batch names workloads in its lines; give no WORKLOAD")
+        given = zip(LIMITS, (slots, max_rank, served, client_max_outstanding), strict=True)
+        defaults = {key: value for key, value in given if value is not None}
+        _batch(batch, chosen, threads, defaults, quiet=quiet)
         return
     if workload is None or slots is None:
         raise WorkloadError("give a WORKLOAD and --slots N, or --batch FILE.jsonl")
@@ -144,7 +148,7 @@ def simulate(
         _answer(answer, chosen.name, slots)
 
 
-def _batch(path: Path, profile: "Profile", threads: int | None, *, quiet: bool) -> None:
+def _batch(path: Path, profile: "Profile", threads: int | None, defaults: dict[str, int], *, quiet: bool) -> None:
     """Answer a batch line by line as answers come."""
     from deltaworks.cli.progress import make_counter
     from deltaworks.documents import read_bytes
@@ -162,8 +166,10 @@ def _batch(path: Path, profile: "Profile", threads: int | None, *, quiet: bool) 
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     folder = Path() if str(path) == "-" else path.parent
     failed, total = 0, sum(bool(line.strip()) for line in lines)
+    if not total:
+        raise WorkloadError(f"{path}: there are no questions in it; write one JSON object a line")
     with make_counter("simulated", total, "twin.run", quiet=quiet) as done:
-        for answer in answer_lines(lines, folder, profile, threads):
+        for answer in answer_lines(lines, folder, profile, threads, defaults):
             sys.stdout.write(answer_text(answer) + "\n")
             failed += "error" in answer
             done(1)
@@ -235,6 +241,7 @@ def profile(
         typer.Option("--table", metavar="DIR", help="A folder of measurement tables, see docs/profiles.md."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="P", help="Where to write the profile.")],
+    force: ReplaceFile = False,
     catalog: CatalogPath = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -244,14 +251,15 @@ def profile(
 
     from deltaworks.catalog.store import default_path
     from deltaworks.cli.progress import make_counter
-    from deltaworks.outputs import check_apart
+    from deltaworks.outputs import check_apart, check_file, write_file
     from deltaworks.serving.fit import fit_profile
 
     tables = sorted(table.iterdir()) if table.is_dir() else ()
     check_apart(output, [("the catalog", catalog or default_path()), *(("the input", file) for file in tables)])
+    check_file(output, force=force)
     with make_counter("agreeing with recorded runs; runs of the twin", None, "twin.run", quiet=quiet) as done:
         fitted = fit_profile(table, done)
-    output.write_text(json.dumps(fitted.to_json(), indent=2) + "\n", encoding="utf-8")
+    write_file(output, json.dumps(fitted.to_json(), indent=2) + "\n")
     if as_json:
         print_json(fitted.to_json() | {"output": str(output)})
         return

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deltaworks.cli.options import AsJson, CatalogPath, ProfileName, Quiet, print_json
+from deltaworks.cli.options import AsJson, CatalogPath, ProfileName, Quiet, ReplaceFile, print_json
 from deltaworks.wording import counted
 
 group = typer.Typer(help="The learned model of a server: train it, or read its distilled trees as rules.")
@@ -24,6 +24,7 @@ def train(
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Also write it here. [default: into the catalog alone]"),
     ] = None,
+    force: ReplaceFile = False,
     catalog: CatalogPath = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -32,7 +33,7 @@ def train(
     from deltaworks.catalog.store import Catalog
     from deltaworks.cli.progress import make_counter
     from deltaworks.errors import ProfileError
-    from deltaworks.outputs import check_apart
+    from deltaworks.outputs import check_apart, check_file
     from deltaworks.serving.profile import find_profile
     from deltaworks.serving.surrogate import save_surrogate
 
@@ -47,6 +48,7 @@ def train(
     with Catalog(catalog) as opened:
         if output is not None:
             check_apart(output, [("the catalog", opened.path), ("the input", Path(profile))])
+            check_file(output, force=force)
         total = training.TRAINING + training.UNSEEN + training.DISTILLED
         with make_counter(f"runs of the twin for {chosen.name}", total, "twin.run", quiet=quiet) as done:
             trained = training.train(chosen, opened.twin_runs(chosen.digest), done)

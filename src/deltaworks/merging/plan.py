@@ -16,6 +16,7 @@ from deltaworks.merging.methods import OPERATIONS
 from deltaworks.merging.methods.operation import Operation
 from deltaworks.merging.plan_schema import check_plan
 from deltaworks.merging.summary import by_layer
+from deltaworks.outputs import write_file
 from deltaworks.units import format_bytes
 
 SCHEMA_VERSION = 2
@@ -336,14 +337,17 @@ def load_plan(path: Path) -> Plan:
 
 
 def save_plan(plan: Plan, path: Path) -> None:
-    """Write `plan` to a file: one line a layer and a tensor, so that plans can be compared line by line."""
+    """Write `plan` to a file, whole or not at all.
+
+    It has one line a layer and a tensor, so that plans can be compared line by line.
+    """
     content = plan.to_json()
     tables = {name: content.pop(name) for name in ("layers", "tensors")}
     text = json.dumps(content, indent=1, ensure_ascii=False)[:-2]
     for name, rows in tables.items():
         lines = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in rows)
         text += f',\n "{name}": [\n  {lines}\n ]'
-    path.write_text(f"{text}\n}}\n", encoding="utf-8")
+    write_file(path, f"{text}\n}}\n")
 
 
 def keep_plan(catalog: Catalog, plan: Plan) -> None:

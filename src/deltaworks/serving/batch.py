@@ -3,7 +3,7 @@
 import json
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import cpu_count
 from pathlib import Path
@@ -32,16 +32,21 @@ _ID = re.compile(r'"id"\s*:\s*("(?:[^"\\]|\\.)*"|-?\d[\d.eE+-]*|true|false|null)
 
 
 def answer_lines(
-    lines: Iterable[str | bytes], folder: Path, profile: Profile, threads: int | None = None
+    lines: Iterable[str | bytes],
+    folder: Path,
+    profile: Profile,
+    threads: int | None = None,
+    defaults: Mapping[str, int] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Answer questions like ``{"id", "workload", "slots", "max_rank", "served", "client_max_outstanding"}``.
 
     Args:
-        lines: JSON, one question each; the last three keys are optional; ``workload`` is its content or a path. Blank
-            lines are skipped.
+        lines: JSON, one question each; the last three keys are optional, and so are those in ``defaults``; null is
+            as good as no key. ``workload`` is its content or a path. Blank lines are skipped.
         folder: What paths start from.
         profile: Of the server.
         threads: Number of worker threads; None for one per core.
+        defaults: Of the keys in `LIMITS`, for questions that do not set them.
 
     Yields:
         For each question in order the answer of `simulate` with its ``id``, or ``{"id", "error"}`` where it cannot be
@@ -52,7 +57,7 @@ def answer_lines(
         waiting: deque[Future[dict[str, Any]]] = deque()
         for number, line in enumerate(lines, 1):
             if line.strip():
-                waiting.append(pool.submit(_answer, line, number, folder, profile))
+                waiting.append(pool.submit(_answer, line, number, folder, profile, defaults or {}))
             while len(waiting) > workers * _AHEAD or (waiting and waiting[0].done()):
                 yield waiting.popleft().result()
         while waiting:
@@ -65,17 +70,20 @@ def answer_text(answer: dict[str, Any]) -> str:
     return text if text.isascii() or not _AMBIGUOUS.search(text) else json.dumps(answer)
 
 
-def _answer(line: str | bytes, number: int, folder: Path, profile: Profile) -> dict[str, Any]:
+def _answer(
+    line: str | bytes, number: int, folder: Path, profile: Profile, defaults: Mapping[str, int]
+) -> dict[str, Any]:
     where, name = f"line {number}", None
     try:
         if len(line) > DOCUMENT_BYTES:
             raise WorkloadError(f"{where}: has more than {DOCUMENT_BYTES:,} bytes, which is the most")  # noqa: TRY301
         name = _id_of(line)
         asked = check_keys(parse_line(line, where), KEYS, where)
-        for key in ("workload", "slots"):
-            if key not in asked or (key == "slots" and asked[key] is None):
+        set_here = {key: whole(asked[key], f"{where}: {key}", 1, MOST) for key in LIMITS if asked.get(key) is not None}
+        chosen = {**defaults, **set_here}
+        for key, is_there in (("workload", "workload" in asked), ("slots", "slots" in chosen)):
+            if not is_there:
                 raise WorkloadError(f"{where}: {key} is missing")  # noqa: TRY301  # an answer like any other
-        chosen = {key: whole(asked[key], f"{where}: {key}", most=MOST) for key in LIMITS if asked.get(key) is not None}
         workload = workload_from(asked["workload"], folder, where)
         check_lengths(workload, [profile])
         answer = simulate(workload, profile, Configuration(**chosen))

@@ -67,7 +67,7 @@ def files(placement: Mapping[str, Any], profiles: Mapping[str, Profile], paths: 
 
     Args:
         placement: As in placement.json.
-        profiles: The types of GPU, by name.
+        profiles: The types of GPU that there are, by name, with those that the placement does not use.
         paths: Of adapters by name, as far as they are known.
 
     Raises:
@@ -208,11 +208,11 @@ def node_labels(profiles: Mapping[str, Profile]) -> dict[str, str]:
 def kubernetes(gpus: list[Any], profiles: Mapping[str, Profile], paths: Mapping[str, str]) -> str:
     """A Deployment and a Service for each GPU; adapters come from a claim called ``lora-adapters``.
 
-    Where there are several types of GPU, a node selector keeps every pod on nodes of its own.
+    Where there are several types of GPU, even if the placement uses one of them only, a node selector keeps every pod
+    on nodes of its own.
     """
-    types = {gpu["type"]: profiles[gpu["type"]] for gpu in gpus}
-    products = node_labels(types)
-    head = _SELECTED if len(types) > 1 else ""
+    products = node_labels(profiles)
+    head = _SELECTED if len(profiles) > 1 else ""
     documents = []
     for gpu in gpus:
         profile = profiles[gpu["type"]]
@@ -242,7 +242,7 @@ def kubernetes(gpus: list[Any], profiles: Mapping[str, Profile], paths: Mapping[
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
         ]
         pod: dict[str, Any] = {"containers": [container], "volumes": volumes}
-        if len(types) > 1:
+        if len(profiles) > 1:
             pod = {"nodeSelector": {NODE_LABEL: products[gpu["type"]]}, **pod}
         documents.append(
             {

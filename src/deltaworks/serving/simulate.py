@@ -70,15 +70,11 @@ def simulate(
     """
     started = time.perf_counter()
     slots, max_rank = configuration.slots, _rank(workload, configuration)
-    if slots < 1:
-        raise WorkloadError(f"slots: expected at least 1, not {slots}")
     for name, value in vars(configuration).items():
+        if value is not None and value < 1:
+            raise WorkloadError(f"{name}: expected at least 1, not {quoted(value)}")
         if value is not None and value > MOST:
             raise WorkloadError(f"{name}: expected at most {MOST:,}, not {quoted(value)}")
-    if (configuration.client_max_outstanding or 0) < 0:
-        raise WorkloadError(
-            f"client_max_outstanding: expected at least 0, not {quoted(configuration.client_max_outstanding)}"
-        )
     served = max(len(workload.adapters), slots) if configuration.served is None else configuration.served
     if served < slots:
         raise WorkloadError(

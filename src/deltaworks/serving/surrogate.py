@@ -5,7 +5,6 @@ features, which come from a closed-form equilibrium, are ours.
 """
 
 import json
-import os
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from deltaworks.documents import load_json
 from deltaworks.errors import ProfileError, quoted
+from deltaworks.outputs import write_file
 from deltaworks.serving.estimate import FEATURES, Traffic, estimate
 from deltaworks.serving.profile import Profile
 from deltaworks.serving.tree import Tree, parse_tree
@@ -94,7 +94,4 @@ def load_surrogate(path: Path) -> Surrogate:
 
 def save_surrogate(surrogate: Surrogate, path: Path) -> None:
     """Write a surrogate's file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(surrogate.to_json(), indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_file(path, json.dumps(surrogate.to_json(), indent=1) + "\n")
