@@ -99,6 +99,16 @@ def load_document(path: Path, what: str, error: type[DeltaworksError], limit: in
     return parse_yaml(text, where, what, error)
 
 
+_OTHER_BYTES = {
+    b"\x1f\x8b": "compressed by gzip; decompress it first",
+    b"\x28\xb5\x2f\xfd": "compressed by Zstandard; decompress it first",
+    b"PK\x03\x04": "a ZIP archive, or a workbook; take the file out of it, or save it as text",
+    b"\xff\xfe": "text in UTF-16; save it in UTF-8",
+    b"\xfe\xff": "text in UTF-16; save it in UTF-8",
+}
+"""What bytes that are not UTF-8 are, by how they begin."""
+
+
 def decoded(content: bytes, where: str, what: str, error: type[DeltaworksError]) -> str:
     """Bytes in UTF-8 as text, without a byte order mark.
 
@@ -108,6 +118,9 @@ def decoded(content: bytes, where: str, what: str, error: type[DeltaworksError])
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as failure:
+        for start, kind in _OTHER_BYTES.items():
+            if content.startswith(start):
+                raise error(f"{where}: cannot be read as {what}: it is {kind}") from None
         line = content.count(b"\n", 0, failure.start) + 1
         raise error(f"{where}: cannot be read as {what}: line {line} is not text in UTF-8") from None
 

@@ -9,6 +9,8 @@ import yaml
 from deltaworks.bounds import MAX_DEPTH, MAX_DIGITS, MAX_NODES, SURROGATE, TOO_DEEP, RefusedError
 from deltaworks.errors import one_line, quoted
 
+_OCTAL = re.compile(r"[-+]?0[0-7_]+")
+
 
 class Loader(yaml.SafeLoader):
     """PyYAML's safe loader with bounds; each document takes a loader of its own."""
@@ -72,6 +74,8 @@ class Loader(yaml.SafeLoader):
         """A whole number of bounded length."""
         if len(digits := node.value.lstrip("+-")) > MAX_DIGITS:
             raise RefusedError(f"has {len(digits):,} digits; at most {MAX_DIGITS} are read")
+        if _OCTAL.fullmatch(node.value) and self.construct_yaml_int(node):
+            raise RefusedError("is an octal number in YAML; write it without the leading zero, or in quotes")
         return self.construct_yaml_int(node)
 
     def number(self, node: yaml.ScalarNode) -> float:

@@ -226,6 +226,8 @@ def test_the_rules_can_be_read(shell: Shell) -> None:
     (("place", "w.json", *P, "--objective", "latency"), "go together"),
     (("place", "w.json", *P, "--price", "lama-3.1-8b-h100-64gb=2"), "did you mean 'llama-3.1-8b-h100-64gb'"),
     (("place", "w.json", *P, "--price", "2"), "write it like"),
+    (("place", "w.json", *P, *2 * ("--price", "llama-3.1-8b-h100-64gb=2")), "--price gives two prices for llama-3.1"),
+    (("place", "w.json", *P, "--slo", "none", "--slo", "ttft_p99=1s"), "--slo none drops every limit; give it"),
     (("place", "w.json", *P, "-o", "taken"), "is not a placement"),
     (("place", "--from", "nowhere"), "cannot be read as a placement"),
     (("place", "w.json", *P, "--profile", "qwen-2.5-7b-h100-64gb"), "adapters of one base model cannot be served on"),

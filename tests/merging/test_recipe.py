@@ -98,7 +98,7 @@ def test_not_even_a_mapping(text: str) -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="No such file"):
         load_recipe(tmp_path / "none.yml")
-    (tmp_path / "bad.yml").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "bad.yml").write_bytes(b"\xff\xfd\x00")
     with pytest.raises(RecipeError, match="not text in UTF-8"):
         load_recipe(tmp_path / "bad.yml")
 

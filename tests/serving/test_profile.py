@@ -142,7 +142,7 @@ def tables(folder: Path, profile: Profile, **about: Any) -> None:
     steps = []
     for _ in range(200):
         row = {"decode": int(rng.integers(1, 200)), "prefill": int(rng.integers(0, 2) * rng.integers(1, 400)),
-               "context": int(rng.integers(100, 9000)), "adapters": int(rng.integers(0, 2) * rng.integers(1, 30)),
+               "context": int(rng.integers(100, 9000)), "adapters": int(rng.integers(0, 2) * rng.integers(1, 9)),
                "slots": int(rng.choice([8, 32])), "max_rank": int(rng.choice([8, 16])), "skipped": 0}  # fmt: skip
         sizes = {"graph_tokens": profile.step.graph_tokens, "small_tokens": 0}
         model = sum(getattr(profile.step, n) * term({**row, **sizes}) for n, term in STEP_TERMS.items())
@@ -218,8 +218,8 @@ STEPS = "step_ms,decode,prefill,context,adapters,slots,max_rank\n"
     [
         (
             "steps",
-            STEPS + "20,10,0,900,1,4,16\n25,20,0,95,2,4,16\n33,20,90,980,4,4,16\n40,64,0,900,6,4,16\n50,80,0,1,9,4,16",
-            {"step.slot": "do not tell it from other costs: slots is 4 and max_rank is 16 in every row"},
+            STEPS + "20,10,0,900,1,9,16\n25,20,0,95,2,9,16\n33,20,90,980,4,9,16\n40,64,0,900,6,9,16\n50,80,0,1,9,9,16",
+            {"step.slot": "do not tell it from other costs: slots is 9 and max_rank is 16 in every row"},
         ),
         (
             "steps",
@@ -285,6 +285,17 @@ def test_columns_that_mean_nothing_are_named(tmp_path: Path) -> None:
     assert fit_profile(tmp_path).residuals["unused_columns"] == ["kv_cache.host"]
 
 
+def test_files_that_nothing_reads_are_named(tmp_path: Path) -> None:
+    tables(tmp_path, PROFILE)
+    (tmp_path / "runs.jsonl").write_text(
+        json.dumps({"workload": "w.json", "slots": 4, "measured": {"itl_ms": 9}}) + "\n"
+    )
+    (tmp_path / "w.json").write_text(json.dumps(WORKLOAD))
+    for name in ("step.csv", "load.jsonl", "notes.txt"):
+        (tmp_path / name).write_text("")
+    assert fit_profile(tmp_path).residuals["unused_files"] == ["load.jsonl", "step.csv"]
+
+
 @pytest.mark.parametrize(
     ("column", "said"),
     [("notes", ""), ("comment", ""), ("host", ""), ("ctx", "context"), ("slot", "slots"), ("adapter", "adapters")],
@@ -312,7 +323,31 @@ def test_only_names_that_are_nearly_a_column_are_taken_for_mistakes(column: str,
         ("steps.csv", "step_ms,decode\nnan,3\n", "row 1: step_ms: expected a number from 0 to 1e.15, not 'nan'"),
         ("steps.csv", "step_ms,decode\n5,-3\n", "row 1: decode: expected a number from 0"),
         ("steps.csv", "step_ms,step_ms\n5,3\n", "the column 'step_ms' is given twice"),
-        ("steps.csv", "", "there is no steps.csv"),
+        ("steps.csv", "", "steps.csv: there are no rows in it"),
+        ("steps.csv", "step_ms,decode\n", "steps.csv: there are no rows in it"),
+        ("steps.csv", "step_ms;decode\n5;3\n", "its columns are separated by semicolons"),
+        ("steps.jsonl", '{"step_ms": 5, "decode": 3}', r"there are both steps.csv and steps.jsonl in it; remove one"),
+        (
+            "steps.csv",
+            "step_ms,decode,adapters,slots,max_rank\n5,3,2,2,8\n6,99,99,4,8\n",
+            "row 2: 99 adapters cannot be in a batch of a server with 4 slots",
+        ),
+        (
+            "kv_cache.csv",
+            "slots,max_rank,kv_tokens\n1,8,900\n2,7,800\n",
+            "row 2: max_rank: vLLM does not take a maximum rank of 7",
+        ),
+        (
+            "kv_cache.csv",
+            "slots,max_rank,kv_tokens\n4,8,90000\n8,8,95000\n",
+            "row 2: 95000 KV tokens with 8 slots contradict the 90000 of row 1",
+        ),
+        (
+            "about.yaml",
+            "{name: p, engine: e, model: m, gpu: g, least_kv_tokens: 10000000}",
+            "about.yaml: least_kv_tokens is 10,000,000, and .*kv_cache.csv has servers that started with fewer",
+        ),
+        ("about.yaml", "{name: p, engine: e, model: m, gpu: g, server: {x: 1}}", "about.yaml: server: unknown key 'x'"),
         ("steps.csv", "step_ms,decode\n12,5,1\n", "line 2 has 3 values for 2 columns"),
         ("scheduler.csv", "scheduler_ms,running\n0,3\n", "scheduler_ms must be above 0 in every row"),
         ("loads.csv", "load_ms,source,rank\n5,tape,8\n", "row 1: source: expected memory or disk, not 'tape'"),

@@ -1,5 +1,6 @@
 """Traces: what time means in each format, and what files may hold."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -194,6 +195,25 @@ def test_dates_in_parquet(tmp_path: Path, unit: str) -> None:
         (OWN + "0,1,1\n2024-01-01 00:00:00,1,1\n", "dates in some requests and numbers in others"),
         (OWN + "0,1,1\n5," + "9" * 200_000 + ",1\n", "line 3 is not CSV: field larger than field limit"),
         ("time,time,prompt_tokens,output_tokens\n0,1,1,1\n", "the column 'time' is given twice"),
+        (
+            "time;prompt_tokens;output_tokens\n0;1;1\n",
+            "its columns are separated by semicolons; separate them by commas",
+        ),
+        ("time\tprompt_tokens\n0\t1\n", "its columns are separated by tabs"),
+        ("time, prompt_tokens, output_tokens\n0, 1, 1\n", "' prompt_tokens' is unknown; write it as 'prompt_tokens'"),
+        ("time,prompt_tokens,output_tokens, adapter\n0,1,1, a\n", "' adapter' is unknown; write it as 'adapter'"),
+        ("TIME,prompt_tokens,output_tokens\n0,1,1\n", "'TIME' is unknown; write it as 'time'"),
+        ("TIMESTAMP, ContextTokens, GeneratedTokens\n0, 1, 1\n", "' ContextTokens' is unknown; write it as 'Cont"),
+        (gzip.compress((OWN + "0,1,1\n").encode()), "it is compressed by gzip; decompress it first"),
+        ((OWN + "0,1,1\n").encode("utf-16"), "it is text in UTF-16; save it in UTF-8"),
+        ("timestamp,time,prompt_tokens,output_tokens\n0,0,1,1\n", "'time' and 'timestamp' both give the time"),
+        (
+            "time,prompt_len,prompt_tokens,output_tokens\n0,1,1,1\n",
+            "'prompt_tokens' and 'prompt_len' both give the prom",
+        ),
+        ("time,model,adapter,prompt_tokens,output_tokens\n0,b,a,1,1\n", "'adapter' and 'model' both give the adapter"),
+        ('[{"time": 0, "prompt_tokens": 1, "output_tokens": 1, "adapter": "a\\u0000"}]', "holds a control character"),
+        ('time,prompt_tokens,output_tokens,adapter\n0,1,1,"a\nb"\n', "holds a control character or a line break"),
         (b"time,prompt_tokens,output_tokens\n0,1,1\n\xff,1,1\n", "line 3 is not text in UTF-8"),
         ('[{"time": 0, "prompt_tokens": 1, "output_tokens": 1, "adapter": ["x"]}]', "not an adapter's name"),
         ('[{"time": 0, "prompt_tokens": 1, "output_tokens": 1, "adapter": "\\ud83e"}]', "half of a surrogate pair"),
@@ -207,6 +227,12 @@ def test_a_file_that_is_no_trace(tmp_path: Path, text: str | bytes, said: str) -
     assert said in str(caught.value)
     assert "t.csv" in str(caught.value)
     assert len(str(caught.value)) < 500 + len(str(tmp_path))
+
+
+def test_the_text_of_a_prompt_is_no_second_column(tmp_path: Path) -> None:
+    row = {"time": 0, "prompt": "12 apples?", "prompt_tokens": 5, "output": "yes", "output_tokens": 2, "Model": "m"}
+    trace = read_trace(written(tmp_path, json.dumps(row), "t.json"))
+    assert (trace.prompt.tolist(), trace.output.tolist(), trace.adapter) == ([5], [2], None)
 
 
 def test_a_trace_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

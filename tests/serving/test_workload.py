@@ -194,7 +194,7 @@ def test_requests_are_dealt_by_zipf(tmp_path: Path) -> None:
     [
         ({"duraton": 5}, "unknown key 'duraton'; did you mean 'duration'?"),
         ({"duration": None}, "duration is missing"),
-        ({"duration": 0}, "duration: expected a number above 0"),
+        ({"duration": 0}, "duration: expected a number of at least 0.001, not 0"),
         ({"duration": True}, "duration: expected a number"),
         ({"lengths": None}, "lengths is missing; for example"),
         ({"lengths": {"distribution": "sharegtp"}}, "'sharegtp' is not one of sharegpt, fixed"),
@@ -257,6 +257,15 @@ def deep(levels: int) -> Any:
         ({"lengths": FIXED | {"input_mean": 1e12}}, "input_mean: expected a number of at most 10,000,000"),
         ({"lengths": FIXED | {"distribution": deep(5000)}}, "distribution: .* is not one of sharegpt, fixed"),
         ({"lengths": FIXED | {"output_mean": 1e7}, "duration": 1e7, **one(rate=1)}, "its requests have 1e\\+14 tokens"),
+        ({"duration": 1e-320}, "duration: expected a number of at least 0.001, not 1e-320"),
+        (
+            {"lengths": None, "duration": None, "requests": [
+                {"time": t, "adapter": "a", "prompt_tokens": 1, "output_tokens": 1} for t in (0, 1e-9)
+            ]},
+            "duration is missing; all requests of the trace come within 1e-09 s",
+        ),
+        (one(name="a\0"), r"adapters\[0\].name: 'a\\x00' holds a control character or a line break"),
+        (one(name="a\nb"), "holds a control character or a line break"),
         ({"duration": 1e12}, "duration: expected a number of at most 31,622,400"),
         ({"seed": 10**50}, "seed: expected a number of at most"),
         ({"seed": 1.5}, "seed: expected a whole number"),
@@ -365,6 +374,7 @@ def test_a_file_that_is_no_workload(tmp_path: Path) -> None:
         ("5", "expected keys and values"),
         ("", "expected keys"),
         ("duration: 5\nduration: 6\n", "line 2: the key 'duration' is given twice"),
+        ("duration: 0100\n", "line 1: '0100' is an octal number in YAML; write it without the leading zero"),
         ("adapters:\n\t- 5", "line 2 begins with a tab; YAML indents with spaces"),
         ("adapters: " + 5000 * "[", "nested more than 100 deep"),
     ):

@@ -195,13 +195,18 @@ def _required(
     headroom: str | None, slo: list[str] | None, recorded: "Recorded | None"
 ) -> "tuple[float, tuple[Goal, ...]]":
     """The headroom and the goals: as given, else those of an earlier placement, else a headroom of 10% and no goal."""
+    from deltaworks.errors import PlacementError
     from deltaworks.serving.judge import parse_goals
 
     kept = (_HEADROOM, ()) if recorded is None else (recorded.headroom, recorded.goals)
     share = kept[0] if headroom is None else _share(headroom)
     if not slo:
         return share, kept[1]
-    return share, () if slo == ["none"] else parse_goals(slo)
+    if set(slo) == {"none"}:
+        return share, ()
+    if "none" in slo:
+        raise PlacementError("--slo none drops every limit; give it alone, or leave it out")
+    return share, parse_goals(slo)
 
 
 def _profiles(named: list[str] | None, recorded: "Recorded | None") -> "list[Profile]":
@@ -240,6 +245,8 @@ def _prices(given: list[str] | None, profiles: "list[Profile]", recorded: "Recor
         known = name if name in names else find_profile(name).name if Path(name).is_file() else name
         if known not in names:
             raise PlacementError(f"--price {text!r}: no --profile is called {name!r}{did_you_mean(name, names)}")
+        if known in found:
+            raise PlacementError(f"--price gives two prices for {known}; give one")
         found[known] = value
     missing = [name for name in names if name not in found]
     if missing:

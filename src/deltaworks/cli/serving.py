@@ -271,6 +271,8 @@ def profile(
             typer.echo(f"{cost:<20}{found['rows']:>5} {'row ' if found['rows'] == 1 else 'rows'}{said}")
     if unused := fitted.residuals.get("unused_columns"):
         typer.echo(f"\nnote: columns that are not used: {', '.join(unused)}")
+    if files := fitted.residuals.get("unused_files"):
+        typer.echo(f"\nnote: files that are not used: {', '.join(files)}")
     if fitted.assumed:
         typer.echo("\nNot determined by the tables, so assumed (mostly to be 0):")
     for reason in dict.fromkeys(fitted.assumed.values()):

@@ -25,13 +25,16 @@ from deltaworks.serving.profile import (
 )  # fmt: skip
 from deltaworks.serving.schema import check_keys, number, whole
 from deltaworks.serving.simulate import MOST, Configuration
-from deltaworks.serving.tables import TABLES, Table, read_table
+from deltaworks.serving.tables import TABLES, Table, read_table, unknown_files
 from deltaworks.serving.workload import workload_from
 
+ABOUT_FILE = "about.yaml"
 ABOUT = ("name", "engine", "model", "gpu", "server", "front_end", "least_kv_tokens", "graph_tokens", "small_tokens",
          "output_share", "calibrate", "sources")  # fmt: skip
 """Keys of a folder's `about.yaml`."""
 
+RUNS = "runs.jsonl"
+"""The file of recorded runs in a folder of tables."""
 _ZERO = 1e-9
 
 STEP_TERMS: dict[str, Callable[[Mapping[str, float]], float]] = {
@@ -86,18 +89,24 @@ def _fit(folder: Path, progress: Callable[[int], None] | None, known: Known | No
     about = _about(folder)
     tables = {name: read_table(folder, name) for name in TABLES}
     for name in ("steps", "kv_cache"):
+        if not tables[name].rows and tables[name].file is not None:
+            raise ProfileError(f"{tables[name].file}: there are no rows in it; a profile needs some")
         if not tables[name].rows:
             raise ProfileError(f"{folder}: there is no {name}.csv (or .jsonl) in it; a profile needs one")
     sizes = {
-        name: whole(about.get(name, getattr(StepTime, name)), f"{folder}: {name}")
+        name: whole(about.get(name, getattr(StepTime, name)), f"{folder / ABOUT_FILE}: {name}")
         for name in ("graph_tokens", "small_tokens")
     }
     report = _Report()
     if unused := {f"{name}.{column}": None for name, table in tables.items() for column in table.unused}:
         report.residuals["unused_columns"] = list(unused)
+    recorded = folder / RUNS
+    named = read_text(recorded, "recorded runs", ProfileError) if recorded.is_file() else ""
+    if files := unknown_files(folder, named):
+        report.residuals["unused_files"] = files
     scheduler = _scheduler(tables["scheduler"], report)
     step, request_ms = _steps(tables["steps"], tables["first_tokens"], sizes, scheduler, report)
-    front = check_keys(about.get("front_end", {}), list(FrontEnd.__annotations__), f"{folder}: front_end")
+    front = check_keys(about.get("front_end", {}), list(FrontEnd.__annotations__), f"{folder / ABOUT_FILE}: front_end")
     for name in front:
         report.assumed.pop(f"front_end.{name}", None)
     given = {k: about[k] for k in ("name", "engine", "model", "gpu", "output_share") if k in about}
@@ -113,10 +122,10 @@ def _fit(folder: Path, progress: Callable[[int], None] | None, known: Known | No
             "loading": vars(_loads(tables["loads"], report)),
             "sources": about.get("sources", {}),
         },
-        str(folder),
+        str(folder / ABOUT_FILE),
     )
     runs = _runs(folder)
-    scales = _scales(about, str(folder))
+    scales = _scales(about, str(folder / ABOUT_FILE))
     if runs and scales:
         profile = calibrate(profile, runs, scales, progress=progress, known=known)
         report.residuals["calibrated"] = {"runs": len(runs), "costs": list(scales)}
@@ -156,7 +165,7 @@ def rounded(profile: Profile) -> Profile:
 
 
 def _about(folder: Path) -> Mapping[str, Any]:
-    path = folder / "about.yaml"
+    path = folder / ABOUT_FILE
     if not path.is_file():
         raise ProfileError(f"{path}: does not exist; it must name the engine, model and GPU")
     return check_keys(load_yaml(path, "what names the engine, model and GPU", ProfileError), ABOUT, str(path))
@@ -314,7 +323,11 @@ def _kv_cache(table: Table, about: Mapping[str, Any], folder: Path, report: _Rep
     fitted = total - slots * (per_slot + per_slot_rank * ranks)
     error = float(np.abs(fitted / tokens - 1).mean())
     report.residuals["kv_cache"] = checked(len(started), len(kept), error) | {"failed": len(table.rows) - len(started)}
-    least = whole(about.get("least_kv_tokens", 1), f"{folder}: least_kv_tokens", 1)
+    least = whole(about.get("least_kv_tokens", 1), f"{folder / ABOUT_FILE}: least_kv_tokens", 1)
+    if least > tokens.max():
+        raise ProfileError(
+            f"{folder / ABOUT_FILE}: least_kv_tokens is {least:,}, and {table.file} has servers that started with fewer"
+        )
     return KvCache(float(total), per_slot, per_slot_rank, least)
 
 
@@ -355,7 +368,7 @@ def _loads(table: Table, report: _Report) -> LoadTime:
 
 def _runs(folder: Path) -> list[Run]:
     """The recorded runs of a folder: one a line, as `--batch` takes them, with ``measured``."""
-    path = folder / "runs.jsonl"
+    path = folder / RUNS
     if not path.is_file():
         return []
     runs = []

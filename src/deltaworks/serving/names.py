@@ -2,10 +2,10 @@
 
 import json
 import shlex
-import unicodedata
 from collections.abc import Collection, Iterable, Mapping
 
 from deltaworks.errors import PlacementError, quoted
+from deltaworks.serving.schema import has_controls
 
 LONGEST_NAME = 255
 """Bytes of UTF-8; what file systems take as the name of a folder."""
@@ -29,7 +29,7 @@ def check_names(names: Iterable[str], paths: Mapping[str, str], models: Collecti
         source = paths.get(name, "")
         if (fault := _fault(name, models)) or (not is_hub_id(source) and (fault := _folder_fault(name))):
             raise PlacementError(f"adapter {quoted(name)} cannot be deployed: {fault}; give it another name")
-        if _has_controls(source):
+        if has_controls(source):
             raise PlacementError(f"adapter {quoted(name)} cannot be deployed: its path holds a control character")
 
 
@@ -42,7 +42,7 @@ def _fault(name: str, models: Collection[str]) -> str:
     """Why no file can hold a name; empty if all can."""
     if not name.strip():
         return "a name must hold more than spaces"
-    if _has_controls(name):
+    if has_controls(name):
         return "it holds a control character, a line break or half of a surrogate pair"
     if (size := len(name.encode())) > LONGEST_NAME:
         return f"it takes {size:,} bytes, and file systems take {LONGEST_NAME}"
@@ -62,10 +62,6 @@ def _folder_fault(name: str) -> str:
     if any(step in ("", ".", "..") for step in name.split("/")):
         return "its folder would not be its own, for a part of its path is empty, '.' or '..'"
     return ""
-
-
-def _has_controls(text: str) -> bool:
-    return any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
 
 
 def lora_module(name: str, path: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from typing import Any
+from unicodedata import category
 
 from deltaworks.errors import WorkloadError, did_you_mean, quoted
 
@@ -87,6 +88,23 @@ def text(raw: Any, where: str) -> str:
     if len(raw) > MAX_TEXT:
         raise WorkloadError(f"{where}: a text of {len(raw):,} characters is too long; at most {MAX_TEXT:,} are taken")
     return raw
+
+
+def adapter_name(raw: Any, where: str) -> str:
+    """The name of an adapter: a text without control characters and line breaks.
+
+    Raises:
+        WorkloadError: it is none.
+    """
+    found = text(raw, where)
+    if has_controls(found):
+        raise WorkloadError(f"{where}: {quoted(found)} holds a control character or a line break; give it another name")
+    return found
+
+
+def has_controls(given: str) -> bool:
+    """Whether a text holds a control character, a line break or half of a surrogate pair."""
+    return any(category(character) in ("Cc", "Cs", "Zl", "Zp") for character in given)
 
 
 def _plain(value: float) -> str:

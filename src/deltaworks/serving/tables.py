@@ -8,6 +8,7 @@ from typing import Any
 
 from deltaworks.documents import decoded, json_values, read_bytes
 from deltaworks.errors import ProfileError, did_you_mean, quoted
+from deltaworks.serving.profile import RANKS
 from deltaworks.serving.schema import MAX_NUMBER
 from deltaworks.serving.trace_rows import csv_rows
 
@@ -22,6 +23,9 @@ TABLES = {
 
 MAX_ROWS = 100_000
 _WHAT = "a table"
+_SUFFIXES = (".csv", ".jsonl")
+_NOISE = 1.02
+"""How much more KV tokens a server may report with more slots: vLLM measures what memory is left."""
 _ALIKE = 0.65
 _SOURCES = ("memory", "disk")
 
@@ -60,9 +64,12 @@ def read_table(folder: Path, name: str) -> Table:
             misspelling of one it lacks.
     """
     columns = TABLES[name]
-    path = next((p for p in (folder / f"{name}.csv", folder / f"{name}.jsonl") if p.is_file()), None)
-    if path is None:
+    there = [p for p in (folder / f"{name}.csv", folder / f"{name}.jsonl") if p.is_file()]
+    if not there:
         return Table(name, None, [], columns)
+    if len(there) > 1:
+        raise ProfileError(f"{folder}: there are both {name}.csv and {name}.jsonl in it; remove one")
+    path = there[0]
     content = read_bytes(path, _WHAT, ProfileError)
     if path.suffix == ".csv":
         raw = csv_rows(path, content, _WHAT, ProfileError)
@@ -88,7 +95,55 @@ def read_table(folder: Path, name: str) -> Table:
     for column in (columns[0], "kv_tokens"):
         if column in missing:
             raise ProfileError(f"{path}: there is no column {column!r}; expected are {', '.join(columns)}")
-    return Table(name, path, rows, missing, unused)
+    table = Table(name, path, rows, missing, unused)
+    _check_rows(table)
+    return table
+
+
+def unknown_files(folder: Path, named: str) -> list[str]:
+    """Files of a folder that could be tables, and that nothing reads: mostly misspelt ones.
+
+    Args:
+        folder: It.
+        named: A text whose words are the names of files that are read.
+    """
+    known = {f"{name}{suffix}" for name in TABLES for suffix in _SUFFIXES} | {"about.yaml", "runs.jsonl"}
+    found = (p.name for p in folder.iterdir() if p.suffix in (*_SUFFIXES, ".yaml", ".yml", ".json"))
+    return sorted(name for name in found if name not in known and name not in named)
+
+
+def _order(row: Mapping[str, Any]) -> tuple[float, float]:
+    """Where a row comes among others: those with fewer slots first, and of equally many those with more KV tokens."""
+    tokens = row.get("kv_tokens", 0.0)
+    return row.get("slots", 0.0), -tokens if tokens > 0 else 0.0
+
+
+def _check_rows(table: Table) -> None:
+    """Refuse rows that no server can have given.
+
+    Raises:
+        ProfileError: there are some; the row is named.
+    """
+    least: dict[float, tuple[float, int]] = {}
+    for place, row in sorted(enumerate(table.rows, 1), key=lambda numbered: _order(numbered[1])):
+        where, rank, slots = f"{table.file}: row {place}", row.get("max_rank", 0), row.get("slots", 0)
+        if rank and rank not in (1, *RANKS):
+            listed = ", ".join(str(allowed) for allowed in (1, *RANKS))
+            raise ProfileError(f"{where}: max_rank: vLLM does not take a maximum rank of {rank:g}, only {listed}")
+        if 0 < slots < row.get("adapters", 0):
+            raise ProfileError(
+                f"{where}: {row['adapters']:g} adapters cannot be in a batch of a server with {slots:g} slots"
+            )
+        tokens = row.get("kv_tokens", 0)
+        if not tokens > 0:
+            continue
+        fewest, other = least.get(rank, (tokens, place))
+        if tokens > fewest * _NOISE:
+            raise ProfileError(
+                f"{where}: {tokens:g} KV tokens with {slots:g} slots contradict the {fewest:g} of row {other}, which"
+                " has fewer slots of the same rank; adapters take memory"
+            )
+        least[rank] = min((fewest, other), (tokens, place))
 
 
 def _meant(column: str, missing: Collection[str]) -> str:

@@ -3,7 +3,7 @@
 import csv
 import io
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ def csv_rows(path: Path, content: bytes, what: str, error: type[DeltaworksError]
         counts = Counter(reader.fieldnames or ())
         if twice := [name for name, count in counts.items() if count > 1 and name]:
             raise error(f"{path}: the column {quoted(twice[0])} is given twice")
+        if separator := _separator(reader.fieldnames or ()):
+            raise error(f"{path}: its columns are separated by {separator}; separate them by commas")
         for row in reader:
             if None in row or None in row.values():
                 found = len(row) - 1 + len(row[None]) if None in row else sum(v is not None for v in row.values())
@@ -69,6 +71,12 @@ def csv_rows(path: Path, content: bytes, what: str, error: type[DeltaworksError]
     except UnicodeDecodeError:
         decoded(content, str(path), what, error)
         raise
+
+
+def _separator(columns: Sequence[str]) -> str:
+    """What separates the names in a line without commas; empty if nothing does."""
+    kinds = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+    return next((kind for mark, kind in kinds.items() if len(columns) == 1 and mark in columns[0]), "")
 
 
 def _json_rows(text: str, path: Path) -> Iterator[Row]:

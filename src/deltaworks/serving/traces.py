@@ -14,7 +14,7 @@ from deltaworks.errors import WorkloadError, did_you_mean, one_line, quoted
 from deltaworks.serving import trace_times
 from deltaworks.serving.arrays import F64, I64
 from deltaworks.serving.lengths import MAX_TOKENS
-from deltaworks.serving.schema import MAX_TEXT
+from deltaworks.serving.schema import MAX_TEXT, has_controls
 from deltaworks.serving.trace_rows import VLLM_BENCH, rows_of
 from deltaworks.wording import counted
 
@@ -168,6 +168,8 @@ class _Columns:
         if self._form is None:
             told = (f for f, kind in _FOREIGN.items() if {*kind.columns, *kind.marks} <= self._first)
             self._form = next(told, "deltaworks")
+            if self._form == "deltaworks":
+                _check_foreign(self._first, self._where)
         if self._form == "deltaworks":
             self._names = _own_columns(row, self._where)
             return
@@ -189,6 +191,8 @@ class _Columns:
                 raise ValueError(f"an adapter's name has {len(name):,} characters; at most {MAX_TEXT:,} are taken")
             if SURROGATE.search(name):
                 raise ValueError(f"the adapter's name {quoted(name)} has half of a surrogate pair")
+            if has_controls(name):
+                raise ValueError(f"the adapter's name {quoted(name)} holds a control character or a line break")
             self._known[name] = name
         return self._known[name]
 
@@ -241,15 +245,47 @@ def zipf_shares(count: int, exponent: float) -> F64:
 def _own_columns(row: Mapping[Any, Any], where: str) -> dict[str, str]:
     found = {}
     for field, names in FIELDS.items():
-        name = next((n for n in names if n in row), None)
-        if name is not None:
-            found[field] = name
-        elif field != "adapter":
+        given = [name for name in names if name in row and not _is_content(name, row[name])]
+        if len(given) > 1:
+            raise WorkloadError(
+                f"{where}: the columns {given[0]!r} and {given[1]!r} both give the {field}; remove or rename one"
+            )
+        if given:
+            found[field] = given[0]
+            continue
+        for column in map(str, row):
+            # "Model" is mostly the base model.
+            meant = next((n for n in names if n != "model" and n.casefold() == column.strip().casefold()), None)
+            if meant is not None and column not in names:
+                raise WorkloadError(f"{where}: the column {quoted(column)} is unknown; write it as {meant!r}")
+        if field != "adapter":
             listed = ", ".join(str(column)[:MAX_TEXT] for column in list(row)[:20])
             raise WorkloadError(
                 f"{where}: no column for the {field}; expected {names[0]!r} among {one_line(listed, 200)}"
             )
     return found
+
+
+def _is_content(column: str, value: Any) -> bool:
+    """Whether a column that may give a number of tokens holds the text of a prompt or an output instead."""
+    if column not in ("prompt", "output") or not isinstance(value, str):
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return True
+    return False
+
+
+def _check_foreign(columns: frozenset[str], where: str) -> None:
+    """Refuse columns of a known format that have spaces around their names, which CSV takes for a part of them."""
+    by_name = {column.strip(): column for column in columns}
+    for kind in _FOREIGN.values():
+        spaced = [by_name[name] for name in kind.columns if by_name.get(name, name) != name]
+        if spaced and by_name.keys() >= set(kind.columns):
+            raise WorkloadError(
+                f"{where}: the column {quoted(spaced[0])} is unknown; write it as {spaced[0].strip()!r}"
+            )
 
 
 def _tokens(raw: Any) -> int:

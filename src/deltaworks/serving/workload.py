@@ -18,13 +18,14 @@ from deltaworks.serving import arrivals
 from deltaworks.serving.arrays import F64, I64
 from deltaworks.serving.lengths import KeptLengths, Lengths, scaled
 from deltaworks.serving.profile import RANKS
-from deltaworks.serving.schema import check_keys, instead, number, text, whole
+from deltaworks.serving.schema import adapter_name, check_keys, instead, number, text, whole
 from deltaworks.serving.traces import Trace, read_trace, trace_of, zipf_shares
 from deltaworks.serving.workload_size import (
     MAX_ADAPTERS,
     MAX_BURSTINESS,
     MAX_DURATION_S,
     MIN_BURSTINESS,
+    MIN_DURATION_S,
     check_size,
 )
 from deltaworks.wording import counted
@@ -151,7 +152,7 @@ def parse_workload(content: Any, folder: Path, where: str = "workload") -> Workl
     given = check_keys(content, KEYS, where)
     duration_s = None
     if "duration" in given:
-        duration_s = number(given["duration"], f"{where}: duration", above=True, most=MAX_DURATION_S)
+        duration_s = number(given["duration"], f"{where}: duration", MIN_DURATION_S, most=MAX_DURATION_S)
     seed = whole(given.get("seed", 0), f"{where}: seed", most=1 << 64)
     shape = check_keys(given.get("arrivals", {}), ("burstiness",), f"{where}: arrivals").get("burstiness", 1.0)
     traced, kept = "requests" in given, KeptLengths(_lengths_reader(folder))
@@ -217,6 +218,11 @@ def _of_trace(
         duration_s = float(np.nextafter(last, np.inf))
         if last == 0:
             raise WorkloadError(f"{where}: duration is missing; all requests of the trace come at its start")
+        if last < MIN_DURATION_S:
+            raise WorkloadError(
+                f"{where}: duration is missing; all requests of the trace come within {last:.2g} s, and fewer than"
+                f" {MIN_DURATION_S:g} s are not simulated, so give a duration, or the unit of its times"
+            )
         if duration_s > MAX_DURATION_S:
             raise WorkloadError(
                 f"{where}: requests: they span {last:,.0f} s; at most {MAX_DURATION_S:,.0f} s are simulated, so give a"
@@ -341,9 +347,9 @@ def _adapters(raw: Any, where: str, shape: Any, traced: bool, kept: KeptLengths)
     lengths = kept.parse(given["lengths"], f"{where}.lengths") if "lengths" in given else None
     burstiness = number(given.get("burstiness", shape), f"{where}.burstiness", MIN_BURSTINESS, most=MAX_BURSTINESS)
     if "count" not in given:
-        return [Adapter(text(given.get("name"), f"{where}.name"), rank, rate, burstiness, lengths)]
+        return [Adapter(adapter_name(given.get("name"), f"{where}.name"), rank, rate, burstiness, lengths)]
     count = whole(given["count"], f"{where}.count", 1, MAX_ADAPTERS)
-    prefix = text(given.get("name", f"adapter-{where.rpartition('[')[2].rstrip(']')}"), f"{where}.name")
+    prefix = adapter_name(given.get("name", f"adapter-{where.rpartition('[')[2].rstrip(']')}"), f"{where}.name")
     digits = len(str(count - 1))
     return [Adapter(f"{prefix}-{i:0{digits}}", rank, rate, burstiness, lengths) for i in range(count)]
 

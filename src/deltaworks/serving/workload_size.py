@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 MAX_DURATION_S = 366 * 86_400.0
 """Seconds of a workload, at most: a year."""
+MIN_DURATION_S = 1e-3
+"""Seconds of a workload, at least: less than any step of a server."""
 MAX_ADAPTERS = 100_000
 """Adapters of a workload, at most."""
 MAX_RATES = 10_000_000
