@@ -102,7 +102,7 @@ def test_requests_after_the_duration_are_noted(profile: Profile, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("key", "value", "other"), [
-    ("slots", 2, 4), ("max_rank", 64, 8), ("served", 3, 4), ("client_max_outstanding", 1, 3),
+    ("slots", 2, 4), ("max_rank", 64, 8), ("served", 2, 4), ("client_max_outstanding", 1, 3),
 ])  # fmt: skip
 def test_defaults_are_for_lines_that_do_not_set_them(
     profile: Profile, tmp_path: Path, key: str, value: int, other: int
