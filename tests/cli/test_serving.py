@@ -120,7 +120,6 @@ def test_flags_are_defaults_of_a_batch(shell: Shell) -> None:
     flags = ("--slots", "16", "--max-rank", "64", "--served", "32", "--client-max-outstanding", "2")
     (answer,) = batch(shell, [{"workload": "w.json"}], *flags)
     assert timeless(answer) == timeless(batch(shell, [{"workload": "w.json", **keys}])[0])
-    assert timeless(answer) == timeless(shell.json("simulate", "w.json", *P, *flags))
 
 
 def test_other_flags_of_the_server(shell: Shell) -> None:
