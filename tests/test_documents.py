@@ -64,6 +64,8 @@ def test_yaml_that_is_read(text: str, value: object) -> None:
         (f'a: "{HALF}"', "line 1: the text '.*' has half of a surrogate pair"),
         ("a: 1\nb: \x01", r"line 2 has the character '\\x01', which YAML does not allow"),
         ("a: !!int five", "line 1: 'five' is not a valid int"),
+        ("a: " + 400 * "1:" + "1.0", "line 1: '1:1.* is not a valid float"),
+        ('a: "\\UFFFFFFFF"', "it is not valid YAML"),
         ("a: !!bool [x]", "line 1: expected a scalar node"),
         ("a: !!map [x]", "line 1: a mapping or list is not a valid map"),
         ("a: !!python/name:os.system", "line 1: could not determine a constructor"),

@@ -28,6 +28,12 @@ def test_no_amounts(text: str) -> None:
         parse_bytes(text)
 
 
+@pytest.mark.parametrize("text", ["9999999TB", "5000000TiB", "9" * 18 + "GB"])
+def test_more_than_any_storage_holds(text: str) -> None:
+    with pytest.raises(UserError, match=rf"^--shard-size: {text} is more than any storage holds"):
+        parse_bytes(text, "--shard-size")
+
+
 @pytest.mark.parametrize("text", ["5", "0", " 1000 ", "0.5", "-1", "+5", "1e9", "1E-3", ".5", "5.", "9" * 5000])
 def test_a_number_without_a_unit_is_not_an_amount(text: str) -> None:
     with pytest.raises(UserError, match=r"^--shard-size: .* needs a unit; write it like 500MB or 2GiB$") as told:

@@ -39,7 +39,7 @@ def read_bytes(path: Path, what: str, error: type[DeltaworksError], limit: int =
         limit: The most bytes that it may have.
 
     Raises:
-        DeltaworksError: as ``error``: it is missing, unreadable, too large, or no regular file.
+        DeltaworksError: as ``error``: it is missing, unreadable, too large, or not a regular file.
     """
     start = f"{plain(str(path), _LONGEST_PATH)}: cannot be read as {what}"
     try:
@@ -223,7 +223,7 @@ def parse_yaml(
         raise error(f"{start}: line {line} has the character {character}, which YAML does not allow") from None
     except yaml.MarkedYAMLError as failure:
         raise error(f"{start}: {explained(failure, text)}") from None
-    except (yaml.YAMLError, RecursionError, ValueError, LookupError, TypeError) as failure:
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, TypeError, OverflowError) as failure:
         raise error(f"{start}: it is not valid YAML: {quoted(str(failure))}") from None
     finally:
         if loader is not None:

@@ -1,11 +1,14 @@
 """Amounts of data and times as people write and read them."""
 
 import re
+from typing import Final
 
 from deltaworks.errors import UserError, one_line, quoted
 
 _UNITS = {"": 1} | {u: 1000 ** (i + 1) for i, u in enumerate("kmgt")}
 _UNITS |= {f"{u}i": 1024 ** (i + 1) for i, u in enumerate("kmgt")}
+TOO_MANY_BYTES: Final = 1 << 62
+"""More than any storage holds."""
 
 
 def parse_bytes(text: str, where: str = "") -> int:
@@ -16,7 +19,7 @@ def parse_bytes(text: str, where: str = "") -> int:
         where: the option or key that holds it, for messages.
 
     Raises:
-        UserError: it is not an amount, has no unit, or is less than one byte.
+        UserError: it is not an amount, has no unit, is less than one byte, or more than any storage holds.
     """
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*(?:([kmgt]i?)b?|b)\s*", text.lower())
     count = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
@@ -27,6 +30,10 @@ def parse_bytes(text: str, where: str = "") -> int:
             else f"{quoted(text)} is not an amount of bytes"
         )
         raise UserError(f"{where}{': ' if where else ''}{problem}; write it like 500MB or 2GiB")
+    if count >= TOO_MANY_BYTES:
+        raise UserError(
+            f"{where}{': ' if where else ''}{one_line(text.strip())} is more than any storage holds; give fewer bytes"
+        )
     return count
 
 

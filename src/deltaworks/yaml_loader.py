@@ -53,7 +53,7 @@ class Loader(yaml.SafeLoader):
         """Construct a value; a tag that does not fit it is a mistake with a place."""
         try:
             return super().construct_object(node, deep=deep)
-        except (ValueError, LookupError, TypeError, AttributeError) as failure:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as failure:
             text = quoted(node.value, 60) if isinstance(node.value, str) else "a mapping or list"
             kind = node.tag.rpartition(":")[2]
             reason = str(failure) if isinstance(failure, RefusedError) else f"is not a valid {one_line(kind)}"

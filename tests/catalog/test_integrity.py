@@ -347,6 +347,15 @@ def test_gc_removes_layers_of_unregistered_models_on_request(made: Path, root: P
     assert not layers.with_suffix(".files").exists()
 
 
+def test_gc_counts_layers_once(made: Path, root: Path) -> None:
+    """They are unregistered, as their base is, and of an expert that is named."""
+    with Catalog(root / "catalog") as catalog:
+        catalog._write("DELETE FROM models WHERE name = ?", [("base",)])
+    found = [entry["path"] for entry in Shell(root).json("gc", "expert0", "--unregistered", "--dry-run")["found"]]
+    assert len([p for p in found if p.endswith(".layers")]) >= 1
+    assert len(found) == len(set(found))
+
+
 def test_gc_keeps_layers_that_a_registered_expert_needs(made: Path, root: Path) -> None:
     """Its base alone is unregistered, and its folder is gone: even on request its layers stay."""
     with Catalog(root / "catalog") as catalog:

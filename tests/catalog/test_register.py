@@ -108,6 +108,20 @@ def test_typos_are_answered(catalog: Catalog, tmp_path: Path) -> None:
         ensure_registered(catalog, "llama-bass")
 
 
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        pytest.param("x" * 300, "cannot be looked up as a model folder: File name too long", id="too long"),
+        pytest.param("~nobody-at-all/x", "cannot be looked up as a model folder: Could not", id="no such home"),
+        pytest.param("a\0b", r"no folder 'a\\x00b'", id="null character"),
+    ],
+)
+def test_references_that_no_folder_has(catalog: Catalog, reference: str, said: str) -> None:
+    with pytest.raises(CheckpointError, match=said) as caught:
+        ensure_registered(catalog, reference)
+    assert len(str(caught.value)) < 400
+
+
 def test_a_changed_model_is_refused(catalog: Catalog, tmp_path: Path) -> None:
     write_family(tmp_path, 1)
     model = register(catalog, "b", str(tmp_path / "base"))

@@ -1,5 +1,8 @@
+import errno
+import fcntl
 import mmap
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,6 +12,7 @@ from numpy.typing import NDArray
 
 from deltaworks.checkpoints.cached import PAGE, cached_bytes
 from deltaworks.checkpoints.reader import ByteCounter, RangeReader, page_aligned
+from deltaworks.checkpoints.transfer import reads
 from deltaworks.errors import BudgetError, CheckpointError
 
 
@@ -90,6 +94,30 @@ def test_a_file_cut_short_is_noticed_around_the_page_cache_too(tmp_path: Path) -
             (row,) = page_aligned(1, 8 * PAGE)
             with pytest.raises(CheckpointError, match=f"ends at byte {4 * PAGE + 10}"):
                 reader.read_row(row, 0, 0, 6 * PAGE)
+
+
+@pytest.mark.parametrize("limit", [None, 1 << 30])
+def test_two_threads_meet_a_device_that_wants_other_alignment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None
+) -> None:
+    """Another thread gives up reading around the page cache while this one is about to do so."""
+    content = np.random.default_rng(0).integers(0, 256, 4 * PAGE, dtype=np.uint8)
+
+    def refuses(fd: int, view: memoryview, offset: int, wanted: int) -> Iterator[int]:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return reads(fd, view, offset, wanted)
+
+    def is_cached(self: RangeReader, *_: int) -> bool:
+        self._direct = None
+        return False
+
+    with RangeReader(uncached(tmp_path / "f", content), ByteCounter(limit), direct=True) as reader:
+        monkeypatch.setattr("deltaworks.checkpoints.reader.reads", refuses)
+        monkeypatch.setattr(RangeReader, "_is_cached", is_cached)
+        (row,) = page_aligned(1, 4 * PAGE)
+        reader.read_row(row, 0, 0, 4 * PAGE)
+        np.testing.assert_array_equal(row, content)
 
 
 def test_what_the_page_cache_holds(tmp_path: Path) -> None:

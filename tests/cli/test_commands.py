@@ -91,6 +91,9 @@ def test_mistakes_exit_with_two(shell: Shell, tmp_path: Path) -> None:
     assert "power of two" in shell.error("merge", "ties.yml", "out", "--block-size", "5000")
     (tmp_path / "typo.yml").write_text((tmp_path / "ties.yml").read_text().replace("density", "densty"))
     assert "did you mean 'density'" in shell.error("merge", "typo.yml", "out")
+    (tmp_path / "long.yml").write_text((tmp_path / "ties.yml").read_text().replace("expert0", "x" * 300))
+    assert "File name too long" in shell.error("merge", "long.yml", "out")
+    assert "--seed 0x10000000000000000: a seed is" in shell.error("plan", "ties.yml", "--seed", str(1 << 64))
     assert "base exists; choose another" in shell.error("merge", "ties.yml", "base")
     assert "is not a snapshot" in shell.error("verify", "base")
     assert "none.json: cannot be read as a plan" in shell.error("run", "none.json", "out")
@@ -396,6 +399,7 @@ def test_a_sweep_plans_every_point_of_a_grid(shell: Shell, tmp_path: Path) -> No
     text = shell.run(*grid).stdout
     assert len(text.splitlines()) == 9
     assert "is not an axis" in shell.error("sweep", "ties.yml", "--set", "density")
+    assert "cannot be read as an axis" in shell.error("sweep", "ties.yml", "--set", "density=[")
     assert "no model 'expert9'" in shell.error("sweep", "ties.yml", "--set", "expert9:weight=1")
     assert "unknown parameter 'densty'" in shell.error("sweep", "ties.yml", "--set", "densty=1")
 

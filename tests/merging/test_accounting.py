@@ -130,6 +130,25 @@ def test_layers_that_slices_do_not_take(catalog: Catalog, tmp_path: Path) -> Non
     assert "left out (not selected by the slices)" in account_text(rows["expert1"])
 
 
+@pytest.mark.parametrize("absent", [("base", "expert0"), ("expert0",)])
+def test_a_layer_without_tensors(catalog: Catalog, tmp_path: Path, absent: tuple[str, ...]) -> None:
+    """Where no model holds any, the output holds none; where one does, the other lacks them."""
+    for name in ("base", "expert0"):
+        kept = {n: v for n, v in BASE.items() if name not in absent or "layers.1." not in n}
+        write_model(tmp_path / name, kept)
+    inputs = "".join(
+        f"  - {{model: {tmp_path}/{name}, layer_range: [0, 3], parameters: {{weight: 0.5}}}}\n"
+        for name in ("base", "expert0")
+    )
+    recipe = parse_recipe(f"merge_method: linear\nslices:\n- sources:\n{inputs}")
+    if len(absent) == 1:
+        with pytest.raises(CheckpointError, match="layer 1 of base has 9 tensors that layer 1 of expert0 lacks"):
+            prepare_plan(catalog, recipe)
+    else:
+        names = {t.name for t in prepare_plan(catalog, recipe).tensors}
+        assert names == {n for n in BASE if "layers.1." not in n}
+
+
 @pytest.mark.parametrize(
     ("layers", "message"),
     [

@@ -313,6 +313,19 @@ def test_a_running_merge_is_no_waste(catalog: Catalog, tmp_path: Path) -> None:
     assert len(find_unfinished(catalog)) == 1
 
 
+def test_what_another_process_removed_is_forgotten(catalog: Catalog, tmp_path: Path) -> None:
+    catalog.begin_staging(tmp_path / ".out.deltaworks", tmp_path / "out", "x")
+    assert remove_unfinished(catalog, [Waste(tmp_path / ".out.deltaworks", 1, "left")]) == 0
+    assert catalog.stagings() == []
+
+
+def test_folders_that_cannot_change_places_leave_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileNotFoundError):
+        snapshot._exchange(tmp_path / "missing", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("command", ["verify", "list", "lineage", "show", "merge", "gc"])
 def test_an_output_that_the_catalog_missed_is_entered(
     tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, command: str

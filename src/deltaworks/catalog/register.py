@@ -156,6 +156,8 @@ def find_registered(catalog: Catalog, reference: str, *, relative_to: Path | Non
 
 def _find_gone(catalog: Catalog, reference: str, relative_to: Path | None) -> Model | None:
     """The expert that was registered from a folder or a hub id that is there no longer, and is kept in layers."""
+    if "\0" in reference:  # which no path has
+        return None
     folders = {(root / reference).resolve() for root in (Path(), relative_to) if root is not None}
     for model in catalog.models():
         if (model.path in folders or model.source == reference) and catalog.kept_files(model.fingerprint) is not None:

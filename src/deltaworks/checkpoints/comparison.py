@@ -85,9 +85,9 @@ def _is_deeper(first: Named, second: Named) -> bool:
     return depths[0] != depths[1] and shallow[0] == shallow[1]
 
 
-def _prefixed(plain: Named, other: Named) -> str | None:
-    """Says under which prefix `other` holds the tensors of `plain`, where it does."""
-    names, theirs = _weights(plain), _weights(other)
+def _prefixed(shorter: Named, other: Named) -> str | None:
+    """Says under which prefix `other` holds the tensors of `shorter`, where it does."""
+    names, theirs = _weights(shorter), _weights(other)
     if not names or not theirs:
         return None
     held = set(theirs)
@@ -97,7 +97,7 @@ def _prefixed(plain: Named, other: Named) -> str | None:
             beside = len(theirs) - len(names)
             more = f", beside {beside} others" if beside else ""
             return (
-                f"{other.name} has the same tensors as {plain.name} under {quoted(prefix)}{more};"
+                f"{other.name} has the same tensors as {shorter.name} under {quoted(prefix)}{more};"
                 " rename them, or save both models with the same version of transformers, first"
             )
     return None

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from deltaworks.errors import CheckpointError
+from deltaworks.errors import CheckpointError, plain
 
 HUB_ID = re.compile(r"(?:hf://)?(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 FILES = [
@@ -30,8 +30,12 @@ def resolve_source(source: str, relative_to: Path | None = None) -> Path:
     if source.startswith("hf://"):
         return _download(source)
     for root in (Path(), relative_to):
-        if root is not None and (folder := root / Path(source).expanduser()).is_dir():
-            return folder.resolve()
+        try:
+            if root is not None and (folder := root / Path(source).expanduser()).is_dir():
+                return folder.resolve()
+        except (OSError, RuntimeError) as error:  # a name that is too long, or the home of a user that does not exist
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"{plain(source)} cannot be looked up as a model folder: {reason}") from error
     if HUB_ID.fullmatch(source):
         return _download(source)
     raise CheckpointError(

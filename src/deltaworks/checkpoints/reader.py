@@ -203,7 +203,7 @@ class RangeReader:
         """Fill a view, or at least the part of it from one byte to another; only that is counted."""
         try:
             with file.descriptor() as fd:
-                self._fill(fd, view, offset, wanted or (0, len(view)), is_direct=file is self._direct)
+                self._fill(fd, view, offset, wanted or (0, len(view)), is_direct=file is self._opened_direct)
         except _UnalignedError:
             raise
         except OSError as error:

@@ -135,7 +135,7 @@ def _set_of(name: str) -> str | None:
     """What shards of one set have in common: ``model`` and ``00003`` of ``model-00001-of-00003.safetensors``."""
     stem, dash, total = name.removesuffix(".safetensors").rpartition("-of-")
     start, _, number = stem.rpartition("-")
-    return f"{start}-of-{total}" if dash and total.isdigit() and number.isdigit() else None
+    return f"{start}-of-{total}" if dash and total.isdecimal() and number.isdecimal() else None
 
 
 def _what_is_there(path: Path) -> str:

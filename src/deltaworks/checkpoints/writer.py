@@ -97,12 +97,13 @@ class ShardWriter:
         self.layout = layout
         self._hasher = blake3(layout.header)
         self._hashed = len(layout.header)
-        self._direct_fd = -1
+        self._fd = self._direct_fd = -1
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
             _allocate(self._fd, layout.nbytes)
             write_all(self._fd, layout.header, 0)
         except OSError as error:
+            self.close()
             raise storage_error(path, error) from error
         with suppress(OSError, AttributeError):  # the file system cannot, or the system has no such flag
             self._direct_fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)

@@ -98,9 +98,9 @@ def _taken(row: dict[str, Any]) -> str:
 
 def _spans(layers: list[str]) -> str:
     """Layers as people name them: numbers in a row as one span, then the tensors outside the layers."""
-    numbers = sorted(int(layer) for layer in layers if layer.isdigit())
-    starts = [n for n in numbers if n - 1 not in numbers]
-    ends = [n for n in numbers if n + 1 not in numbers]
+    numbers = {int(layer) for layer in layers if layer.isdecimal()}
+    starts = sorted(n for n in numbers if n - 1 not in numbers)
+    ends = sorted(n for n in numbers if n + 1 not in numbers)
     spans = [str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True)]
-    named = [layer for layer in layers if not layer.isdigit()]
+    named = [layer for layer in layers if not layer.isdecimal()]
     return ", ".join([*([f"layers {', '.join(spans)}"] if spans else []), *named])

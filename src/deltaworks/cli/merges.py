@@ -10,6 +10,7 @@ import typer
 
 from deltaworks.checkpoints.ahead import fetch_ahead
 from deltaworks.cli.options import AsJson, BlockSize, CatalogPath, Quiet, Threads, print_json
+from deltaworks.errors import DeltaworksError
 from deltaworks.units import format_bytes, format_error
 from deltaworks.wording import counted
 
@@ -39,8 +40,8 @@ BudgetText = Annotated[
         "--budget",
         metavar="SHARE|BYTES",
         help="Most that may be read from experts: a share of all they hold, like 25%, or bytes, like 2GiB; a number"
-        " needs its unit. What is"
-        " not read is taken from the base. [default: the recipe's x-deltaworks.budget, else everything]",
+        " needs its unit. What is not read is taken from the base. [default: the recipe's x-deltaworks.budget, else"
+        " everything]",
         show_default=False,
     ),
 ]
@@ -142,7 +143,8 @@ def merge(
     that `verify` checks. A stopped merge leaves nothing at OUT; the same command again takes up what was finished.
     """
     if budget or not layers:  # all layers take the processor longer than the disk
-        _fetch_ahead(recipe, catalog, all_models=budget is None, layers=layers)
+        with suppress(DeltaworksError, OSError):  # whatever is wrong, the merge itself reports
+            _fetch_ahead(recipe, catalog, all_models=budget is None, layers=layers)
     from deltaworks.catalog.store import Catalog
     from deltaworks.cli.progress import make_progress
     from deltaworks.merging.prepare import MergeOptions, plan_inputs, prepare_plan
@@ -252,8 +254,7 @@ def plan(
     else:
         typer.echo(
             f"planned {made.method}: {counted(facts['tensors'], 'tensor')}, {format_bytes(made.expert_bytes_planned)}"
-            f" of"
-            f" {format_bytes(made.expert_bytes)} to read from experts{_error(facts)};"
+            f" of {format_bytes(made.expert_bytes)} to read from experts{_error(facts)};"
             f" written to {output} (digest {made.digest[:12]})"
         )
 
@@ -309,7 +310,6 @@ def verify(
     """
     from deltaworks.catalog.store import Catalog
     from deltaworks.cli.progress import make_progress
-    from deltaworks.errors import DeltaworksError
     from deltaworks.merging import snapshot
     from deltaworks.merging.unfinished import enter_finished, enter_verified
     from deltaworks.progress import warn
@@ -354,7 +354,7 @@ def _check_output(out: Path, catalog: Path | None, source: Path, *, force: bool)
     If a merge was stopped right after it made the output, the catalog records it.
     """
     from deltaworks.catalog.store import Catalog, default_path
-    from deltaworks.errors import DeltaworksError, OutputError
+    from deltaworks.errors import OutputError
     from deltaworks.merging.manifest import PLAN, RECIPE
     from deltaworks.merging.snapshot import check_output
     from deltaworks.merging.unfinished import enter_finished
@@ -379,14 +379,14 @@ def _fetch_ahead(recipe: Path, catalog: Path | None, *, all_models: bool, layers
 
     That is the start of every model that the recipe names. Where not all of them are read whole, it is what planning
     reads of their statistics and layers, and the base of the first that the catalog knows.
+
+    Raises:
+        DeltaworksError, OSError: something cannot be read.
     """
     from deltaworks.documents import YAML_BYTES, read_text
     from deltaworks.errors import RecipeError
 
-    try:
-        text = read_text(recipe, "a recipe", RecipeError, YAML_BYTES)
-    except RecipeError:
-        return  # load_recipe reports it
+    text = read_text(recipe, "a recipe", RecipeError, YAML_BYTES)
     names = dict.fromkeys(_MODEL.findall(text))
     folders = {n: next((f for f in (recipe.parent / n, Path(n)) if f.is_dir()), None) for n in names}
     if all_models and not _BUDGET.search(text):

@@ -209,8 +209,9 @@ def gc(
         is_model_lost = any(row.startswith("models(") for row in rows)
         waste, kept_layers = [], []
         if not is_model_lost:
-            waste = [*find_waste(opened, unregistered_layers=unregistered), *layers_of(opened, chosen)]
-            going = {w.path for w in waste}
+            found = [*find_waste(opened, unregistered_layers=unregistered), *layers_of(opened, chosen)]
+            going = {w.path: w for w in found}  # layers may be both unregistered and of an expert that was named
+            waste = list(going.values())
             kept_layers = [w for w in find_unregistered_layers(opened) if w.path not in going]
         stopped, unused = find_unfinished(opened), list[tuple[str, int]]()
         # A row that is lost may have been what needs another one.

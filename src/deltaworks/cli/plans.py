@@ -183,8 +183,7 @@ def sweep(
         if nothing := sum(row["reads_nothing"] for row in rows):
             progress.note(
                 f"{nothing:,} of {counted(len(rows), 'plan')} read nothing of any expert, so the result is the base"
-                f" model; give a"
-                " larger budget"
+                " model; give a larger budget"
             )
     if as_json:
         print_json({"plans": rows})

@@ -198,8 +198,8 @@ def _bands(rows: list[dict[str, Any]], what: str) -> list[list[dict[str, Any]]]:
     size = -(-len(rows) // _BANDS)
     bands: list[list[dict[str, Any]]] = []
     for row in rows:
-        numbered = row[what].isdigit()
-        if bands and numbered and bands[-1][-1][what].isdigit() and len(bands[-1]) < size:
+        numbered = row[what].isdecimal()
+        if bands and numbered and bands[-1][-1][what].isdecimal() and len(bands[-1]) < size:
             bands[-1].append(row)
         else:
             bands.append([row])

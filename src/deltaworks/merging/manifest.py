@@ -43,6 +43,14 @@ _INPUT: Final[Mapping[str, tuple[type, ...]]] = {
     "role": _TEXT,
     "fingerprint": _TEXT,
     "nbytes": _COUNT,
+    "bytes_planned": _COUNT,
+}
+_ACCOUNT: Final[Mapping[str, tuple[type, ...]]] = {
+    "name": _TEXT,
+    "tensors": _COUNT,
+    "merged": _COUNT,
+    "copied": _COUNT,
+    "left_out": (dict,),
 }
 _LATER: Final[Mapping[str, tuple[type, ...]]] = {
     "fingerprint": _TEXT,
@@ -81,11 +89,13 @@ def read_manifest(out: Path) -> dict[str, Any]:
     # The versions that wrote no digest wrote some other members not always; since then all of them are there.
     later = _LATER if DIGEST in content else {name: kinds for name, kinds in _LATER.items() if name in content}
     _check(path, content, later)
-    for member, kinds in (("shards", _SHARD), ("inputs", _INPUT)):
-        for i, entry in enumerate(content[member]):
+    for member, kinds in (("shards", _SHARD), ("inputs", _INPUT), ("accounting", _ACCOUNT)):
+        for i, entry in enumerate(content.get(member, ())):
             if not isinstance(entry, dict):
                 raise OutputError(f"{path} is malformed: {member}[{i}] is not an object")
             _check(path, entry, kinds, f"{member}[{i}].")
+            if member == "accounting":
+                _check_account(path, entry, f"{member}[{i}].")
     _check(path, content["files"], dict.fromkeys(content["files"], _TEXT), "files.")
     for name in listed_files(content):
         if not is_inside(name):
@@ -100,6 +110,17 @@ def _check(path: Path, content: Mapping[str, Any], members: Mapping[str, tuple[t
         value = content[name]
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise OutputError(f"{path} is malformed: {quoted(where + name)} is {quoted(value)}")
+
+
+def _check_account(path: Path, row: Mapping[str, Any], where: str) -> None:
+    """Check what a row of `accounting` says of single tensors."""
+    _check(path, row["left_out"], dict.fromkeys(row["left_out"], (list,)), f"{where}left_out.")
+    for reason, names in row["left_out"].items():
+        entries = {str(i): name for i, name in enumerate(names)}
+        _check(path, entries, dict.fromkeys(entries, _TEXT), f"{where}left_out.{reason}.")
+    if "substituted" in row:
+        _check(path, row, {"substituted": (dict,)}, where)
+        _check(path, row["substituted"], dict.fromkeys(row["substituted"], _TEXT), f"{where}substituted.")
 
 
 def listed_files(manifest: Mapping[str, Any]) -> list[str]:

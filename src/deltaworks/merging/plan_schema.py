@@ -13,9 +13,10 @@ from deltaworks.layers.cells import DEPTH
 from deltaworks.merging.methods import METHODS, OPERATIONS
 from deltaworks.merging.methods.delta import Sparsify
 from deltaworks.merging.methods.ranked_mask import LARGEST_ROWS_BLOCK, LONGEST_ROW, rows_block
+from deltaworks.units import TOO_MANY_BYTES
 
-_BYTES = 1 << 62
-"""More than any storage holds."""
+SEEDS = range(-(1 << 63), 1 << 64)
+"""Seeds that a plan may have."""
 _BLOCK = 1 << 22
 """Elements of the largest block."""
 _DIMENSIONS = 64
@@ -36,11 +37,11 @@ def check_plan(content: Mapping[str, Any]) -> None:
         _text(content, key)
     if content["method"] not in METHODS:
         raise _wrong("method", "a merge method", content["method"])
-    _whole(content, "seed", -(1 << 63), 1 << 64)
+    _whole(content, "seed", SEEDS.start, SEEDS.stop)
     for key in ("expert_bytes", "expert_bytes_planned"):
-        _whole(content, key, 0, _BYTES)
-    _whole(content, "shard_bytes", 1, _BYTES)
-    _maybe(_whole, content, "budget_bytes", 0, _BYTES)
+        _whole(content, key, 0, TOO_MANY_BYTES)
+    _whole(content, "shard_bytes", 1, TOO_MANY_BYTES)
+    _maybe(_whole, content, "budget_bytes", 0, TOO_MANY_BYTES)
     _power_of_two(content, "block_size")
     _number(content, "predicted_error", 0)
     _maybe(_number, content, "error_bound", 0)
@@ -62,7 +63,7 @@ def check_plan(content: Mapping[str, Any]) -> None:
         try:
             _check_tensor(_mapping(tensor, ""), content["models"], content["block_size"])
         except PlanError as error:
-            raise PlanError(f"the plan is malformed: {where}{str(error).removeprefix(_START)}") from None
+            raise PlanError(f"{_START}{where}{str(error).removeprefix(_START)}") from None
         if tensor["name"] in names:
             raise _wrong(f"{where}.name", "a name that no other tensor has", tensor["name"])
         names.add(tensor["name"])
@@ -199,7 +200,7 @@ def _check_models(content: Mapping[str, Any]) -> int:
         if not _FINGERPRINT.fullmatch(model["fingerprint"]):
             raise _wrong(f"{where}fingerprint", "64 hexadecimal digits", model["fingerprint"])
         for key in ("nbytes", "bytes_planned"):
-            _whole(model, key, 0, _BYTES, where)
+            _whole(model, key, 0, TOO_MANY_BYTES, where)
         if _member(model, "base", where) is not None and _whole(model, "base", 0, len(models), where) == i:
             raise _wrong(f"{where}base", "the place of another model", i)
     for key, of in (("expert_bytes", "nbytes"), ("expert_bytes_planned", "bytes_planned")):
@@ -220,7 +221,7 @@ def _check_descriptive_members(content: Mapping[str, Any], models: int) -> None:
         where = f"accounting[{i}]."
         _text(_mapping(row, where), "name", where)
         for key in ("tensors", "merged", "copied"):
-            _whole(row, key, 0, _BYTES, where)
+            _whole(row, key, 0, TOO_MANY_BYTES, where)
         for reason, names in _mapping(_member(row, "left_out", where), f"{where}left_out").items():
             if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
                 raise _wrong(f"{where}left_out[{quoted(reason, 40)}]", "a list of names", names)
@@ -243,9 +244,9 @@ def _check_tensor(tensor: Mapping[str, Any], models: Sequence[Mapping[str, Any]]
     if len(shape) > _DIMENSIONS:
         raise _wrong(".shape", f"at most {_DIMENSIONS} dimensions", len(shape))
     for n in shape:
-        _check_whole(n, ".shape", 0, _BYTES)
+        _check_whole(n, ".shape", 0, TOO_MANY_BYTES)
     count = math.prod(shape)
-    if count >= _BYTES // 64:
+    if count >= TOO_MANY_BYTES // 64:
         raise _wrong(".shape", "a shape that fits into a file", shape)
     inputs = _list(tensor, "inputs", None, ".")
     if not inputs:
@@ -287,7 +288,7 @@ def _check_reads(tensor: Mapping[str, Any], inputs: int, blocks: int) -> None:
                     _check_whole(depth, where, 0, DEPTH + 1)
     if tensor.get("depths"):
         for value in _list(tensor, "nbytes", inputs, "."):
-            _check_whole(value, ".nbytes", 0, _BYTES)
+            _check_whole(value, ".nbytes", 0, TOO_MANY_BYTES)
     leaves_out = any(r is not None for key in ("reads", "depths") for r in tensor.get(key) or ())
     if leaves_out and "stand_in" not in tensor:
         raise PlanError(f"{_START}.stand_in: missing, though not all is read; make it again with deltaworks plan")

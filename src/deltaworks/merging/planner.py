@@ -11,7 +11,7 @@ from deltaworks.catalog.models import Model
 from deltaworks.checkpoints.dtypes import DTYPES, DType, promote
 from deltaworks.checkpoints.header import TensorInfo
 from deltaworks.checkpoints.quantized import quantization, without_quantization
-from deltaworks.errors import RecipeError, UserError
+from deltaworks.errors import RecipeError, UserError, quoted
 from deltaworks.merging.accounting import account_for
 from deltaworks.merging.layer_entries import LayeredConfig, follow_layers
 from deltaworks.merging.methods.copying import Copy
@@ -26,6 +26,7 @@ from deltaworks.merging.normalized import check_range, check_sum, normalizable, 
 from deltaworks.merging.output_config import describe_output, says_untied
 from deltaworks.merging.parameters import Setting, resolve
 from deltaworks.merging.plan import InputTensor, Plan, PlannedModel, PlannedTensor
+from deltaworks.merging.plan_schema import SEEDS
 from deltaworks.merging.recipe import Recipe
 from deltaworks.merging.tensors import TensorRecipe, layer_count, layers_taken, output_tensors
 
@@ -81,7 +82,10 @@ def make_plan(
 
     Raises:
         RecipeError, CheckpointError: the recipe does not fit the models.
+        UserError: the seed has more than 64 bits.
     """
+    if seed not in SEEDS:
+        raise UserError(f"--seed {quoted(seed)}: a seed is a whole number from {SEEDS[0]:,} to {SEEDS[-1]:,}")
     bases = bases or {}
     references = list(dict.fromkeys([*recipe.models(), *bases.values()]))
     place = {reference: i for i, reference in enumerate(references)}

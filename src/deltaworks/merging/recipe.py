@@ -3,6 +3,7 @@
 The dialect is mergekit 0.1.5's. Where mergekit ignores a key it does not know, reading here fails and names the key.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -304,7 +305,8 @@ class _Reader:
             raw = raw["path"] + (f"@{raw['revision']}" if raw.get("revision") else "")
         if not isinstance(raw, str) or not raw.strip():
             raise RecipeError(f"{where}: expected a path, a hub id or a registered name, not {quoted(raw)}")
-        if "+" in raw and not Path(raw).is_dir():
+        # Unlike `Path.is_dir`, this is false for a name that is too long.
+        if "+" in raw and not os.path.isdir(raw):  # noqa: PTH112
             raise RecipeError(
                 f"{where}: {quoted(raw)} applies an adapter to a model; fold the adapter in first, that is not done"
                 " here"

@@ -220,7 +220,7 @@ class Comparison:
                     f"{model.name} probably holds the same weights as {base_name}, so its delta is 0: sampled elements"
                     " are equal"
                 )
-        notes += [f"{self._counted(g, 'hold')}" for g in self._groups if base not in g]
+        notes += [self._counted(g, "hold") for g in self._groups if base not in g]
         notes += [
             f"{self._counted(g, 'probably hold')}: sampled elements are equal"
             for g in self._likely_groups

@@ -382,14 +382,17 @@ def _exchange(first: Path, second: Path) -> None:
     if swap is not None and not swap(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), exchange):
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{second.name}.", dir=second.parent)) / "replaced"
-    second.rename(aside)
     try:
-        first.rename(second)
-    except OSError:
-        aside.rename(second)
-        raise
-    aside.rename(first)
-    aside.parent.rmdir()
+        second.rename(aside)
+        try:
+            first.rename(second)
+        except OSError:
+            aside.rename(second)
+            raise
+        aside.rename(first)
+    finally:
+        with suppress(OSError):  # not empty where what was moved aside could not be put back
+            aside.parent.rmdir()
 
 
 def _check_space(out: Path, needed: int) -> None:

@@ -1,10 +1,10 @@
 """Plans and snapshots wherever they are: a file, an output folder, the catalog."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from deltaworks.catalog.store import Catalog
+from deltaworks.documents import parse_json
 from deltaworks.errors import PlanError
 from deltaworks.merging.manifest import MANIFEST, PLAN, holds_snapshot, read_manifest
 from deltaworks.merging.plan import Plan, load_plan
@@ -31,13 +31,16 @@ def plan_of_digest(catalog: Catalog, digest: str) -> Plan | None:
     """The plan in the catalog whose digest begins with `digest`, of four hexadecimal digits or more; None if none does.
 
     Raises:
-        PlanError: several do.
+        PlanError: several do, or it is not a plan of this version.
     """
     known = len(digest) >= 4 and all(c in "0123456789abcdef" for c in digest)
     found = catalog.find_plans(digest) if known else []
     if len(found) > 1:
         raise PlanError(f"{digest!r} is the beginning of {len(found)} plans' digests; give more of it")
-    return Plan.from_json(json.loads(found[0])) if found else None
+    if not found:
+        return None
+    where = f"a plan in {catalog.database}"
+    return Plan.from_json(parse_json(found[0], where, "a plan", PlanError, finite=False))
 
 
 def find_snapshot(catalog: Catalog, what: str) -> tuple[Path, dict[str, Any], str | None] | None:

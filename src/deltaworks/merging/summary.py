@@ -65,7 +65,7 @@ def _by(plan: "Plan", what: str, of: Callable[[str], str]) -> list[dict[str, Any
 
 
 def _place(layer: str) -> tuple[int, int]:
-    if layer.isdigit():
+    if layer.isdecimal():
         return 1, int(layer)
     return (0, 0) if is_embeddings(f"{layer}.weight") or layer.endswith(("wpe", "embeddings")) else (2, 0)
 

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from deltaworks.catalog.store import Catalog
-from deltaworks.errors import RecipeError, UserError
+from deltaworks.documents import parse_yaml
+from deltaworks.errors import RecipeError, UserError, quoted
 from deltaworks.merging.budget import Budget, parse_budget
 from deltaworks.merging.plan import Plan, keep_plan
 from deltaworks.merging.prepare import MergeOptions, Prepared
@@ -37,9 +38,11 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
         UserError: it is not.
     """
     name, equals, values = text.partition("=")
-    parsed = [yaml.safe_load(v) for v in values.split(",") if v.strip()]
+    parsed = [parse_yaml(v, quoted(text), "an axis of a grid", UserError) for v in values.split(",") if v.strip()]
     if not equals or not name.strip() or not parsed:
-        raise UserError(f"{text!r} is not an axis of a grid; write it like density=0.1,0.2 or expert:weight=0.5,1")
+        raise UserError(
+            f"{quoted(text)} is not an axis of a grid; write it like density=0.1,0.2 or expert:weight=0.5,1"
+        )
     return name.strip(), parsed
 
 
@@ -52,7 +55,7 @@ def vary(text: str, settings: dict[str, Any]) -> str:
     Raises:
         RecipeError: the recipe has no such model.
     """
-    content = yaml.safe_load(text)
+    content = parse_yaml(text, "the recipe", "a recipe", RecipeError, finite=False)
     for name, value in settings.items():
         model, colon, parameter = name.rpartition(":")
         entries = list(_entries(content))
@@ -107,6 +110,7 @@ def sweep(
     Raises:
         RecipeError, UserError: as `vary`, `parse_recipe` and `prepare_plan`.
     """
+    parse_recipe(text)  # so that only a recipe is varied
     points = [dict(zip([n for n, _ in axes], values, strict=True)) for values in product(*(v for _, v in axes))]
     recipes = [parse_recipe(vary(text, point) if point else text) for point in points]
     own = options.budget or (parse_budget(recipes[0].budget) if recipes[0].budget is not None else None)

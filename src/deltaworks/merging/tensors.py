@@ -140,12 +140,14 @@ def _sliced(recipe: Recipe, models: Mapping[str, Model]) -> list[TensorRecipe]:
         own_rests = _rests(lead, stack)
         for offset in range(count):
             position = offset / (count - 1) if count > 1 else 1.0
-            ours = Named(f"layer {lead_first + offset} of {lead.name}", own_rests[lead_first + offset])
+            ours = Named(f"layer {lead_first + offset} of {lead.name}", own_rests.get(lead_first + offset, {}))
             for i, (start, _) in zip(part.inputs, ranges, strict=True):
-                theirs = Named(f"layer {start + offset} of {models[i.model].name}", rests[i.model][start + offset])
+                theirs = Named(
+                    f"layer {start + offset} of {models[i.model].name}", rests[i.model].get(start + offset, {})
+                )
                 if difference := explain_difference(ours, theirs):
                     raise CheckpointError(difference)
-            for rest in own_rests[lead_first + offset]:
+            for rest in ours.tensors:
                 sources = tuple(f"{stack}{start + offset}.{rest}" for start, _ in ranges)
                 layers.append(TensorRecipe(f"{stack}{out}.{rest}", sources, part, position))
             out += 1

@@ -85,7 +85,8 @@ def remove_unfinished(catalog: Catalog, waste: Sequence[Waste]) -> int:
     """Delete what `find_unfinished` found, and forget merges of which nothing is left; returns the bytes freed."""
     freed = 0
     for item in waste:
-        with suppress(OutputError), OwnedFolder(item.path, create=False) as folder:
+        # Another process may hold it, or have removed it, by now.
+        with suppress(OutputError, FileNotFoundError), OwnedFolder(item.path, create=False) as folder:
             if not folder.is_locked:
                 continue
             folder.discard()

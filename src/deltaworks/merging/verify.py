@@ -1,6 +1,7 @@
 """Whether a merged model is what its manifest and its plan say, and nothing else would be loaded in its place."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -108,7 +109,7 @@ def _lists(manifest: Mapping[str, Any]) -> Iterator[str]:
     for name in _REQUIRED:
         if name not in manifest["files"]:
             yield f"it does not list {name}"
-    for name in sorted({n for n in names if names.count(n) > 1}):
+    for name in sorted(n for n, times in Counter(names).items() if times > 1):
         yield f"it lists {name} twice"
 
 
