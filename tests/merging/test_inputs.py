@@ -9,7 +9,7 @@ from deltaworks.catalog.models import Model
 from deltaworks.catalog.register import check_matching_tensors, register
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.checkpoint import Checkpoint
-from deltaworks.errors import CheckpointError
+from deltaworks.errors import CheckpointError, RecipeError
 from deltaworks.merging import inputs
 from deltaworks.merging.budget import parse_budget
 from deltaworks.merging.prepare import MergeOptions, prepare_plan
@@ -58,3 +58,19 @@ def test_a_registered_model_with_other_tensors_is_refused(catalog: Catalog, tmp_
     text = recipe("task_arithmetic", tmp_path, listed=EXPERTS, parameters="weight: 0.5")
     with pytest.raises(CheckpointError, match=r"expert1 is not a fine-tune of base: .*model\.norm\.weight"):
         prepare_plan(catalog, parse_recipe(text), MergeOptions(budget=parse_budget(budget) if budget else None))
+
+
+def test_an_expert_with_several_bases_has_none_that_is_known(catalog: Catalog, tmp_path: Path) -> None:
+    write_family(tmp_path, 2)
+    slices = "".join(
+        f"- base_model: {tmp_path}/{base}\n  sources:\n"
+        + "".join(
+            f"  - {{model: {tmp_path}/{name}, layer_range: [{layer}, {layer + 1}], parameters: {{weight: 0.5}}}}\n"
+            for name in (base, "expert0")
+        )
+        for layer, base in enumerate(("base", "expert1", "base"))
+    )
+    made = parse_recipe(f"merge_method: task_arithmetic\nslices:\n{slices}")
+    assert {m.name: m.base for m in prepare_plan(catalog, made).models}["expert0"] is None
+    with pytest.raises(RecipeError, match=r"expert0 is merged against .*/base in one slice and .*/expert1 in another"):
+        prepare_plan(catalog, made, MergeOptions(budget=parse_budget("50%")))

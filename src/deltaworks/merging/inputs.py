@@ -108,7 +108,7 @@ def find_bases(
     weighs: bool,
     adds: bool,
 ) -> dict[str, str]:
-    """The reference of the base of each expert, as far as known.
+    """The reference of the base of each expert, as far as known; an expert with several bases is left out.
 
     Args:
         catalog: where the models are registered.
@@ -123,7 +123,7 @@ def find_bases(
         RecipeError: an expert has two bases, and `weighs` is set.
         CheckpointError: its tensors are not those of its base, and `weighs` is set.
     """
-    bases: dict[str, str] = {}
+    found: dict[str, list[str]] = {}
     for part in recipe.slices:
         named = part.base_model or recipe.base_model
         for item in part.inputs:
@@ -135,13 +135,15 @@ def find_bases(
                 base = _registered_base(catalog, models, item.model, progress, add=adds)
             if base is None or item.model == base:
                 continue
-            if bases.setdefault(item.model, base) != base:
-                if weighs:
-                    raise RecipeError(
-                        f"{item.model} is merged against {bases[item.model]} in one slice and {base} in another;"
-                        " a budget needs one base of each expert"
-                    )
-                del bases[item.model]
+            own = found.setdefault(item.model, [])
+            if base not in own:
+                own.append(base)
+            if weighs and len(own) > 1:
+                raise RecipeError(
+                    f"{item.model} is merged against {own[0]} in one slice and {base} in another; a budget needs one"
+                    " base of each expert"
+                )
+    bases = {expert: own[0] for expert, own in found.items() if len(own) == 1}
     if weighs:
         checked = None if recipe.is_sliced else recipe.base_model or stand_in
         _check_tensors(recipe, models, [(expert, base) for expert, base in bases.items() if base != checked])
