@@ -35,24 +35,30 @@ def test_a_link_stays_and_leads_to_what_is_written(tmp_path: Path) -> None:
 
 
 def test_a_device_is_written_to() -> None:
-    check_file(Path("/dev/null"), force=False)
+    check_file(Path("/dev/null"), "kind", force=False)
     write_file(Path("/dev/null"), "text")
     assert Path("/dev/null").is_char_device()
 
 
 @pytest.mark.parametrize(("name", "force", "said"), [
-    ("there", False, "there: exists; add --force to replace it"),
-    ("there", True, None),
-    ("link", False, "link: exists; add --force"),
+    ("own", False, None),
+    ("other", False, "other: exists and is something else; add --force to replace it"),
+    ("other", True, None),
+    ("empty", False, "empty: exists and is something else"),
+    ("link", False, "link: exists and is something else; add --force"),
     ("new", False, None),
     ("new/deep", False, None),
     (".", True, "is a folder; choose a file"),
 ])  # fmt: skip
-def test_a_file_is_replaced_on_demand_only(tmp_path: Path, name: str, force: bool, said: str | None) -> None:
-    (tmp_path / "there").write_text("")
-    (tmp_path / "link").symlink_to("there")
+def test_a_file_of_another_kind_is_replaced_on_demand_only(
+    tmp_path: Path, name: str, force: bool, said: str | None
+) -> None:
+    (tmp_path / "own").write_text('{"kind": 1}')
+    (tmp_path / "other").write_text('{"thesis": "kind"}')
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "link").symlink_to("other")
     if said is None:
-        check_file(tmp_path / name, force=force)
+        check_file(tmp_path / name, "kind", force=force)
         return
     with pytest.raises(OutputError, match=said):
-        check_file(tmp_path / name, force=force)
+        check_file(tmp_path / name, "kind", force=force)

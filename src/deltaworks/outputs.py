@@ -28,20 +28,25 @@ def check_apart(out: Path, inputs: Iterable[tuple[str, Path]]) -> None:
             raise OutputError(f"{out} and {what} {path} overlap; choose another place for the output")
 
 
-def check_file(file: Path, *, force: bool) -> None:
-    """Refuse to write a file over another one, unless that is asked for.
+def check_file(file: Path, own: str, *, force: bool) -> None:
+    """Refuse to write a file over one of another kind, unless that is asked for.
 
     Args:
         file: The file to be written; devices and pipes can be written to.
-        force: Whether a file that is there may be replaced.
+        own: A key that stands in the first kilobyte of every JSON file of its kind; such a file may be replaced.
+        force: Whether any file may be replaced.
 
     Raises:
-        OutputError: `file` is a folder, or it exists and `force` is not set.
+        OutputError: `file` is a folder, or it is there, of another kind, and `force` is not set.
     """
     if file.is_dir():
         raise OutputError(f"{file}: is a folder; choose a file with -o")
-    if not force and file.is_file():
-        raise OutputError(f"{file}: exists; add --force to replace it, or choose another file with -o")
+    if force or not file.is_file():
+        return
+    with file.open("rb") as opened:
+        head = opened.read(1024)
+    if f'"{own}"'.encode() not in head:
+        raise OutputError(f"{file}: exists and is something else; add --force to replace it, or choose another -o")
 
 
 def write_file(file: Path, text: str) -> None:

@@ -119,7 +119,7 @@ def test_mistakes_exit_with_two(shell: Shell, tmp_path: Path) -> None:
         ("plan", "ties.yml", "-o", "hard.yml"),
         ("plan", "ties.yml", "-o", "catalog/catalog.sqlite"),
         ("plan", "ties.yml", "-o", "base/config.json", "--force"),
-        ("sweep", "plan-001.json", "-o", ".", "--force"),
+        ("sweep", "plan-001.json", "-o", "."),
         ("sweep", "ties.yml", "-o", "catalog/plans"),
         ("sweep", "ties.yml", "-o", "expert0"),
         ("place", "w.json", "--profile", "tiny-llama-cpu", "-o", "catalog/placed"),
@@ -160,11 +160,13 @@ def test_other_files_are_replaced_on_demand_only(
 ) -> None:
     (tmp_path / "table").mkdir()
     (tmp_path / file).write_text("notes")
-    assert f"{file}: exists; add --force to replace it" in shell.error(*command, "-q")
+    assert f"{file}: exists and is something else; add --force to replace it" in shell.error(*command, "-q")
     assert (tmp_path / file).read_text() == "notes"
     if command[0] == "plan":
         shell.run(*command, "--force", "-q")
         assert "deltaworks_plan" in (tmp_path / file).read_text()
+        shell.run(*command, "--budget", "50%", "-q")
+        assert json.loads((tmp_path / file).read_text())["budget_bytes"] is not None
 
 
 def test_a_merged_model_is_made_again_from_its_own_recipe_and_plan(shell: Shell, tmp_path: Path) -> None:

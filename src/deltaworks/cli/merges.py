@@ -234,7 +234,7 @@ def plan(
     started = time.monotonic()
     loaded = load_recipe(recipe)
     check_apart(output, [("the catalog", catalog or default_path()), ("the input", recipe)])
-    check_file(output, force=force)
+    check_file(output, "deltaworks_plan", force=force)
     with Catalog(catalog) as opened:
         made = prepare_plan(opened, loaded, options, relative_to=recipe.parent, progress=make_progress(quiet=quiet))
         check_plan_file(output, opened, recipe, made)

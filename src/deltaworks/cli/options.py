@@ -31,7 +31,7 @@ BlockSize = Annotated[
         show_default=False,
     ),
 ]
-ReplaceFile = Annotated[bool, typer.Option("--force", help="Replace the file of -o.")]
+ReplaceFile = Annotated[bool, typer.Option("--force", help="Also replace a file of another kind at -o.")]
 ProfileName = Annotated[
     str,
     typer.Option(

@@ -16,7 +16,7 @@ from deltaworks.cli.merges import (
     TrustCode,
     check_plan_file,
 )
-from deltaworks.cli.options import AsJson, BlockSize, CatalogPath, Quiet, Threads, print_json
+from deltaworks.cli.options import AsJson, BlockSize, CatalogPath, Quiet, ReplaceFile, Threads, print_json
 from deltaworks.units import format_bytes, format_error
 from deltaworks.wording import counted
 
@@ -111,7 +111,7 @@ def sweep(
     allow_mismatch: AllowMismatch = False,
     block_size: BlockSize = None,
     threads: Threads = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace plans of another sweep in the folder of -o.")] = False,
+    force: ReplaceFile = False,
     catalog: CatalogPath = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -127,6 +127,7 @@ def sweep(
     from deltaworks.merging.prepare import MergeOptions
     from deltaworks.merging.recipe import load_recipe
     from deltaworks.merging.sweep import parse_axis, sweep
+    from deltaworks.outputs import check_file
     from deltaworks.units import parse_bytes
 
     texts = [*(axes or ()), *(f"{n}={v}" for n, v in (("weight", weight), ("density", density)) if v is not None)]
@@ -144,8 +145,8 @@ def sweep(
         trust_remote_code=trust_remote_code,
         allow_mismatch=allow_mismatch,
     )
-    if folder is not None:
-        _check_folder(folder, force=force)
+    for there in sorted(folder.glob("plan-[0-9]*.json")) if folder is not None else ():
+        check_file(there, "deltaworks_plan", force=force)
     rows: list[dict[str, Any]] = []
     progress = make_progress(quiet=quiet)
     with Catalog(catalog) as opened:
@@ -187,19 +188,6 @@ def sweep(
             )
     if as_json:
         print_json({"plans": rows})
-
-
-def _check_folder(folder: Path, *, force: bool) -> None:
-    """Refuse a folder that holds plans of another sweep, of which some would be replaced and others would stay.
-
-    Raises:
-        OutputError: it does, and `force` is not set.
-    """
-    from deltaworks.errors import OutputError
-
-    found = sorted(folder.glob("plan-[0-9]*.json"))
-    if found and not force:
-        raise OutputError(f"{found[0]}: exists; add --force to replace it, or choose another folder with -o")
 
 
 def _row(rows: list[dict[str, Any]], folder: Path | None) -> None:

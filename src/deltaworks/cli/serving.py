@@ -256,7 +256,7 @@ def profile(
 
     tables = sorted(table.iterdir()) if table.is_dir() else ()
     check_apart(output, [("the catalog", catalog or default_path()), *(("the input", file) for file in tables)])
-    check_file(output, force=force)
+    check_file(output, "kv_cache", force=force)
     with make_counter("agreeing with recorded runs; runs of the twin", None, "twin.run", quiet=quiet) as done:
         fitted = fit_profile(table, done)
     write_file(output, json.dumps(fitted.to_json(), indent=2) + "\n")

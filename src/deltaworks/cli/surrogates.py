@@ -48,7 +48,7 @@ def train(
     with Catalog(catalog) as opened:
         if output is not None:
             check_apart(output, [("the catalog", opened.path), ("the input", Path(profile))])
-            check_file(output, force=force)
+            check_file(output, "profile_digest", force=force)
         total = training.TRAINING + training.UNSEEN + training.DISTILLED
         with make_counter(f"runs of the twin for {chosen.name}", total, "twin.run", quiet=quiet) as done:
             trained = training.train(chosen, opened.twin_runs(chosen.digest), done)

@@ -7,11 +7,11 @@ from os import cpu_count
 from pathlib import Path
 from typing import Any
 
-from deltaworks.errors import WorkloadError
 from deltaworks.serving.estimate import SLOT_WAIT, UTILISATION, estimate, traffic_of
 from deltaworks.serving.feasible import check_possible
 from deltaworks.serving.judge import MARGIN, SLOTS, Goal, best_configuration, keeps_up
 from deltaworks.serving.profile import Profile, allowed_rank
+from deltaworks.serving.schema import number
 from deltaworks.serving.simulate import Configuration, simulate
 from deltaworks.serving.twin import step_s
 from deltaworks.serving.workload import Adapter, Workload, parse_workload, requests_of
@@ -33,11 +33,11 @@ def alike(rank: int, rate: float, lengths: Any, duration_s: float = 3600.0) -> W
     Raises:
         WorkloadError: any of them is impossible.
     """
-    if not rate > 0:
-        raise WorkloadError(f"rate: expected a number above 0, not {rate:g}")
-    allowed_rank(rank)
+    number(rate, "rate", above=True)
     adapters = [{"name": "adapter", "rank": rank, "rate": rate}]
-    return parse_workload({"duration": duration_s, "lengths": lengths, "adapters": adapters}, Path(), "advice")
+    one = parse_workload({"duration": duration_s, "lengths": lengths, "adapters": adapters}, Path(), "advice")
+    allowed_rank(rank)
+    return one
 
 
 def of_adapters(one: Workload, count: int) -> Workload:
