@@ -57,6 +57,20 @@ def test_placements_of_mixed_lengths_and_ranks_are_near_the_bound(adapters: list
     assert len(found.gpus) - found.lower_bound <= 1
 
 
+def test_groups_that_cost_next_to_nothing_are_no_obstacle() -> None:
+    """Other groups decide how many GPUs there are, so the relaxation gives those a price of 0."""
+    long = {"distribution": "fixed", "input_mean": 1, "output_mean": 2000}
+    asked = [
+        {"name": "a", "rank": 1, "rate": 0.01, "lengths": long, "burstiness": 0.01},
+        {"name": "b", "count": 60, "rank": 256, "rate": 0.01, "lengths": long, "burstiness": 0.01},
+        {"name": "c", "rank": 1, "rate": [[0, 0.2]]},
+    ]
+    asker = judge(
+        workload(asked, duration=20, lengths={"distribution": "fixed", "input_mean": 1, "output_mean": 1}), 0.0
+    )
+    assert Relaxation([Capacities(asker, 0)], np.ones(1)).gpus > 1
+
+
 @pytest.mark.parametrize("profile_name", ["llama-3.1-8b-h100-64gb", "qwen-2.5-7b-h100-64gb"])
 def test_long_prompts_and_two_ranks_on_real_gpus(profile_name: str) -> None:
     long = {"distribution": "lognormal", "input_mean": 900, "input_sd": 600, "output_mean": 400, "output_sd": 200}

@@ -6,11 +6,12 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from small_server import SMALL, check_placement
 
@@ -24,7 +25,7 @@ from deltaworks.serving.workload import parse_workload
 
 EXAMPLES = int(os.environ.get("DELTAWORKS_EXAMPLES", "20"))
 hostile = settings(
-    max_examples=EXAMPLES, deadline=None,
+    max_examples=EXAMPLES, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking takes long
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )  # fmt: skip
 
@@ -32,44 +33,64 @@ WRONG = (0, -1, 1e9, 1e12, 1e300, math.inf, math.nan, None, "7", "x" * 5000, [1]
 """Values that are seldom right, whatever the key."""
 
 
+Values = Callable[..., st.SearchStrategy[Any]]
+"""Makes a strategy for one value from those that are usual."""
+
+
+def usually(*usual: Any) -> st.SearchStrategy[Any]:
+    """One of the usual values."""
+    return st.sampled_from(usual)
+
+
 def mostly(*usual: Any) -> st.SearchStrategy[Any]:
     """One of the usual values nine times of ten, else a wrong one."""
     return st.integers(0, 9).flatmap(lambda n: st.sampled_from(WRONG if n == 9 else usual))
 
 
-lengths = st.one_of(
-    st.fixed_dictionaries({
-        "distribution": st.just("fixed"), "input_mean": mostly(1, 100, 3000, 9000), "output_mean": mostly(1, 50, 2000),
-    }),
-    st.fixed_dictionaries({
-        "distribution": st.just("lognormal"), "input_mean": mostly(1, 200, 3000), "input_sd": mostly(1e-9, 200, 1e5),
-        "output_mean": mostly(1, 60, 2000), "output_sd": mostly(1e-9, 60, 1e4),
-    }),
-    st.fixed_dictionaries({
-        "distribution": st.just("sharegpt"), "input_mean": mostly(1, 222.7, 5000), "output_mean": mostly(1, 196, 5000),
-    }),
-)  # fmt: skip
+def lengths_of(value: Values) -> st.SearchStrategy[Any]:
+    return st.one_of(
+        st.fixed_dictionaries({
+            "distribution": st.just("fixed"), "input_mean": value(1, 100, 3000, 9000),
+            "output_mean": value(1, 50, 2000),
+        }),
+        st.fixed_dictionaries({
+            "distribution": st.just("lognormal"), "input_mean": value(1, 200, 3000), "input_sd": value(1e-9, 200, 1e4),
+            "output_mean": value(1, 60, 2000), "output_sd": value(1e-9, 60, 1e4),
+        }),
+        st.fixed_dictionaries({
+            "distribution": st.just("sharegpt"), "input_mean": value(1, 222.7, 5000),
+            "output_mean": value(1, 196, 5000),
+        }),
+    )  # fmt: skip
 
-rates = st.one_of(
-    mostly(0.0, 1e-6, 0.01, 0.3, 5.0, 60.0),
-    st.lists(st.tuples(mostly(0, 1, 30), mostly(0.0, 0.1, 20.0)).map(list), max_size=3),
-)
 
-adapters = st.lists(
-    st.fixed_dictionaries(
-        {"rank": mostly(1, 8, 16, 64, 256, 512), "rate": rates},
-        optional={
-            "name": mostly("a", "b", "../c", "é"), "count": mostly(1, 2, 7, 60), "lengths": lengths,
-            "burstiness": mostly(0.01, 0.3, 1.0, 50.0),
+def workloads_of(value: Values, rates: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    lengths = lengths_of(value)
+    adapter = st.fixed_dictionaries(
+        {
+            "name": value("a", "../c", "é", "$(x)", "a b"), "rank": value(1, 8, 16, 64, 256, 512), "rate": rates,
         },
-    ),
-    max_size=4,
-)  # fmt: skip
+        optional={"count": value(1, 2, 7, 60), "lengths": lengths, "burstiness": value(0.01, 0.3, 1.0)},
+    )  # fmt: skip
+    return st.fixed_dictionaries(
+        {
+            "duration": value(0.01, 1, 20, 60, 600), "lengths": lengths,
+            "adapters": st.lists(adapter, min_size=1, max_size=4, unique_by=lambda a: str(a["name"])),
+        },
+        optional={"seed": value(0, 1, 2**31), "arrivals": st.fixed_dictionaries({"burstiness": value(0.2, 1.0)})},
+    )  # fmt: skip
 
-workloads = st.fixed_dictionaries(
-    {"duration": mostly(0.01, 1, 20, 60, 600), "adapters": adapters, "lengths": lengths},
-    optional={"seed": mostly(0, 1, 2**31), "arrivals": st.fixed_dictionaries({"burstiness": mostly(0.2, 1.0)})},
+
+steps = st.lists(
+    st.tuples(st.sampled_from([0, 1, 7, 30]), st.sampled_from([0.0, 0.1, 20.0])).map(list), min_size=1, max_size=3
 )
+rising = steps.map(lambda pairs: [[0, 0.2], *([t, r] for t, r in sorted(dict(pairs).items()) if t)])
+
+# Half of the workloads have nothing wrong with them but what they ask.
+tame = workloads_of(usually, st.one_of(usually(0.0, 1e-6, 0.01, 0.3, 5.0, 60.0), rising))
+wild = workloads_of(mostly, st.one_of(mostly(0.0, 1e-6, 0.01, 0.3, 5.0, 60.0), steps, rising))
+workloads = st.one_of(tame, wild)
+lengths = st.one_of(lengths_of(usually), lengths_of(mostly))
 
 goals = st.lists(
     st.sampled_from(["ttft_p99=2s", "ttft_p50=20ms", "ttft_mean=1ms", "itl_mean=50ms", "itl_p99=7ms", "tpot_p99=8ms",

@@ -112,7 +112,7 @@ class Capacities:
                             mix, value = other, found
                 if value <= before * 1.001:
                     break
-            if (mix > 0).sum() > 1:
+            if (mix > 0).sum() > 1 and value > 0:
                 yield mix
 
     def _corrected(self, mix: F64, off: F64) -> float:
