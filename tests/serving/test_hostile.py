@@ -81,10 +81,11 @@ def workloads_of(value: Values, rates: st.SearchStrategy[Any]) -> st.SearchStrat
     )  # fmt: skip
 
 
-steps = st.lists(
-    st.tuples(st.sampled_from([0, 1, 7, 30]), st.sampled_from([0.0, 0.1, 20.0])).map(list), min_size=1, max_size=3
+pairs = st.tuples(st.sampled_from([0, 1, 7, 30]), st.sampled_from([0.0, 0.1, 20.0]))
+steps = st.lists(pairs.map(list), min_size=1, max_size=3)
+rising = st.lists(pairs, max_size=3).map(
+    lambda given: [[0, 0.2], *([second, rate] for second, rate in sorted(dict(given).items()) if second)]
 )
-rising = steps.map(lambda pairs: [[0, 0.2], *([t, r] for t, r in sorted(dict(pairs).items()) if t)])
 
 # Half of the workloads have nothing wrong with them but what they ask.
 tame = workloads_of(usually, st.one_of(usually(0.0, 1e-6, 0.01, 0.3, 5.0, 60.0), rising))
