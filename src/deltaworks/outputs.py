@@ -45,7 +45,7 @@ def check_file(file: Path, own: str, *, force: bool) -> None:
         return
     with file.open("rb") as opened:
         head = opened.read(1024)
-    if f'"{own}"'.encode() not in head:
+    if f'"{own}":'.encode() not in head:
         raise OutputError(f"{file}: exists and is something else; add --force to replace it, or choose another -o")
 
 
