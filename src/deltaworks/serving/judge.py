@@ -267,7 +267,7 @@ class Judge:
         """Numbers of slots to try for a part with all its headroom, the most promising first, each with its strain.
 
         More slots let adapters wait less for one until the GPU has no time left; where nobody waits, fewer are better.
-        What the surrogate says does not starve comes before the rest.
+        What the surrogate says does not starve comes before the rest, and what is hopeless comes last.
         """
         known = self._about(part)
         if kind in known.slots:
@@ -282,7 +282,9 @@ class Judge:
             wait, used = features[SLOT_WAIT] / LONGEST_WAIT, float(features[UTILISATION])
             crowded = features[SLOT_PRESSURE] > COMFORTABLE
             cost = wait + 5.0 * max(used - FULL, 0.0)
-            found.append(((starved, round(float(cost), 3), bool(crowded), used), max(used, float(wait)), slots))
+            strain = max(used, float(wait))
+            # What the surrogate says of a server that the closed form sees far beyond its limits is worth little.
+            found.append(((strain > HOPELESS, starved, round(float(cost), 3), bool(crowded), used), strain, slots))
         known.slots[kind] = [(strain, slots) for _, strain, slots in sorted(found)]
         return known.slots[kind]
 
