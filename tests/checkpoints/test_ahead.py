@@ -11,6 +11,7 @@ from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.ahead import fetch_ahead
 from deltaworks.checkpoints.cached import cached_bytes
 from deltaworks.cli.merges import _fetch_ahead
+from deltaworks.errors import RecipeError
 from deltaworks.layers.records import index_place
 
 SIZE = 12 << 20
@@ -121,10 +122,11 @@ def test_a_merge_within_a_budget_fetches_what_planning_reads_of_layers(tmp_path:
         assert least * 7 // 8 <= in_memory(file) < size // 2
 
 
-def test_a_recipe_with_a_budget_or_none_at_all_fetches_nothing(files: list[Path], tmp_path: Path) -> None:
+def test_a_recipe_with_a_budget_or_one_that_is_missing_fetches_nothing(files: list[Path], tmp_path: Path) -> None:
     (tmp_path / "r.yml").write_text("models:\n  - model: .\nx-deltaworks:\n  budget: 10%\n")
     _fetch_ahead(tmp_path / "r.yml", tmp_path / "c", all_models=True, layers=None)
-    _fetch_ahead(tmp_path / "none.yml", tmp_path / "c", all_models=True, layers=None)
+    with pytest.raises(RecipeError, match="No such file"):
+        _fetch_ahead(tmp_path / "none.yml", tmp_path / "c", all_models=True, layers=None)
     time.sleep(0.2)
     assert not any(in_memory(path) for path in files)
     assert not (tmp_path / "c").exists()

@@ -49,7 +49,7 @@ def test_agrees_with_the_library(tmp_path: Path) -> None:
         (lambda p: raw_file(p, {}, length=1 << 62), "claims a header of"),
         (lambda p: raw_file(p, {}, length=5000), "inside its header"),
         (lambda p: raw_file(p, b"{not json"), "not valid JSON"),
-        (lambda p: raw_file(p, b"\xff\xfe{}"), "not text in UTF-8"),
+        (lambda p: raw_file(p, b"\xff{}"), "not text in UTF-8"),
         (lambda p: raw_file(p, b"[" * 100_000), "nested more than 100 deep"),
         (lambda p: raw_file(p, [1, 2]), "not a JSON object"),
         (

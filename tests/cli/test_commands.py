@@ -119,7 +119,7 @@ def test_mistakes_exit_with_two(shell: Shell, tmp_path: Path) -> None:
         ("plan", "ties.yml", "-o", "hard.yml"),
         ("plan", "ties.yml", "-o", "catalog/catalog.sqlite"),
         ("plan", "ties.yml", "-o", "base/config.json", "--force"),
-        ("sweep", "plan-001.json", "-o", "."),
+        ("sweep", "plan-001.json", "-o", ".", "--force"),
         ("sweep", "ties.yml", "-o", "catalog/plans"),
         ("sweep", "ties.yml", "-o", "expert0"),
         ("place", "w.json", "--profile", "tiny-llama-cpu", "-o", "catalog/placed"),

@@ -11,7 +11,7 @@ from deltaworks.serving.estimate import SLOT_WAIT, UTILISATION, estimate, traffi
 from deltaworks.serving.feasible import check_possible
 from deltaworks.serving.judge import MARGIN, SLOTS, Goal, best_configuration, keeps_up
 from deltaworks.serving.profile import Profile, allowed_rank
-from deltaworks.serving.schema import number
+from deltaworks.serving.schema import number, whole
 from deltaworks.serving.simulate import Configuration, simulate
 from deltaworks.serving.twin import step_s
 from deltaworks.serving.workload import Adapter, Workload, parse_workload, requests_of
@@ -34,10 +34,9 @@ def alike(rank: int, rate: float, lengths: Any, duration_s: float = 3600.0) -> W
         WorkloadError: any of them is impossible.
     """
     number(rate, "rate", above=True)
+    allowed_rank(whole(rank, "rank", 1))
     adapters = [{"name": "adapter", "rank": rank, "rate": rate}]
-    one = parse_workload({"duration": duration_s, "lengths": lengths, "adapters": adapters}, Path(), "advice")
-    allowed_rank(rank)
-    return one
+    return parse_workload({"duration": duration_s, "lengths": lengths, "adapters": adapters}, Path(), "advice")
 
 
 def of_adapters(one: Workload, count: int) -> Workload:
