@@ -259,8 +259,10 @@ TOKENIZERS: list[Any] = [
 MANIFEST_SEED = {
     "deltaworks_manifest": 1, "plan_digest": "ab" * 32, "method": "ties", "seed": 0,
     "inputs": [
-        {"reference": "./base", "name": "base", "role": "base", "fingerprint": "cd" * 32, "nbytes": 400},
-        {"reference": "./a", "name": "a", "role": "expert", "fingerprint": "ef" * 32, "nbytes": 400},
+        {"reference": "./base", "name": "base", "role": "base", "fingerprint": "cd" * 32, "nbytes": 400,
+         "bytes_planned": 0},
+        {"reference": "./a", "name": "a", "role": "expert", "fingerprint": "ef" * 32, "nbytes": 400,
+         "bytes_planned": 80},
     ],
     "fingerprint": "12" * 32, "shards": [{"file": "model.safetensors", "bytes": 4, "blake3": "34" * 32}],
     "files": {"config.json": "56" * 32}, "budget_bytes": None, "expert_bytes": 400, "expert_bytes_planned": 80,

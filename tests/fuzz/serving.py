@@ -149,7 +149,7 @@ FOLDER: dict[str, bytes] = {
     "about.yaml": b"name: p\nengine: vLLM\nmodel: m\ngpu: g\nserver: {max_num_seqs: 64}\nfront_end: {request: 2}\n"
     b"graph_tokens: 128\nsources: {step: here}\n",
     "steps.csv": b"step_ms,decode,prefill,context,adapters,slots,max_rank,skipped\n"
-    b"20,10,0,900,1,4,16,0\n25,20,0,95,2,8,16,0\n33,20,90,980,4,4,8,3\n40,64,0,900,6,4,16,0\n50,80,0,1,9,4,16,0\n",
+    b"20,10,0,900,1,4,16,0\n25,20,0,95,2,8,16,0\n33,20,90,980,4,4,8,3\n40,64,0,900,6,8,16,0\n50,80,0,1,9,16,16,0\n",
     "kv_cache.csv": b"slots,max_rank,kv_tokens\n4,8,98400\n8,16,96800\n500,512,\n9,8,96000\n",
     "loads.csv": b"load_ms,source,rank\n5,memory,8\n6,memory,16\n50,disk,8\n",
     "scheduler.csv": b"scheduler_ms,running,skipped\n0.1,5,0\n0.2,9,50\n",

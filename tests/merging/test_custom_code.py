@@ -10,7 +10,7 @@ from merges import merge
 
 from deltaworks.catalog.store import Catalog
 from deltaworks.checkpoints.sidecars import sidecar_names
-from deltaworks.errors import CheckpointError
+from deltaworks.errors import CheckpointError, quoted
 from deltaworks.merging.manifest import read_manifest
 from deltaworks.merging.prepare import MergeOptions, prepare_plan
 from deltaworks.merging.recipe import parse_recipe
@@ -110,7 +110,8 @@ def test_what_names_code_in_no_known_way_is_noted_and_left_out(
     (family / "base" / file).write_text(json.dumps((CONFIG if file == "config.json" else {}) | {"part": change}))
     result = merge(catalog, text(family), tmp_path / "out", options)
     ((key, value),) = change.items()
-    assert result.notes == (f"{key} in {file} of base is {value!r}, which names no classes; the output leaves it out",)
+    said = f"{key} in {file} of base is {quoted(value)}, which names no classes; the output leaves it out"
+    assert result.notes == (said,)
     assert key not in (tmp_path / "out" / file).read_text()
     assert not list((tmp_path / "out").glob("*.py"))
 

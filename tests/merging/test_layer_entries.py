@@ -196,11 +196,11 @@ def test_a_layer_whose_keys_and_values_are_left_out_is_refused() -> None:
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"decoder_sparse_step": 0}, "decoder_sparse_step is 0; expected a whole number from 1 on"),
-    ({"decoder_sparse_step": None}, "decoder_sparse_step is None; expected a whole number from 1 on"),
+    ({"decoder_sparse_step": None}, "decoder_sparse_step is null; expected a whole number from 1 on"),
     ({"mlp_only_layers": 1}, "mlp_only_layers is 1; expected a list of numbers of layers"),
     ({"first_k_dense_replace": "3"}, "first_k_dense_replace is '3'; expected a number of layers"),
     ({"attention_types": [1]}, r"attention_types is \[1\]; expected a list of pairs"),
-    ({"attention_types": None}, "attention_types is None; expected a list of pairs"),
+    ({"attention_types": None}, "attention_types is null; expected a list of pairs"),
     ({"attention_types": [[["global"], 10**15]]}, "attention_types is .*; expected a list of pairs"),
 ]
 
