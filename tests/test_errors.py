@@ -43,9 +43,12 @@ def test_a_quotation_is_one_short_line(value: Any) -> None:
     assert text.isprintable()
 
 
-@pytest.mark.parametrize("value", ["abc", 7, 2**63, -1.5, None, True, [1, "a"], {"a": 1}])
-def test_a_short_value_is_quoted_as_it_is(value: Any) -> None:
-    assert quoted(value) == repr(value)
+@pytest.mark.parametrize(("value", "said"), [
+    ("abc", "'abc'"), (7, "7"), (2**63, "9223372036854775808"), (-1.5, "-1.5"), ([1, "a"], "[1, 'a']"),
+    ({"a": 1}, "{'a': 1}"), (None, "null"), (True, "true"), (False, "false"),
+])  # fmt: skip
+def test_a_short_value_is_quoted_as_yaml_and_json_write_it(value: Any, said: str) -> None:
+    assert quoted(value) == said
 
 
 @pytest.mark.parametrize(
