@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltaworks.serving.judge import Demand, Judge, parse_goal
+from deltaworks.serving.goals import parse_goal
+from deltaworks.serving.judge import Demand, Judge
 from deltaworks.serving.parts import part_of
 from deltaworks.serving.placement import Placement
 from deltaworks.serving.profile import FrontEnd, KvCache, LoadTime, Profile, ServerFlags, StepTime

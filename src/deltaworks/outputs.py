@@ -1,10 +1,9 @@
 """Write outputs, and check that they do not destroy other files, what they are made from, or the catalog."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from deltaworks.checkpoints.partial import open_partial, partial_path
+from deltaworks.checkpoints.partial import replacing
 from deltaworks.errors import OutputError
 from deltaworks.regular_files import other_kind
 
@@ -67,16 +66,8 @@ def write_file(file: Path, text: str) -> None:
             return
         target = file.resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = partial_path(target)
-        try:
-            with os.fdopen(open_partial(partial), "w", encoding="utf-8") as opened:
-                opened.write(text)
-                opened.flush()
-                os.fsync(opened.fileno())
-                partial.replace(target)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        with replacing(target) as opened:
+            opened.write(text.encode())
     except OSError as error:  # name the file that was asked for, and not the partial one
         raise OSError(error.errno, error.strerror, str(file)) from None
 

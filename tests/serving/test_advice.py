@@ -4,7 +4,7 @@ import pytest
 from small_server import LENGTHS, SMALL
 
 from deltaworks.serving.advice import alike, best_row, capacities, of_adapters
-from deltaworks.serving.judge import parse_goals
+from deltaworks.serving.goals import parse_goals
 from deltaworks.serving.simulate import Configuration, simulate
 
 

@@ -15,7 +15,7 @@ from deltaworks.serving.baselines import compare
 from deltaworks.serving.change import Change, _new_gpu, _repair, _roomiest, _without, change
 from deltaworks.serving.change import _State as change_state
 from deltaworks.serving.document import FILE, describe, read_placement
-from deltaworks.serving.judge import parse_goal
+from deltaworks.serving.goals import parse_goal
 from deltaworks.serving.partition import weights
 from deltaworks.serving.placement import place
 from deltaworks.serving.profile import KvCache, Profile

@@ -240,7 +240,7 @@ def test_compose_and_kubernetes_agree_on_the_servers() -> None:
         assert container["command"] == service["entrypoint"] == ["vllm", "serve"]
         assert container["args"] == service["command"]
         assert service["restart"] == "unless-stopped"
-        assert "huggingface:/root/.cache/huggingface" in service["volumes"]
+        assert f"huggingface:{service['environment']['HF_HOME']}" in service["volumes"]
         assert container["resources"]["limits"] == {"nvidia.com/gpu": "1"}
         labels = documents[2 * index]["spec"]["template"]["metadata"]["labels"]
         assert documents[2 * index + 1]["spec"]["selector"] == labels

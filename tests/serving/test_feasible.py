@@ -12,7 +12,8 @@ from small_server import LENGTHS, SMALL, check_placement, judge, workload
 from deltaworks.errors import ImpossibleError, WorkloadError
 from deltaworks.serving.censored import statistics
 from deltaworks.serving.feasible import _least_interpolated, check_possible
-from deltaworks.serving.judge import Demand, Goal, Judge, parse_goal
+from deltaworks.serving.goals import Goal, parse_goal
+from deltaworks.serving.judge import Demand, Judge
 from deltaworks.serving.parts import Piece
 from deltaworks.serving.placement import place
 from deltaworks.serving.profile import find_profile

@@ -18,7 +18,8 @@ from small_server import SMALL, check_placement
 from deltaworks.errors import DeltaworksError
 from deltaworks.serving.advice import alike, capacities
 from deltaworks.serving.document import describe
-from deltaworks.serving.judge import Demand, Judge, parse_goal
+from deltaworks.serving.goals import parse_goal
+from deltaworks.serving.judge import Demand, Judge
 from deltaworks.serving.placement import place
 from deltaworks.serving.simulate import Configuration, simulate
 from deltaworks.serving.workload import parse_workload

@@ -7,7 +7,8 @@ from small_server import SMALL, judge, workload
 
 from deltaworks.errors import PlacementError
 from deltaworks.serving.advice import best_row
-from deltaworks.serving.judge import best_configuration, parse_goals
+from deltaworks.serving.goals import parse_goals
+from deltaworks.serving.judge import best_configuration
 from deltaworks.serving.parts import Piece
 from deltaworks.serving.profile import KvCache
 

@@ -12,7 +12,7 @@ from small_server import SMALL, check_placement, judge, workload
 from deltaworks.errors import ImpossibleError, PlacementError
 from deltaworks.serving.bound import Capacities, fewest
 from deltaworks.serving.document import describe
-from deltaworks.serving.judge import parse_goal
+from deltaworks.serving.goals import parse_goal
 from deltaworks.serving.parts import Part, Piece, part_of
 from deltaworks.serving.placement import Gpu, Placement, place, place_on
 from deltaworks.serving.profile import KvCache, Profile, ServerFlags, StepTime

@@ -5,7 +5,6 @@ changed since. It is a safetensors file; what else there is to say stands in one
 """
 
 import json
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -22,7 +21,7 @@ from deltaworks.catalog.statistics import DENSITIES, FORMAT_VERSION
 from deltaworks.catalog.store import TABLE
 from deltaworks.checkpoints.dtypes import DTYPES, F32, F64
 from deltaworks.checkpoints.header import read_header, write_header
-from deltaworks.checkpoints.partial import open_partial, partial_path
+from deltaworks.checkpoints.partial import partial_path, replacing
 from deltaworks.checkpoints.reader import ByteCounter, RangeReader, page_aligned
 from deltaworks.checkpoints.sketch import BUCKETS, SAMPLES
 from deltaworks.errors import CheckpointError
@@ -179,19 +178,12 @@ def _write(path: Path, about: Mapping[str, Any], arrays: Mapping[str, NDArray[An
         np.ascontiguousarray(arrays[n], _NUMPY[d.name]).reshape(-1).view(np.uint8) for n, d in _ARRAYS.items()
     )
     hasher = blake3()
-    try:
-        with os.fdopen(open_partial(partial), "wb") as file:
-            parts: list[bytes | memoryview] = [header, *(d.data for d in data), text]
-            for part in parts:
-                hasher.update(part)
-                file.write(part)
-            file.write(hasher.digest())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with replacing(path, partial) as file:
+        parts: list[bytes | memoryview] = [header, *(d.data for d in data), text]
+        for part in parts:
+            hasher.update(part)
+            file.write(part)
+        file.write(hasher.digest())
 
 
 def _unpack(statistics: Path) -> _Unpacked:

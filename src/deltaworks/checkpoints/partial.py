@@ -8,8 +8,11 @@ import fcntl
 import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 from blake3 import blake3
 
@@ -74,6 +77,29 @@ def open_partial(path: Path, flags: int = os.O_WRONLY) -> int:
             raise
         os.close(fd)
     raise BlockingIOError(errno.EAGAIN, "the file is deleted again and again", str(path))
+
+
+@contextmanager
+def replacing(path: Path, partial: Path | None = None) -> Iterator[BinaryIO]:
+    """Write a file that takes its name only when all of it is on the device.
+
+    Args:
+        path: Its name; a file that is there is replaced.
+        partial: Where it is written, from `partial_path`; None for `partial_path` of ``path``.
+
+    Yields:
+        The file, open for writing. If the block raises, it is deleted, and what was at ``path`` stays.
+    """
+    partial = partial or partial_path(path)
+    try:
+        with os.fdopen(open_partial(partial), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def remove_abandoned(path: Path) -> bool:

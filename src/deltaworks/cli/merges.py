@@ -198,7 +198,8 @@ def plan(
     force: Annotated[
         bool,
         typer.Option(
-            "--force", help="Replace the file of -o; write the plan even where it reads nothing of any expert."
+            "--force",
+            help="Also replace a file of another kind at -o; write the plan even where it reads nothing of any expert.",
         ),
     ] = False,
     catalog: CatalogPath = None,

@@ -11,7 +11,7 @@ from deltaworks.wording import counted, listed
 
 if TYPE_CHECKING:
     from deltaworks.serving.document import Recorded
-    from deltaworks.serving.judge import Goal
+    from deltaworks.serving.goals import Goal
     from deltaworks.serving.profile import Profile
 
 _HEADROOM = 0.1
@@ -196,7 +196,7 @@ def _required(
 ) -> "tuple[float, tuple[Goal, ...]]":
     """The headroom and the goals: as given, else those of an earlier placement, else a headroom of 10% and no goal."""
     from deltaworks.errors import PlacementError
-    from deltaworks.serving.judge import parse_goals
+    from deltaworks.serving.goals import parse_goals
 
     kept = (_HEADROOM, ()) if recorded is None else (recorded.headroom, recorded.goals)
     share = kept[0] if headroom is None else _share(headroom)
@@ -441,7 +441,8 @@ def advise(
     from deltaworks.errors import PlacementError
     from deltaworks.serving.advice import alike, best_row, capacities, overheads
     from deltaworks.serving.document import PATIENCE_NOTE, assumed_note, headline_waits
-    from deltaworks.serving.judge import SLOTS, parse_goals
+    from deltaworks.serving.goals import parse_goals
+    from deltaworks.serving.judge import SLOTS
     from deltaworks.serving.profile import find_profile
 
     chosen = find_profile(profile)

@@ -9,7 +9,8 @@ from typing import Any
 
 from deltaworks.serving.estimate import SLOT_WAIT, UTILISATION, estimate, traffic_of
 from deltaworks.serving.feasible import check_possible
-from deltaworks.serving.judge import MARGIN, SLOTS, Goal, best_configuration, keeps_up
+from deltaworks.serving.goals import Goal
+from deltaworks.serving.judge import MARGIN, SLOTS, best_configuration, keeps_up
 from deltaworks.serving.profile import Profile, allowed_rank
 from deltaworks.serving.schema import number, whole
 from deltaworks.serving.simulate import Configuration, simulate

@@ -9,7 +9,8 @@ from typing import Any
 
 from deltaworks.documents import load_json
 from deltaworks.errors import PlacementError, WorkloadError, did_you_mean, quoted
-from deltaworks.serving.judge import MAX_HEADROOM, Goal, Judge, goal_of
+from deltaworks.serving.goals import Goal, goal_of
+from deltaworks.serving.judge import MAX_HEADROOM, Judge
 from deltaworks.serving.placement import Gpu, Placement, check_totals
 from deltaworks.serving.profile import Profile, built_in_profiles, check_max_rank, parse_profile
 from deltaworks.serving.schema import instead, mapping, number, text, whole
@@ -144,7 +145,7 @@ def notes(gpus: list[dict[str, Any]], untried: Sequence[str], judge: Judge) -> l
     if refused := sum(answer["requests"]["rejected"] for answer in said):
         found.append(
             f"{counted(refused, 'request is', 'requests are')} refused: longer than the GPU's KV cache or the model's"
-            f" length"
+            " length"
         )
     if short := [(gpu["id"], note) for gpu in gpus for note in gpu["predicted"]["notes"]]:
         found.append(f"on {short[0][0]}, {short[0][1]}")

@@ -14,8 +14,8 @@ from deltaworks.errors import ImpossibleError, WorkloadError
 from deltaworks.serving import server
 from deltaworks.serving.arrays import F64, I64
 from deltaworks.serving.censored import QUANTILES
+from deltaworks.serving.goals import Goal
 from deltaworks.serving.idle import alone
-from deltaworks.serving.judge import Goal
 from deltaworks.serving.model_length import check_lengths, cut_to_length, is_beyond
 from deltaworks.serving.profile import Profile, allowed_rank
 from deltaworks.serving.simulate import UNLIMITED, server_limits

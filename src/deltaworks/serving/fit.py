@@ -25,16 +25,13 @@ from deltaworks.serving.profile import (
 )  # fmt: skip
 from deltaworks.serving.schema import check_keys, number, whole
 from deltaworks.serving.simulate import MOST, Configuration
-from deltaworks.serving.tables import TABLES, Table, read_table, unknown_files
+from deltaworks.serving.tables import ABOUT_FILE, RUNS_FILE, TABLES, Table, read_table, unknown_files
 from deltaworks.serving.workload import workload_from
 
-ABOUT_FILE = "about.yaml"
 ABOUT = ("name", "engine", "model", "gpu", "server", "front_end", "least_kv_tokens", "graph_tokens", "small_tokens",
          "output_share", "calibrate", "sources")  # fmt: skip
 """Keys of a folder's `about.yaml`."""
 
-RUNS = "runs.jsonl"
-"""The file of recorded runs in a folder of tables."""
 _ZERO = 1e-9
 
 STEP_TERMS: dict[str, Callable[[Mapping[str, float]], float]] = {
@@ -100,7 +97,7 @@ def _fit(folder: Path, progress: Callable[[int], None] | None, known: Known | No
     report = _Report()
     if unused := {f"{name}.{column}": None for name, table in tables.items() for column in table.unused}:
         report.residuals["unused_columns"] = list(unused)
-    recorded = folder / RUNS
+    recorded = folder / RUNS_FILE
     named = read_text(recorded, "recorded runs", ProfileError) if recorded.is_file() else ""
     if files := unknown_files(folder, named):
         report.residuals["unused_files"] = files
@@ -368,7 +365,7 @@ def _loads(table: Table, report: _Report) -> LoadTime:
 
 def _runs(folder: Path) -> list[Run]:
     """The recorded runs of a folder: one a line, as `--batch` takes them, with ``measured``."""
-    path = folder / RUNS
+    path = folder / RUNS_FILE
     if not path.is_file():
         return []
     runs = []

@@ -1,7 +1,6 @@
 """Whether a GPU can serve what it is given: slots that the surrogate proposes, and the twin's word on them."""
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from os import cpu_count
@@ -10,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from deltaworks.errors import PlacementError, did_you_mean, quoted
 from deltaworks.serving.arrays import F64, I64
 from deltaworks.serving.estimate import SLOT_PRESSURE, SLOT_WAIT, UTILISATION, Traffic, estimate, traffic_of
+from deltaworks.serving.goals import Goal
 from deltaworks.serving.parts import Part, part_of
 from deltaworks.serving.profile import Profile, allowed_rank, check_one_model
 from deltaworks.serving.simulate import Configuration, simulate
@@ -54,7 +53,6 @@ _PROLONGED = 4.0
 
 _MAX_PROLONGED_REQUESTS = 100_000
 
-GOALS = ("ttft", "itl", "tpot")
 MAX_HEADROOM = 10.0
 """The largest headroom, a share: eleven times the traffic."""
 HOPELESS = 1.5
@@ -62,87 +60,6 @@ HOPELESS = 1.5
 
 Strain is the larger of the utilisation and the wait for a slot relative to `LONGEST_WAIT`; 1 is the edge of starvation.
 """
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A limit on a latency, like ``ttft_p99=2s``.
-
-    Attributes:
-        quantity: One of `GOALS`.
-        statistic: ``mean``, ``p50`` or ``p99``.
-        limit_ms: Milliseconds.
-    """
-
-    quantity: str
-    statistic: str
-    limit_ms: float
-
-    @property
-    def name(self) -> str:
-        """As it is written."""
-        return f"{self.quantity}_{self.statistic}"
-
-    def value(self, answer: dict[str, Any]) -> float | None:
-        """What an answer of `simulate` says of it, milliseconds; None where nothing was observed."""
-        found: float | None = answer[f"{self.quantity}_ms"][self.statistic]
-        return found
-
-    def met(self, answer: dict[str, Any]) -> bool:
-        """Whether an answer of `simulate` keeps to it."""
-        value = self.value(answer)
-        if value is not None:
-            return bool(value <= self.limit_ms)
-        # Nothing was observed. That proves nothing, unless nobody asked for anything that could be.
-        asked = answer["requests"]["arrived"]
-        single = answer["offered_output_tps"] * answer["duration_s"] <= asked + 0.5
-        return not asked or (self.quantity != "ttft" and single)
-
-
-def parse_goal(text: str) -> Goal:
-    """A goal from ``ttft_p99=2s``, ``itl_mean=50ms``.
-
-    Raises:
-        PlacementError: it is not a goal.
-    """
-    match = re.fullmatch(r"\s*(\w+?)_(\w+)\s*=\s*([0-9.]+)\s*(ms|s)\s*", text)
-    if match is None:
-        raise PlacementError(f"{text!r} is not a latency goal; write it like ttft_p99=2s or itl_mean=50ms")
-    quantity, statistic, value, unit = match.groups()
-    check = goal_of(f"{quantity}_{statistic}", 1.0)
-    try:
-        limit = float(value) * (1000 if unit == "s" else 1)
-    except ValueError:
-        raise PlacementError(f"{text!r}: {value!r} is not a number") from None
-    if not 0 < limit < float("inf"):
-        raise PlacementError(f"{quoted(text)}: a latency must be above 0 and finite")
-    return replace(check, limit_ms=limit)
-
-
-def goal_of(name: str, limit_ms: float) -> Goal:
-    """A goal from its name, like ``ttft_p99``, and its limit in milliseconds.
-
-    Raises:
-        PlacementError: there is no such latency.
-    """
-    known = {f"{q}_{s}": (q, s) for q in GOALS for s in ("mean", "p50", "p99")}
-    if name not in known:
-        hint = did_you_mean(name, known) or f"; known are {', '.join(known)}"
-        raise PlacementError(f"unknown latency {quoted(name)}{hint}")
-    return Goal(*known[name], limit_ms)
-
-
-def parse_goals(listed: Iterable[str]) -> tuple[Goal, ...]:
-    """Goals from texts such as ``ttft_p99=2s``.
-
-    Raises:
-        PlacementError: one is not a goal, or a latency is limited twice.
-    """
-    goals = [parse_goal(text) for text in listed]
-    for index, goal in enumerate(goals):
-        if goal.name in {other.name for other in goals[:index]}:
-            raise PlacementError(f"{goal.name} is limited twice; give one limit for each latency")
-    return tuple(goals)
 
 
 @dataclass(frozen=True)
@@ -162,18 +79,18 @@ class Demand:
 
 @dataclass(eq=False)
 class _Known:
-    """What is known of a part.
+    """What the judge remembers about one part.
 
     Attributes:
-        part: It.
-        places: Its adapters, (pieces,) int64.
-        shares: Of their requests, (pieces,) float64.
+        part: The part, as it was first asked about.
+        places: Indices of its adapters in the workload, (pieces,) int64.
+        shares: The share of each adapter's requests that it serves, (pieces,) float64.
         rank: The least `--max-lora-rank` that it needs.
-        size: How many adapters it, and equal parts that were asked about, hold in all.
-        ids: Of those parts as Python objects: none of them has to be hashed twice.
-        slots: What `Judge.slots` says, by type of GPU.
-        answers: Of the twin, by type of GPU, slots and factor of the traffic.
-        keeps_up: What `keeps_up` says where such an answer is of a run that ended too soon.
+        size: The number of adapters in all equal parts that were asked about, counted once for each part.
+        ids: The ``id()`` of each of these parts, so that a large part is hashed only once.
+        slots: The result of `Judge.slots`, by type of GPU.
+        answers: The twin's answers, by type of GPU, slots and factor of the traffic.
+        keeps_up: The results of `keeps_up` for those answers that are of a run that ended too soon.
     """
 
     part: Part

@@ -97,7 +97,7 @@ def parse_lengths(raw: Any, where: str, from_trace: Any) -> Lengths:
         from_trace: A function from a path and a format to the prompt and output tokens of a trace's requests.
 
     Raises:
-        WorkloadError: it is not such a thing.
+        WorkloadError: it does not describe lengths.
     """
     known = ("distribution", "input_mean", "output_mean", "input_sd", "output_sd", "path", "format")
     given = check_keys(raw, known, where)
@@ -139,7 +139,7 @@ class KeptLengths:
         """Lengths as `parse_lengths` reads them.
 
         Raises:
-            WorkloadError: it is not such a thing, or there are too many different ones.
+            WorkloadError: it does not describe lengths, or there are too many different ones.
         """
         plain = isinstance(raw, Mapping) and all(isinstance(value, str | int | float) for value in raw.values())
         key = json.dumps(list(raw.items())) if plain else ""

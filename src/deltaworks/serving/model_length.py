@@ -51,10 +51,8 @@ def check_lengths(workload: Workload, profiles: Sequence[Profile]) -> None:
         others = f" (the same is true of {counted(len(beyond) - 1, 'other')})" if len(beyond) > 1 else ""
         raise WorkloadError(
             f"adapter {quoted(name)}: every prompt has {counted(least, 'token')} or more{others}, and vLLM rejects"
-            f" prompts of"
-            f" {counted(longest, 'token')} or more, the length of the model (max_model_len); shorten the prompts, or"
-            f" raise"
-            " max_model_len in the profile if the model takes more"
+            f" prompts of {counted(longest, 'token')} or more, the length of the model (max_model_len); shorten the"
+            " prompts, or raise max_model_len in the profile if the model takes more"
         )
 
 

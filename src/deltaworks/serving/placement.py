@@ -200,8 +200,7 @@ def _check_lightest(judge: Judge, most: int) -> None:
             said.append(f"on {profile.name} {' and '.join(values) or 'adapters starve'}")
     raise ImpossibleError(
         f"even with the traffic spread over {counted(most, 'GPU')}, the latency goals are missed: {'; '.join(said)};"
-        f" lower"
-        f" --headroom, relax --slo, or add another GPU type{_shortness(judge)}"
+        f" lower --headroom, relax --slo, or add another GPU type{_shortness(judge)}"
     )
 
 
@@ -286,8 +285,7 @@ def check_totals(judge: Judge, gpus: Sequence[Gpu]) -> None:
     if (asked != offered).any():
         raise PlacementError(
             f"the GPUs are offered {counted(offered[0], 'request')} with {offered[1]:,} prompt tokens, not the"
-            f" workload's"
-            f" {asked[0]:,} with {asked[1]:,}: the shares of some adapter do not add up to one"
+            f" workload's {asked[0]:,} with {asked[1]:,}: the shares of some adapter do not add up to one"
         )
 
 

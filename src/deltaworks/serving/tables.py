@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from deltaworks.documents import decoded, json_values, read_bytes
-from deltaworks.errors import ProfileError, did_you_mean, quoted
-from deltaworks.serving.profile import RANKS
+from deltaworks.errors import ProfileError, WorkloadError, did_you_mean, quoted
+from deltaworks.serving.profile import check_max_rank
 from deltaworks.serving.schema import MAX_NUMBER
 from deltaworks.serving.trace_rows import csv_rows
 
@@ -23,6 +23,12 @@ TABLES = {
 
 MAX_ROWS = 100_000
 _WHAT = "a table"
+ABOUT_FILE = "about.yaml"
+"""The file that names the engine, model and GPU."""
+
+RUNS_FILE = "runs.jsonl"
+"""The file of recorded runs."""
+
 _SUFFIXES = (".csv", ".jsonl")
 _NOISE = 1.02
 """How much more KV tokens a server may report with more slots: vLLM measures what memory is left."""
@@ -104,10 +110,10 @@ def unknown_files(folder: Path, named: str) -> list[str]:
     """Files of a folder that could be tables, and that nothing reads: mostly misspelt ones.
 
     Args:
-        folder: It.
-        named: A text whose words are the names of files that are read.
+        folder: The folder of measurement tables.
+        named: The text of the recorded runs: a file whose name occurs in it is taken for one that is read.
     """
-    known = {f"{name}{suffix}" for name in TABLES for suffix in _SUFFIXES} | {"about.yaml", "runs.jsonl"}
+    known = {f"{name}{suffix}" for name in TABLES for suffix in _SUFFIXES} | {ABOUT_FILE, RUNS_FILE}
     found = (p.name for p in folder.iterdir() if p.suffix in (*_SUFFIXES, ".yaml", ".yml", ".json"))
     return sorted(name for name in found if name not in known and name not in named)
 
@@ -127,9 +133,11 @@ def _check_rows(table: Table) -> None:
     least: dict[float, tuple[float, int]] = {}
     for place, row in sorted(enumerate(table.rows, 1), key=lambda numbered: _order(numbered[1])):
         where, rank, slots = f"{table.file}: row {place}", row.get("max_rank", 0), row.get("slots", 0)
-        if rank and rank not in (1, *RANKS):
-            listed = ", ".join(str(allowed) for allowed in (1, *RANKS))
-            raise ProfileError(f"{where}: max_rank: vLLM does not take a maximum rank of {rank:g}, only {listed}")
+        if rank:
+            try:
+                check_max_rank(int(rank) if rank == int(rank) else rank)
+            except WorkloadError as error:
+                raise ProfileError(f"{where}: max_rank: {error}") from None
         if 0 < slots < row.get("adapters", 0):
             raise ProfileError(
                 f"{where}: {row['adapters']:g} adapters cannot be in a batch of a server with {slots:g} slots"
